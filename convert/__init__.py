@@ -1,0 +1,32 @@
+"""Hugging Face checkpoints to GGUF, without torch.
+
+    from metaalign_edge_convert import open_checkpoint, write_gguf
+
+    checkpoint = open_checkpoint(Path("my-model"))        # everything but the weights is read and checked
+    write_gguf(checkpoint, Path("my-model.gguf"))         # the weights stream through
+
+An architecture is one small piece of data (``llama.py``), a pre-tokenizer one row of a table (``pretokenizers.py``).
+"""
+
+from .architectures import ARCHITECTURES
+from .checkpoint import Checkpoint, open_checkpoint
+from .encode import OUTTYPES as _OUTTYPES
+from .errors import CannotWrite, ConvertError, OutputExists, SourceNotFound
+from .prove import prove_pre_tokenizer
+from .writer import Conversion, write_gguf
+
+OUTTYPES = tuple(_OUTTYPES)
+
+__all__ = [
+    "ARCHITECTURES",
+    "OUTTYPES",
+    "CannotWrite",
+    "Checkpoint",
+    "Conversion",
+    "ConvertError",
+    "OutputExists",
+    "SourceNotFound",
+    "open_checkpoint",
+    "prove_pre_tokenizer",
+    "write_gguf",
+]

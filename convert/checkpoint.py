@@ -1,0 +1,133 @@
+"""A checkpoint, opened: everything about it is known and checked, and no weight has been read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import llama as llama  # fills the registry
+from .architectures import Architecture, Rule, find
+from .chat import read_templates
+from .config import Config
+from .errors import ConvertError, SourceNotFound, some
+from .folder import Folder
+from .shards import STORED_AS, Tensor, list_tensors
+from .vocabulary import Vocabulary, read_vocabulary
+
+IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")  # buffers that old versions saved
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint that can be converted."""
+
+    folder: Folder
+    piece: Architecture
+    config: Config
+    mapped: list[tuple[Tensor, Rule]]  # in the order of the shards
+    tied_head: Tensor | None  # a saved copy of the embedding, to be left out
+    vocabulary: Vocabulary
+    templates: dict[str, str]
+
+    @property
+    def architecture(self) -> str:
+        """The architecture's name in GGUF."""
+        return self.piece.name
+
+    @property
+    def name(self) -> str:
+        """The model's name: the folder's, or the hub's id."""
+        return self.folder.hub_id or self.folder.name
+
+    @property
+    def parameters(self) -> int:
+        """Weights that will be in the file."""
+        made = sum(array.size for _, array in self.piece.extra(self.config))
+        return made + sum(math.prod(tensor.shape) for tensor, _ in self.mapped)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's own chat template."""
+        return self.templates.get("default")
+
+    @property
+    def tokens(self) -> frozenset[str]:
+        """The texts of its added and special tokens."""
+        return self.vocabulary.marked
+
+    def gguf_names(self) -> dict[str, str]:
+        """Return the GGUF name of each tensor that will be in the file."""
+        table = self.piece.gguf_names(self.config.integer("num_hidden_layers"))
+        names = {tensor.name: table.get_name(tensor.name, (".weight", ".bias")) for tensor, _ in self.mapped}
+        return {name: str(found) for name, found in names.items()}
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open the checkpoint in the folder ``path`` and check everything but the weights themselves.
+
+    Raises SourceNotFound if there is none, ConvertError if it cannot be converted.
+    """
+    try:
+        return _open(path)
+    except RecursionError:
+        raise ConvertError(f"{path}: a file in it is nested too deeply to be genuine") from None
+
+
+def _open(path: Path) -> Checkpoint:
+    folder = Folder(path)
+    if not folder.has("config.json"):
+        if folder.has("adapter_config.json"):
+            raise ConvertError(f"{path}: a LoRA adapter, not a model: merge it into its base model, then convert that")
+        raise SourceNotFound(f"{path}: no config.json in the folder, so it holds no Hugging Face checkpoint")
+    if folder.has("hf_quant_config.json"):
+        raise ConvertError("hf_quant_config.json: the weights are quantised already; convert the original checkpoint")
+    raw = folder.json("config.json")
+    piece, config = find(raw)
+    for pair in (pair for key in piece.keys for pair in key.pairs(config)):
+        _check_range(*pair)
+    expected = piece.expected(config)
+    mapped, tied_head = _map(list_tensors(folder), expected, config)
+    vocabulary = read_vocabulary(folder, config.integer("vocab_size"), raw)
+    return Checkpoint(folder, piece, config, mapped, tied_head, vocabulary, read_templates(folder))
+
+
+def _check_range(key: str, value: int | float | str) -> None:
+    if isinstance(value, float) and not 1e-38 < value < 3e38:
+        raise ConvertError(f"config.json: {key} would be {value}, which float32 cannot hold")
+
+
+def _map(
+    tensors: dict[str, Tensor], expected: dict[str, tuple[Rule, tuple[int, ...]]], config: Config
+) -> tuple[list[tuple[Tensor, Rule]], Tensor | None]:
+    """Match what is there with what must be there, exactly. Raises ConvertError naming what is amiss."""
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}
+    tied_head = kept.pop(HEAD, None) if HEAD not in expected else None
+    missing = [name for name in expected if name not in kept]
+    if missing:
+        raise ConvertError(f"the checkpoint lacks {some(missing)}; download it again")
+    surplus = [name for name in kept if name not in expected]
+    if surplus:
+        raise ConvertError(f"{some(surplus)}: no place for this in the architecture {config.get('architectures')[0]}")
+    mapped = []
+    for name, tensor in kept.items():
+        rule, shape = expected[name]
+        _check(tensor, shape)
+        mapped.append((tensor, rule))
+    if tied_head is not None:
+        _check(tied_head, expected[EMBEDDING][1])
+    return mapped, tied_head
+
+
+def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ConvertError(
+            f"{tensor.shard}: {tensor.name} has the shape {list(tensor.shape)}, but config.json asks for {list(shape)}"
+        )
+    if tensor.dtype not in STORED_AS:
+        raise ConvertError(
+            f"{tensor.shard}: {tensor.name} is stored as {tensor.dtype}; convert the original checkpoint, in float16, "
+            "bfloat16 or float32"
+        )

@@ -1,0 +1,124 @@
+"""config.json, made uniform: absent keys filled in as transformers does, and every number checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConvertError, some
+
+# The parameters that each kind of RoPE scaling takes; all but those with a question mark are required.
+ROPE_KINDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "extrapolation_factor?",
+        "attention_factor?",
+        "beta_fast?",
+        "beta_slow?",
+    ),
+}
+ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How positions turn the heads: a base frequency, and what stretches it."""
+
+    kind: str  # a key of ROPE_KINDS
+    theta: float
+    parameters: Mapping[str, float]
+
+
+class Config:
+    """The values of config.json over the defaults of its class. A value is checked when it is asked for."""
+
+    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        """Lay ``values`` over ``defaults``; a null counts as absent, as it does in transformers."""
+        self._values = {**defaults, **{key: value for key, value in values.items() if value is not None}}
+        # null is a value of its own for the one key where the class's default is not what null means
+        if "sliding_window" in values:
+            self._values["sliding_window"] = values["sliding_window"]
+
+    def get(self, name: str) -> Any:
+        """Return the raw value of ``name``, None if it has none."""
+        return self._values.get(name)
+
+    def flag(self, name: str) -> bool:
+        """Return a yes or no; absent is no."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ConvertError(f"config.json: {name} is {value!r}, not true or false")
+        return bool(value)
+
+    def integer(self, *names: str, high: int = 2**31 - 1) -> int:
+        """Return the first of ``names`` that is there, a whole number from 1 to ``high``."""
+        name, value = self._first(names)
+        if type(value) is not int or not 1 <= value <= high:
+            raise ConvertError(f"config.json: {name} is {value!r}, not a whole number from 1 to {high:,}")
+        return value
+
+    def number(self, *names: str) -> float:
+        """Return the first of ``names`` that is there, a number above 0."""
+        return positive(*self._first(names))
+
+    def _first(self, names: tuple[str, ...]) -> tuple[str, Any]:
+        for name in names:
+            if self.get(name) is not None:
+                return name, self._values[name]
+        raise ConvertError(f"config.json: {' or '.join(names)} is missing")
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        if self.get("head_dim") is not None:
+            size = self.integer("head_dim")
+        else:
+            hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
+            if hidden % heads:
+                raise ConvertError(f"config.json: hidden_size {hidden} cannot be shared among {heads} heads")
+            size = hidden // heads
+        if size % 2:
+            raise ConvertError(f"config.json: heads of size {size}, but RoPE turns pairs; head_dim must be even")
+        return size
+
+    @property
+    def rope(self) -> Rope:
+        """The RoPE parameters, from ``rope_parameters`` (transformers 5) or ``rope_scaling`` (4)."""
+        given = self.get("rope_parameters") or self.get("rope_scaling") or {}
+        if not isinstance(given, dict):
+            raise ConvertError(f"config.json: {given!r} is no set of RoPE parameters")
+        if any(isinstance(value, dict) for value in given.values()):
+            raise ConvertError("config.json: RoPE that differs from layer to layer has no place in this architecture")
+        values = {"original_max_position_embeddings": self.get("original_max_position_embeddings"), **given}
+        kind = values.get("rope_type") or values.get("type") or "default"
+        if not isinstance(kind, str) or kind not in ROPE_KINDS:
+            raise ConvertError(
+                f"config.json: RoPE of type {kind!r} is not known; llama.cpp would ignore it and answer wrongly "
+                f"(known: {', '.join(ROPE_KINDS)})"
+            )
+        wanted = {key.rstrip("?"): key.endswith("?") for key in ROPE_KINDS[kind]}
+        unknown = sorted(key for key in given if key not in wanted and key not in ROPE_COMMON)
+        if unknown:
+            raise ConvertError(f"config.json: RoPE of type {kind!r} with {some(unknown)} cannot be written as GGUF")
+        turned = values.get("partial_rotary_factor", self.get("partial_rotary_factor"))
+        if turned not in (None, 1):
+            raise ConvertError(f"config.json: partial_rotary_factor {turned!r}, but here whole heads are turned")
+        parameters = {}
+        for key, optional in wanted.items():
+            if values.get(key) is None and optional:
+                continue
+            parameters[key] = positive(f"{key} (RoPE {kind!r})", values.get(key))
+        theta = given.get("rope_theta") or self.number("rope_theta")
+        return Rope(kind, positive("rope_theta", theta), parameters)
+
+
+def positive(name: str, value: Any) -> float:
+    """Return ``value`` if it is a finite number above 0, as it is: a whole number stays one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-30 < value < 1e30:
+        raise ConvertError(f"config.json: {name} is {value!r}, not a number above 0")
+    return value

@@ -1,0 +1,100 @@
+"""The keys of the file: general, the architecture's, the tokenizer's, in the order of llama.cpp's converter (MIT)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import BinaryIO
+
+import gguf
+from gguf.gguf_writer import GGUFWriter, WriterState
+
+from .architectures import FILE_TYPE
+from .checkpoint import Checkpoint
+from .encode import OUTTYPES
+from .errors import ConvertError
+from .metadata import read_metadata, read_sampling
+
+TEMPLATE_KEY = "metaalign.template"  # the template's name, for programs that know the three-tier dialog
+LATER_STOPS = ("eot", "eom")  # GGUF's places for end tokens beyond the first
+
+
+def describe(
+    checkpoint: Checkpoint, outtype: str, pre: str, templates: Mapping[str, str], template_name: str | None
+) -> GGUFWriter:
+    """Return a writer that holds every key of the file, and no tensors yet."""
+    writer = GGUFWriter(None, checkpoint.architecture)
+    writer.add_type(gguf.GGUFType.MODEL)
+    for name, value in read_sampling(checkpoint.folder):
+        _add(writer, name, value, writer.add_int32)
+    read_metadata(checkpoint.folder, checkpoint.parameters).set_gguf_meta_model(writer)
+    for key in checkpoint.piece.keys:
+        if key is FILE_TYPE:
+            writer.add_file_type(OUTTYPES[outtype][1])
+        for name, value in key.pairs(checkpoint.config):
+            _add(writer, f"{checkpoint.architecture}.{name}", value, writer.add_uint32)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_vocabulary(writer, checkpoint, pre, templates)
+    if template_name:
+        writer.add_string(TEMPLATE_KEY, template_name)
+    return writer
+
+
+def _add(writer: GGUFWriter, name: str, value: int | float | str, add_int: Callable[[str, int], None]) -> None:
+    """Add a key of the type that its value has; whole numbers come in several, so the caller says which."""
+    if isinstance(value, str):
+        writer.add_string(name, value)
+    elif isinstance(value, float):
+        writer.add_float32(name, value)
+    else:
+        add_int(name, value)
+
+
+def add_vocabulary(writer: GGUFWriter, checkpoint: Checkpoint, pre: str, templates: Mapping[str, str]) -> None:
+    """Add the tokenizer's keys, and the chat templates among them."""
+    vocabulary = checkpoint.vocabulary
+    special = vocabulary.special
+    if vocabulary.add_prefix_space is not None:
+        writer.add_add_space_prefix(vocabulary.add_prefix_space)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_merges(vocabulary.merges)
+    for role, number in special.ids.items():
+        if role != "cls":  # the one role that GGUF has no key for
+            getattr(writer, f"add_{role}_token_id")(number)
+    for role in ("bos", "eos", "sep"):
+        if role in special.adds:
+            getattr(writer, f"add_add_{role}_token")(special.adds[role])
+    _add_templates(writer, templates)
+    for role in ("bos", "eos"):  # said even where no file says it: each pre-tokenizer has a default of its own
+        if role not in special.adds:
+            getattr(writer, f"add_add_{role}_token")(False)
+    for role, number in zip(LATER_STOPS, special.extra_stops, strict=False):
+        getattr(writer, f"add_{role}_token_id")(number)
+
+
+def _add_templates(writer: GGUFWriter, templates: Mapping[str, str]) -> None:
+    others = sorted(name for name in templates if name != "default")
+    for name in others:
+        writer.add_string(gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), templates[name])
+    if others:
+        writer.add_array(gguf.Keys.Tokenizer.CHAT_TEMPLATES, others)
+    if "default" in templates:
+        writer.add_string(gguf.Keys.Tokenizer.CHAT_TEMPLATE, templates["default"])
+
+
+def write_head(writer: GGUFWriter, file: BinaryIO) -> None:
+    """Write everything that comes before the weights into an open file, and the padding up to them."""
+    writer.fout = [file]  # type: ignore[list-item]  # the library would open a path by itself, and could not be locked
+    writer.state = WriterState.EMPTY
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    except UnicodeEncodeError as error:
+        raise ConvertError(f"a text of the checkpoint is not valid Unicode ({error.object[:40]!r})") from None
+    except (struct.error, TypeError, ValueError) as error:
+        raise ConvertError(f"a value of the checkpoint cannot be written as GGUF ({error})") from None
+    writer.write_padding(file, file.tell())

@@ -1,0 +1,121 @@
+"""general.*: who made the model, what it is called, and how its makers sample from it.
+
+The gguf library's own heuristics do the guessing, so that names come out as llama.cpp's converter writes them. What
+they are fed is read here, bounded and checked, and without ``_name_or_path``, which is often a path on somebody's disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import yaml  # type: ignore[import-untyped]  # its types are a package of their own
+
+from .folder import MB, Folder
+
+README_LIMIT = 8 * MB
+FRONT_MATTER_LIMIT = 256_000  # characters
+# What generation_config.json calls it, what GGUF does, and its type; in the order of writing. The first name wins.
+SAMPLING = (
+    (("sequence",), "sequence", str),
+    (("top_k",), "top_k", int),
+    (("top_p",), "top_p", float),
+    (("min_p",), "min_p", float),
+    (("xtc_probability",), "xtc_probability", float),
+    (("xtc_threshold",), "xtc_threshold", float),
+    (("temperature",), "temp", float),
+    (("penalty_last_n",), "penalty_last_n", int),
+    (("penalty_repeat", "repetition_penalty"), "penalty_repeat", float),
+    (("mirostat",), "mirostat", int),
+    (("mirostat_tau",), "mirostat_tau", float),
+    (("mirostat_eta",), "mirostat_eta", float),
+)
+TEXTS = (
+    "name", "author", "version", "organization", "finetune", "basename", "description", "size_label", "license_name",
+    "license_link", "source_url", "source_doi", "source_uuid", "source_repo_url",
+)  # fmt: skip
+LISTS = {
+    "license", "tags", "pipeline_tag", "language", "languages", "base_model", "base_models", "base_model_sources",
+    "dataset", "datasets", "dataset_sources",
+}  # fmt: skip  # the keys of a model card that may hold more than one text
+# A name like this switches on rules in llama.cpp that look up Phi-3's own tokens and fail without them.
+PHI3 = re.compile(r"phi-?3", re.IGNORECASE)
+
+
+def read_metadata(folder: Folder, parameters: int) -> gguf.Metadata:
+    """Collect what is known about a model of so many parameters."""
+    params = {"_name_or_path": folder.hub_id} if folder.hub_id else {}
+    guess = gguf.Metadata.apply_metadata_heuristic
+    try:
+        metadata = guess(gguf.Metadata(), _model_card(folder), params, Path(folder.name), parameters)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # a card that the heuristics trip over
+        metadata = guess(gguf.Metadata(), {}, params, Path(folder.name), parameters)
+    _only_texts(metadata)
+    metadata.name = PHI3.sub("Phi 3", metadata.name or folder.name)
+    metadata.size_label = metadata.size_label or gguf.size_label(parameters, parameters, 0, 0)
+    return metadata
+
+
+def _model_card(folder: Folder) -> dict[str, Any]:
+    """Read the front matter of README.md. A README is prose: one that cannot be understood is passed over."""
+    lines = (folder.text("README.md", README_LIMIT) or "").splitlines()
+    if not lines or lines[0] != "---" or "---" not in lines[1:]:
+        return {}
+    front = "\n".join(lines[1 : lines.index("---", 1)]) + "\n"
+    if len(front) > FRONT_MATTER_LIMIT:
+        return {}
+    # "no" is Norwegian here, and a tab is two spaces: what model cards mean, though not what YAML says
+    front = front.replace("- no\n", '- "no"\n').replace("\t", "  ")
+    try:
+        card = yaml.safe_load(front)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    if not isinstance(card, dict):
+        return {}
+    return {key: _entries(value) for key, value in card.items() if key in LISTS or not isinstance(value, (dict, list))}
+
+
+def _entries(value: Any) -> Any:
+    """Turn what stands in a list and is neither text nor object into text, as the heuristics expect."""
+    if not isinstance(value, list):
+        return value
+    return [item if isinstance(item, (str, dict)) else str(item) for item in value]
+
+
+def read_sampling(folder: Folder) -> Iterator[tuple[str, int | float | str]]:
+    """Read how the model's makers sample from it: GGUF key and value. What is not of its type is passed over."""
+    generation = folder.json("generation_config.json")
+    for names, key, kind in SAMPLING:
+        value: Any = next((generation[name] for name in names if generation.get(name) is not None), None)
+        if kind is str and isinstance(value, str):
+            yield f"general.sampling.{key}", value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) >= 2**31:
+            continue
+        if kind is float or (kind is int and value == int(value)):
+            yield f"general.sampling.{key}", kind(value)
+
+
+def _only_texts(metadata: gguf.Metadata) -> None:
+    """Turn what YAML made numbers and dates of back into texts, and drop what is neither text nor number."""
+    for name in TEXTS:
+        setattr(metadata, name, _text(getattr(metadata, name)))
+    licenses = metadata.license if isinstance(metadata.license, list) else [metadata.license]
+    metadata.license = ",".join(text for text in map(_text, licenses) if text) or None
+    for name in ("tags", "languages"):
+        values = getattr(metadata, name)
+        if values is not None:
+            setattr(metadata, name, [text for text in map(_text, values) if text])
+    for name in ("base_models", "datasets"):
+        entries = getattr(metadata, name)
+        if entries is not None:
+            kept = [{key: _text(value) for key, value in entry.items() if _text(value)} for entry in entries]
+            setattr(metadata, name, kept)
+
+
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, (dict, list)):
+        return None
+    return str(value).encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,128 @@
+r"""Which of llama.cpp's pre-tokenizers splits text the way a tokenizer.json does: a table, looked up by structure.
+
+llama.cpp knows a pre-tokenizer by a name, tokenizer.json by its parts. The name is found by comparing the parts, never
+by the model's class or by hashing what some text becomes: both change when a vocabulary is extended. The names and
+what they mean follow llama.cpp's ``llama-vocab.cpp`` (MIT). Where several names mean the same, the table has the one
+that leaves spaces alone when it turns tokens back into text, if there is one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConvertError
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # what llama.cpp's names look like
+# Contractions in any case, and the other way in which files spell them.
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SAME = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+MARKED_WORDS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
+CASED_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+)
+APPROXIMATE = "words with combining marks, and capitals inside words outside ASCII"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+SIGNS_AND_SLASHES = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
+
+
+def cl100k(words: str, digits: str, signs: str = SIGNS) -> str:
+    """Build the regular expression that GPT-4 introduced and many vary."""
+    return f"{CONTRACTIONS}|{words}|{digits}|{signs}|{SPACES}"
+
+
+def o200k(ending: str, digits: str) -> str:
+    """Build GPT-4o's regular expression: words broken where lower case turns into upper case."""
+    words = "|".join(word + ending for word in CASED_WORDS)
+    return f"{words}|{digits}|{SIGNS_AND_SLASHES}|{SPACES}"
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """One row: llama.cpp's name, the parts that it equals, and whether whole words skip the merges."""
+
+    name: str
+    parts: tuple[str, ...]
+    ignore_merges: bool = False
+    approximate: str = ""  # where llama.cpp's version is known to differ
+
+
+def split(regex: str) -> str:
+    """Write a Split step the way ``signature`` does."""
+    return f"split({regex})"
+
+
+TABLE = (
+    PreTokenizer("gpt-2", ("bytes(words)",)),
+    PreTokenizer("gpt-2", (split(GPT2_WORDS), "bytes")),
+    PreTokenizer("smollm", ("digits(each)", "bytes(words)")),
+    PreTokenizer("llama-bpe", (split(cl100k(WORDS, r"\p{N}{1,3}")), "bytes"), ignore_merges=True),
+    PreTokenizer("dbrx", (split(cl100k(WORDS, r"\p{N}{1,3}")), "bytes")),
+    PreTokenizer("qwen2", (split(cl100k(WORDS, r"\p{N}")), "bytes")),
+    PreTokenizer("qwen35", (split(cl100k(MARKED_WORDS, r"\p{N}", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*")), "bytes")),
+    PreTokenizer("gpt-4o", (split(o200k(CONTRACTIONS + "?", r"\p{N}{1,3}")), "bytes"), approximate=APPROXIMATE),
+    PreTokenizer("tekken", (split(o200k("", r"\p{N}")), "bytes"), ignore_merges=True, approximate=APPROXIMATE),
+)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a tokenizer.json does before merging, in a form that can be compared."""
+
+    parts: tuple[str, ...]
+    ignore_merges: bool
+
+    def __str__(self) -> str:
+        """Write it for a message."""
+        return " + ".join(self.parts) + (" + ignore_merges" if self.ignore_merges else "")
+
+    @property
+    def row(self) -> PreTokenizer | None:
+        """The row of the table that equals it, None if there is none."""
+        return next((row for row in TABLE if (row.parts, row.ignore_merges) == (self.parts, self.ignore_merges)), None)
+
+
+def signature(tokenizer: Mapping[str, Any]) -> Signature:
+    """Read the signature out of a parsed tokenizer.json. Raises ConvertError if it has no such shape."""
+    model = tokenizer.get("model")
+    ignore_merges = isinstance(model, dict) and model.get("ignore_merges") is True
+    return Signature(tuple(_parts(tokenizer.get("pre_tokenizer"))), ignore_merges)
+
+
+def _parts(step: Any) -> list[str]:
+    if step is None:
+        return []
+    if not isinstance(step, dict):
+        raise ConvertError("tokenizer.json: its pre_tokenizer is not an object")
+    kind = step.get("type")
+    if kind == "Sequence" and isinstance(step.get("pretokenizers"), list):
+        return [part for inner in step["pretokenizers"] for part in _parts(inner)]
+    if kind == "ByteLevel":
+        # a space put before the text is not among the things that llama.cpp can do here
+        space = "space+" if step.get("add_prefix_space") else ""
+        return [space + ("bytes" if step.get("use_regex") is False else "bytes(words)")]
+    if kind == "Digits":
+        return ["digits(each)" if step.get("individual_digits") else "digits"]
+    if kind == "Split":
+        return [_split(step)]
+    return [str(kind)]
+
+
+def _split(step: Mapping[str, Any]) -> str:
+    pattern, behavior = step.get("pattern"), step.get("behavior")
+    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if not isinstance(regex, str):
+        return f"split by {pattern}"
+    regex = regex.replace(SAME, CONTRACTIONS)
+    # "isolated" cuts around every match; "removed" + "invert" keeps the matches only, which for expressions that match
+    # everything is the same
+    everything = regex.endswith(r"|\s+")
+    if behavior == "Isolated" or (behavior == "Removed" and step.get("invert") is True and everything):
+        return f"split({regex})"
+    return f"split {behavior}({regex})"

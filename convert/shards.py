@@ -1,0 +1,172 @@
+"""The weights on disk: safetensors files, their index, and reading a tensor's rows without the rest.
+
+Format: 8 bytes of header length, a JSON header ``name -> {dtype, shape, data_offsets}``, then the data without gaps.
+Nothing in the header is believed before it is checked.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, TypeGuard
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ConvertError, some
+from .folder import MB, Folder, parse_json
+
+HEADER_LIMIT = 100 * MB  # bytes, the format's own limit
+INDEX_LIMIT = 100 * MB
+TENSOR_LIMIT = 100_000
+ITEM_SIZES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
+    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
+}  # fmt: skip
+STORED_AS: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}  # numpy has no bfloat16
+INDEX = "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint, not yet read."""
+
+    name: str
+    dtype: str  # as the header spells it: F32, F16, BF16, …
+    shape: tuple[int, ...]
+    shard: str  # file name in the folder
+    start: int  # bytes from the start of the file
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data in the file."""
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+
+def list_tensors(folder: Folder) -> dict[str, Tensor]:
+    """List every tensor of the checkpoint, in the order of the shards and, inside each, of the names.
+
+    Raises ConvertError for pickled weights, a missing or foreign shard, an index that disagrees, and a bad header.
+    """
+    weight_map = _weight_map(folder)
+    shards = sorted(set(weight_map.values())) if weight_map else _shards_without_index(folder)
+    missing = [shard for shard in shards if not folder.has(shard)]
+    if missing:
+        raise ConvertError(f"{INDEX} names files that are not there: {some(missing)}; download the checkpoint again")
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        for tensor in read_header(folder, shard):
+            if tensor.name in tensors:
+                raise ConvertError(f"{shard}: {tensor.name} is in {tensors[tensor.name].shard} too; remove one")
+            tensors[tensor.name] = tensor
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].shard != shard:
+            raise ConvertError(f"{INDEX} says that {shard} holds {name}, but it does not; download both again")
+    if weight_map and (surplus := [name for name in tensors if name not in weight_map]):
+        raise ConvertError(f"{INDEX} does not list {some(surplus)}; download the checkpoint again")
+    return tensors
+
+
+def _weight_map(folder: Folder) -> dict[str, str]:
+    if not folder.has(INDEX):
+        return {}
+    weight_map = folder.json(INDEX, INDEX_LIMIT).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConvertError(f"{INDEX}: no weight_map in it; download the checkpoint again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard):  # such as ../../somewhere/else
+            raise ConvertError(f"{INDEX}: {shard!r} for {name} is not the plain name of a .safetensors file")
+    return weight_map
+
+
+def _shards_without_index(folder: Folder) -> list[str]:
+    names = folder.names()
+    shards = [name for name in names if name.startswith("model") and SHARD_NAME.fullmatch(name)]
+    if shards:
+        return shards
+    if any(name.startswith("adapter_model") for name in names):
+        raise ConvertError("a LoRA adapter, not a model: merge it into its base model, then convert the merged folder")
+    pickled = [name for name in names if name.endswith(PICKLED) and name != "training_args.bin"]
+    if pickled:
+        raise ConvertError(
+            f"{pickled[0]}: pickled weights can run any code when read, so they never are; save the model again with "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), which writes safetensors"
+        )
+    raise ConvertError(f"{folder.name}: no model*.safetensors in the folder; download the checkpoint again")
+
+
+def read_header(folder: Folder, shard: str) -> list[Tensor]:
+    """Read and check the header of one file. Returns its tensors sorted by name; raises ConvertError."""
+    try:
+        with folder.open(shard) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(HEADER_LIMIT, size - 8):
+                raise ConvertError(f"{shard}: a header of {length:,} bytes? the file is damaged or cut short")
+            text = file.read(length).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ConvertError(f"{shard}: not a safetensors file; download it again") from None
+    except OSError as error:
+        raise ConvertError(f"{shard}: cannot be read ({error.strerror})") from None
+    header = parse_json(text, shard)
+    header.pop("__metadata__", None)
+    if len(header) > TENSOR_LIMIT:
+        raise ConvertError(f"{shard}: {len(header):,} tensors, more than any model has")
+    spans = [_checked(shard, name, entry) for name, entry in header.items()]
+    end = 0
+    for tensor, first, last in sorted(spans, key=lambda span: (span[1], span[2])):
+        if first != end:  # the format allows neither gaps nor overlaps
+            raise ConvertError(f"{shard}: {tensor.name} starts at byte {first:,} of the data, not at {end:,}; damaged")
+        end = last
+    if end != size - 8 - length:
+        raise ConvertError(
+            f"{shard}: {size - 8 - length:,} bytes of data, not the {end:,} of its header; download it again"
+        )
+    tensors = (replace(tensor, start=8 + length + first) for tensor, first, _ in spans)
+    return sorted(tensors, key=lambda tensor: tensor.name)
+
+
+def _checked(shard: str, name: str, entry: Any) -> tuple[Tensor, int, int]:
+    """Check one entry by itself: types, limits, and that shape and length agree."""
+    where = f"{shard}: {name}"
+    if not isinstance(entry, dict):
+        raise ConvertError(f"{where}: the header has no description of it")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        raise ConvertError(f"{where}: unknown type {dtype!r}")
+    if not _counts(shape) or len(shape) > 4 or any(size >= 2**31 for size in shape):
+        raise ConvertError(f"{where}: {shape!r} is no shape")
+    if not _counts(offsets) or len(offsets) != 2:
+        raise ConvertError(f"{where}: {offsets!r} are no offsets")
+    tensor = Tensor(name, dtype, tuple(shape), shard, 0)
+    if offsets[1] - offsets[0] != tensor.nbytes:
+        raise ConvertError(f"{where}: {offsets[1] - offsets[0]:,} bytes, but {dtype} {shape} takes {tensor.nbytes:,}")
+    return tensor, offsets[0], offsets[1]
+
+
+def _counts(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def read_rows(file: BinaryIO, tensor: Tensor, first: int, count: int) -> Array:
+    """Read ``count`` rows (along the first dimension) from an open shard, as stored: bfloat16 comes as uint16."""
+    row = math.prod(tensor.shape[1:])
+    data: Array = np.empty((count, *tensor.shape[1:]), STORED_AS[tensor.dtype])
+    try:
+        file.seek(tensor.start + first * row * data.itemsize)
+        got = file.readinto(data)  # type: ignore[attr-defined]
+    except OSError as error:
+        raise ConvertError(f"{tensor.shard}: cannot be read ({error.strerror})") from None
+    if got != data.nbytes:
+        raise ConvertError(f"{tensor.shard}: shorter than it was a moment ago; is something else writing there?")
+    return data

@@ -1,0 +1,1 @@
+"""The three-tier dialog as data: Jinja templates, one per file."""
