@@ -1,0 +1,1 @@
+"""Dataset and training recipes: the only place that knows torch."""

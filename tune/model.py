@@ -1,0 +1,183 @@
+"""A compact Llama in plain torch, with the parameter names of Hugging Face's LlamaForCausalLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Llama", "Shape"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of the model. Row lengths are multiples of 32, as q8_0's blocks need."""
+
+    vocabulary: int = 4096
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 4
+    inner: int = 704
+    context: int = 1024  # tokens
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+
+class RMSNorm(nn.Module):
+    """Scale to unit root mean square (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped heads and rotary positions."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.size = shape.hidden // shape.heads
+        self.q_proj = nn.Linear(shape.hidden, shape.heads * self.size, bias=False)
+        self.k_proj = nn.Linear(shape.hidden, shape.kv_heads * self.size, bias=False)
+        self.v_proj = nn.Linear(shape.hidden, shape.kv_heads * self.size, bias=False)
+        self.o_proj = nn.Linear(shape.heads * self.size, shape.hidden, bias=False)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], past: Past | None) -> Tensor:
+        """Attend; x is (batch, time, hidden). With a past, its keys and values come first and are extended."""
+        batch, time, _ = x.shape
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (y.view(batch, time, -1, self.size).transpose(1, 2) for y in projected)  # (batch, heads, time, size)
+        q, k = _rotate(q, angles), _rotate(k, angles)
+        if past is not None:
+            k, v = past.extend(self, k, v)
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=time > 1)
+        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, time, -1))
+        return out
+
+
+class MLP(nn.Module):
+    """The gated feed-forward part (SwiGLU, Shazeer 2020)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.hidden, shape.inner, bias=False)
+        self.up_proj = nn.Linear(shape.hidden, shape.inner, bias=False)
+        self.down_proj = nn.Linear(shape.inner, shape.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each position by itself."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each normalised first and added to what came in."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(shape.hidden, shape.norm_eps)
+        self.self_attn = Attention(shape)
+        self.post_attention_layernorm = RMSNorm(shape.hidden, shape.norm_eps)
+        self.mlp = MLP(shape)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], past: Past | None) -> Tensor:
+        """Return x with this layer's two contributions."""
+        x = x + self.self_attn(self.input_layernorm(x), angles, past)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm: what Hugging Face calls `model`."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocabulary, shape.hidden)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
+        self.norm = RMSNorm(shape.hidden, shape.norm_eps)
+
+
+class Past:
+    """Keys and values of the tokens that were read before, one pair per layer."""
+
+    def __init__(self) -> None:
+        self.length = 0  # tokens
+        self._pairs: dict[Attention, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer: Attention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append to a layer's keys and values and return all of them."""
+        if layer in self._pairs:
+            k, v = (torch.cat((old, new), 2) for old, new in zip(self._pairs[layer], (k, v), strict=True))
+        self._pairs[layer] = k, v
+        return k, v
+
+
+class Llama(nn.Module):
+    """The language model; output weights are the embedding's (tied)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.model = Decoder(shape)
+        size = shape.hidden // shape.heads
+        steps = shape.rope_theta ** -(torch.arange(0, size, 2).float() / size)
+        turns = torch.outer(torch.arange(shape.context).float(), steps).repeat(1, 2)  # (time, head size)
+        self.register_buffer("cos", turns.cos(), persistent=False)
+        self.register_buffer("sin", turns.sin(), persistent=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                # what adds to the residual stream starts smaller, or deep models start noisy (GPT-2)
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=0.02 / (2 * shape.layers) ** 0.5 if residual else 0.02)
+
+    def hidden(self, ids: Tensor, past: Past | None = None) -> Tensor:
+        """Return the last hidden states, (batch, time, hidden), of ids (batch, time)."""
+        start = past.length if past is not None else 0
+        stop = start + ids.shape[1]
+        cos, sin = self.get_buffer("cos")[start:stop], self.get_buffer("sin")[start:stop]
+        x = self.model.embed_tokens(ids)
+        for layer in self.model.layers:
+            x = layer(x, (cos, sin), past)
+        if past is not None:
+            past.length = stop
+        out: Tensor = self.model.norm(x)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return scores over the vocabulary for hidden states."""
+        return F.linear(hidden, self.model.embed_tokens.weight)
+
+    def loss(self, ids: Tensor, learnt: Tensor) -> Tensor:
+        """Return the mean cross-entropy over the learnt tokens; only their scores are computed."""
+        wanted = learnt[:, 1:]
+        return F.cross_entropy(self.logits(self.hidden(ids[:, :-1])[wanted]), ids[:, 1:][wanted])
+
+    @torch.inference_mode()
+    def complete(self, prompt: list[int], end: int, limit: int = 300) -> list[int]:
+        """Continue a prompt greedily until the token `end` (not returned) or `limit` tokens."""
+        past, ids = Past(), torch.tensor([prompt])
+        out: list[int] = []
+        while len(out) < limit and past.length + ids.shape[1] <= self.shape.context:
+            best = int(self.logits(self.hidden(ids, past)[0, -1]).argmax())
+            if best == end:
+                break
+            out.append(best)
+            ids = torch.tensor([[best]])
+        return out
+
+
+def _rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn pairs of dimensions by their position's angle (Su et al. 2021), halves paired as Hugging Face does."""
+    cos, sin = angles
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin

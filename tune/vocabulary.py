@@ -1,0 +1,101 @@
+"""Train the demo's tokenizer, and turn rows into token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from .dataset import Row, row
+
+__all__ = ["CONTEXT", "END", "PAD", "SPECIAL", "encode_prompt", "encode_row", "save_tokenizer", "train_tokenizer"]
+
+END, PAD = "<|end|>", "<|pad|>"
+SYSTEM, USER_INFO, USER, ASSISTANT = "<|system_info|>", "<|user_info|>", "<|user|>", "<|assistant|>"
+SPECIAL = (END, PAD, SYSTEM, USER_INFO, USER, ASSISTANT)  # their ids are their places in this tuple
+CONTEXT = 1024  # tokens; three long turns with a full meta-prompt stay below 600
+
+
+def train_tokenizer(seed: int, size: int, sample: int) -> Tokenizer:
+    """Train a byte-level BPE (GPT-2's pre-tokenizer, no normaliser) of at most `size` entries on `sample` rows."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=3,
+        show_progress=False,
+        special_tokens=[AddedToken(text, special=True, normalized=False) for text in SPECIAL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes: any text can be written
+    )
+    tokenizer.train_from_iterator(_texts(seed, sample), trainer)
+    return tokenizer
+
+
+def encode_row(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[bool]]:
+    """Return a row's ids, as templates/metaalign.jinja renders it, and which of them are to be learnt.
+
+    Learnt are the trained responses and the token that closes them. Each text is tokenised by itself, so no text can
+    become a marker.
+    """
+    ids, learnt = _head(tokenizer, row.system_info, row.user_info), []
+    learnt = [False] * len(ids)
+    for turn in row.turns:
+        query = [SPECIAL.index(USER), *_plain(tokenizer, turn.query), 0, SPECIAL.index(ASSISTANT)]
+        response = [*_plain(tokenizer, turn.response), 0]
+        ids += query + response
+        learnt += [False] * len(query) + [turn.trained] * len(response)
+    return ids, learnt
+
+
+def encode_prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
+    """Return the ids up to where the last response starts."""
+    ids, _ = encode_row(tokenizer, row)
+    return ids[: len(ids) - 1 - len(_plain(tokenizer, row.turns[-1].response))]
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, template: str) -> None:
+    """Write tokenizer.json and tokenizer_config.json as transformers reads them."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": CONTEXT,
+        "bos_token": END,  # named, because formats want one; never added
+        "eos_token": END,
+        "pad_token": PAD,
+        "unk_token": None,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "additional_special_tokens": list(SPECIAL[2:]),
+        "added_tokens_decoder": {
+            str(index): {"content": text, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
+                         "single_word": False}
+            for index, text in enumerate(SPECIAL)
+        },
+        "chat_template": template,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _head(tokenizer: Tokenizer, system_info: str, user_info: str) -> list[int]:
+    ids = [SPECIAL.index(SYSTEM), *_plain(tokenizer, system_info), 0]
+    return [*ids, SPECIAL.index(USER_INFO), *_plain(tokenizer, user_info), 0]
+
+
+def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    tokenizer.encode_special_tokens = True  # a marker in a text is characters; the file does not keep this switch
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _texts(seed: int, count: int) -> Iterator[str]:
+    for index in range(count):
+        dialog = row(seed, index)
+        yield dialog.system_info
+        yield dialog.user_info
+        for turn in dialog.turns:
+            yield turn.query
+            yield turn.response
