@@ -34,7 +34,7 @@ _NUMBER = re.compile(r"^[ \t]*\d+[.)][ \t]+", re.MULTILINE)
 _HEADING = re.compile(r"\s*(?:#{1,6}\s+\S.*|\*\*[^*]+\*\*:?\s*)")
 _EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf\U0001f1e6-\U0001f1ff\u2b50\u2b55]")
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)*]*(?=\s|$)")
-_ABBREVIATION = re.compile(r"\b(?:approx|ca|e\.g|i\.e|etc|vs|no|fig|dr|mrs?|ms|prof|st|jr|[a-z])\.(?=\s+\S)", re.I)
+_ABBREVIATION = re.compile(r"\b(?:approx|ca|e\.g|i\.e|etc|vs|fig|dr|mrs?|ms|prof|st|jr)\.(?=\s+\S)", re.I)
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
 _PIRATE = re.compile(
@@ -48,7 +48,7 @@ _FRIENDLY = re.compile(
 )
 _CASUAL = re.compile(
     r"\b(?:\w+n['’]t|(?:it|that|what|here|there|he|she|who)['’]s|\w+['’](?:re|ll|ve|d|m)|hey|hi|yeah|yep|nope|cool|"
-    r"awesome|gonna|wanna|kinda|gotta|guys?|dude|matey|arr+|lol|btw|stuff)\b",
+    r"awesome|gonna|wanna|kinda|gotta|guys?|dude|matey|arr+|lol|btw)\b",
     re.I,
 )
 _MEASURE = r"\d[\d,.]*[\s-]*(?:(?:million|billion|thousand|degrees?|square|cubic)\s+)*"
