@@ -25,7 +25,7 @@ from .dataset import Plan, Row, held_out_pair, subjects, write_row
 __all__ = [
     "Generate",
     "Result",
-    "llama_cpp_generator",
+    "edge_generator",
     "main",
     "measure",
     "suite",
@@ -38,7 +38,6 @@ Generate = Callable[[Row], str]
 T = TypeVar("T")
 
 _LONGEST = 300  # tokens of a response
-_MARKERS = ("<|system_info|>", "<|user_info|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def _rates(section: list[Result]) -> dict[str, Rate]:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def torch_generator(folder: Path, threads: int = 2) -> Generate:
+def torch_generator(folder: Path, threads: int = 1) -> Generate:
     """Return a greedy generator over a checkpoint folder."""
     import torch
 
@@ -176,27 +175,19 @@ def torch_generator(folder: Path, threads: int = 2) -> Generate:
     return generate
 
 
-def llama_cpp_generator(path: Path, threads: int = 2) -> Generate:
-    """Return a greedy generator over a converted model, through llama.cpp. No tier's text can become a marker."""
-    from llama_cpp import Llama
+def edge_generator(path: Path, threads: int = 1) -> Generate:
+    """Return a greedy generator over a converted model, through the toolkit itself. Close nothing: it lives on."""
+    import metaalign_edge as edge
 
-    llama = Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
-    system, user_info, user, assistant, end = (llama.tokenize(m.encode(), False, True) for m in _MARKERS)
-
-    def plain(text: str) -> list[int]:
-        return list(llama.tokenize(text.encode(), False, False)) if text else []
+    settings = edge.Settings(temperature=0.0, max_tokens=_LONGEST, threads=threads)
+    file, interrupt = edge.ModelFile(path), edge.Interrupt()
+    template = edge.choose_template("auto", file)
+    chat = edge.Chat(edge.Model(file, settings), template, settings, edge.AS_USUAL, interrupt)
 
     def generate(row: Row) -> str:
-        ids = [*system, *plain(row.system_info), *end, *user_info, *plain(row.user_info), *end]
-        for turn in row.turns[:-1]:
-            ids += [*user, *plain(turn.query), *end, *assistant, *plain(turn.response), *end]
-        ids += [*user, *plain(row.turns[-1].query), *end, *assistant]
-        out: list[int] = []
-        for token in llama.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0):
-            if token in end or len(out) == _LONGEST:
-                break
-            out.append(token)
-        return str(llama.detokenize(out).decode("utf-8", "replace"))
+        turns = [edge.Turn(turn.query, turn.response) for turn in row.turns[:-1]]
+        dialog = edge.Dialog(row.system_info, row.user_info, (*turns, edge.Turn(row.turns[-1].query)))
+        return chat.answer(dialog, 0, lambda _: None, lambda _: None).response
 
     return generate
 
@@ -207,12 +198,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path, help="checkpoint folder, or a .gguf file")
     parser.add_argument("--size", type=int, default=100, help="rows per section (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the test rows (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; more do not help so small a model (default: %(default)s)"
+    )
     parser.add_argument("--misses", type=int, default=0, help="also print so many inexact rows of each section")
     parser.add_argument("--json", action="store_true", help="print the rates as JSON")
     given = parser.parse_args(arguments)
     start = time.monotonic()
-    make = llama_cpp_generator if given.model.suffix == ".gguf" else torch_generator
+    make = edge_generator if given.model.suffix == ".gguf" else torch_generator
     results = measure(make(given.model, given.threads), suite(given.seed, given.size))
     report = summary(results)
     if given.json:

@@ -1,0 +1,2729 @@
+#!/usr/bin/env python3
+"""metaalign-edge: one local model that follows any preference at inference time.
+
+A meta-aligned model reads three tiers: System Info (what the provider wants), User Info (who the user is and
+what they prefer) and User Query. Editing the first two, the meta-prompt, is the whole of inference-time alignment.
+This file renders the dialog, keeps tier text from posing as control tokens, and runs the model with llama.cpp.
+
+Contents, in dependency order (nothing refers upward):
+
+     1  Constants
+     2  Errors
+     3  Dialog
+     4  Tier text
+     5  Template sandbox
+     6  Rendering
+     7  Tier-safe tokens
+     8  Stores
+     9  Engine
+    10  Generation
+    11  Presentation
+    12  Commands
+    13  Main
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import io
+import json
+import mmap
+import os
+import random
+import re
+import signal
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import BuiltinMethodType, MethodType, ModuleType, TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, SupportsIndex, TextIO, cast
+
+import typer
+
+if TYPE_CHECKING:
+    import jinja2
+
+# =====================================================================================================================
+#  1  Constants
+# =====================================================================================================================
+
+__version__ = "0.1.0"
+
+Tier = Literal["system_info", "user_info", "query", "response"]
+TIERS: tuple[Tier, ...] = ("system_info", "user_info", "query", "response")
+
+DEFAULT_CONTEXT = 4096  # tokens per sequence, unless the model has fewer or the dialog needs more
+PREFILL_CHUNK = 512  # tokens between two looks at the interrupt flag where llama.cpp has no abort callback (GPUs)
+TINY_MODEL = 1 << 25  # bytes of weights; below, threads wait for each other longer than they compute
+TEXT_STACK = 1024  # bytes of stack per byte of text: llama.cpp's regex fallback recurses per character (400 were seen)
+BYTES_PER_TOKEN = 512  # no vocabulary in the wild has a longer token; bounds what a context could ever hold
+
+# =====================================================================================================================
+#  2  Errors
+# =====================================================================================================================
+
+
+class EdgeError(Exception):
+    """Root of every error a user can cause; its text is one line: what, where, what to do next."""
+
+    exit_code = 1
+
+
+class UsageError(EdgeError):
+    """The arguments or the input make no sense together."""
+
+    exit_code = 2
+
+
+class NotFound(EdgeError):
+    """A model or file is not there."""
+
+    exit_code = 3
+
+
+class NetworkError(EdgeError):
+    """The hub is unreachable, or refuses."""
+
+    exit_code = 4
+
+
+class LoadError(EdgeError):
+    """A model file is bad, or does not fit the memory."""
+
+    exit_code = 5
+
+
+class ContextOverflow(EdgeError):
+    """The pinned part of the dialog does not fit the context."""
+
+    exit_code = 6
+
+
+class TemplateError(EdgeError):
+    """A template is missing, does not render, or breaks its budget."""
+
+    exit_code = 7
+
+
+class TierViolation(EdgeError):
+    """Text in a tier would become more than text."""
+
+    exit_code = 7
+
+
+class CannotWrite(EdgeError):
+    """An output cannot be written."""
+
+    exit_code = 8
+
+
+class Interrupted(EdgeError):
+    """The user pressed Ctrl-C."""
+
+    exit_code = 130
+
+
+def one_line(error: object) -> str:
+    """Squeeze the text of an exception into one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# =====================================================================================================================
+#  3  Dialog
+# =====================================================================================================================
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and, unless it is the newest, its answer."""
+
+    query: str
+    response: str | None = None
+
+
+@dataclass(frozen=True)
+class Dialog:
+    """What is said in which tier. The prompt is a pure function of it; the last turn has no response yet."""
+
+    system_info: str = ""
+    user_info: str = ""
+    turns: tuple[Turn, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, text in self.texts():
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise UsageError(f"the {name} holds bytes that are not UTF-8 (a lone surrogate): re-encode the text")
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Yield every text with the name of its tier."""
+        yield "System Info", self.system_info
+        yield "User Info", self.user_info
+        for turn in self.turns:
+            yield "User Query", turn.query
+            if turn.response is not None:
+                yield "Response", turn.response
+
+
+class RenderOptions(NamedTuple):
+    """How a dialog becomes a prompt."""
+
+    remind: bool = True  # restate the priority next to the newest query when both tiers speak (wrapped only)
+    think: bool | None = None  # `enable_thinking` of templates that know it; None passes nothing
+
+
+AS_USUAL = RenderOptions()
+
+# =====================================================================================================================
+#  4  Tier text
+# =====================================================================================================================
+
+
+class Span(NamedTuple):
+    """Characters [start, end) that came from a tier."""
+
+    start: int
+    end: int
+    tier: Tier
+
+
+class TierText(str):
+    """A string that remembers which of its characters came from which tier; the others are scaffold.
+
+    A template may cut, strip, join and change it in any way it likes: every operation either carries the spans along
+    or, where positions are lost, gives the whole result to the tier. So no text of a tier can pass as scaffold.
+    """
+
+    spans: tuple[Span, ...]
+
+    @classmethod
+    def of(cls, text: str, tier: Tier) -> TierText:
+        """Mark a whole text as one tier's."""
+        return cls.build(text, [Span(0, len(text), tier)])
+
+    @classmethod
+    def build(cls, text: str, spans: Iterable[Span]) -> TierText:
+        """Make a text with these spans; empty ones vanish, neighbours of one tier merge."""
+        self = super().__new__(cls, text)
+        merged: list[Span] = []
+        for span in spans:
+            if span.start >= span.end:
+                continue
+            if merged and merged[-1].tier == span.tier and merged[-1].end == span.start:
+                merged[-1] = Span(merged[-1].start, span.end, span.tier)
+            else:
+                merged.append(span)
+        self.spans = tuple(merged)
+        return self
+
+    def pieces(self) -> Iterator[tuple[str, Tier | None]]:
+        """Yield the maximal runs of one owner in order; scaffold has the owner None."""
+        at = 0
+        for start, end, tier in self.spans:
+            if at < start:
+                yield str.__getitem__(self, slice(at, start)), None
+            yield str.__getitem__(self, slice(start, end)), tier
+            at = end
+        if at < len(self):
+            yield str.__getitem__(self, slice(at, None)), None
+
+    def holds(self, tier: Tier) -> bool:
+        """Tell whether any character came from this tier."""
+        return any(span.tier == tier for span in self.spans)
+
+    def _whole(self, text: str) -> TierText:
+        return TierText.build(text, [Span(0, len(text), self.spans[-1].tier)] if self.spans else [])
+
+    def _same_length(self, text: str) -> TierText:
+        return TierText.build(text, self.spans) if len(text) == len(self) else self._whole(text)
+
+    def _cut(self, pieces: Iterable[str]) -> list[TierText]:
+        """Give the pieces of a split, in order, their spans back."""
+        found, at = [], 0
+        for piece in pieces:
+            at = self.find(piece, at)
+            found.append(self[at : at + len(piece)])
+            at += len(piece)
+        return found
+
+    def __str__(self) -> str:
+        return self
+
+    def __getitem__(self, key: SupportsIndex | slice) -> TierText:
+        text = str.__getitem__(self, key)
+        if not isinstance(key, slice):
+            start = key.__index__() % len(self)
+            step = 1
+        else:
+            start, _, step = key.indices(len(self))
+        if step != 1:
+            return self._whole(text)
+        stop = start + len(text)
+        return TierText.build(
+            text,
+            (Span(max(s, start) - start, min(e, stop) - start, t) for s, e, t in self.spans if s < stop and e > start),
+        )
+
+    def __iter__(self) -> Iterator[TierText]:
+        return (self[index] for index in range(len(self)))
+
+    def __add__(self, other: str) -> TierText:
+        return join_text([self, other])
+
+    def __radd__(self, other: str) -> TierText:
+        return join_text([other, self])
+
+    def __mul__(self, times: SupportsIndex) -> TierText:
+        return join_text([self] * times.__index__())
+
+    __rmul__ = __mul__
+
+    def strip(self, chars: str | None = None, /) -> TierText:
+        """Strip both ends."""
+        return self.lstrip(chars).rstrip(chars)
+
+    def lstrip(self, chars: str | None = None, /) -> TierText:
+        """Strip the left end."""
+        return self[len(self) - len(str.lstrip(self, chars)) :]
+
+    def rstrip(self, chars: str | None = None, /) -> TierText:
+        """Strip the right end."""
+        return self[: len(str.rstrip(self, chars))]
+
+    def removeprefix(self, prefix: str, /) -> TierText:
+        """Remove a prefix if it is there."""
+        return self[len(self) - len(str.removeprefix(self, prefix)) :]
+
+    def removesuffix(self, suffix: str, /) -> TierText:
+        """Remove a suffix if it is there."""
+        return self[: len(str.removesuffix(self, suffix))]
+
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[TierText]:  # type: ignore[override]
+        """Split from the left."""
+        return (
+            self._cut(str.split(self, sep, maxsplit))
+            if sep is None
+            else self._cut_at(str.split(self, sep, maxsplit), sep)
+        )
+
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[TierText]:  # type: ignore[override]
+        """Split from the right."""
+        return (
+            self._cut(str.rsplit(self, sep, maxsplit))
+            if sep is None
+            else self._cut_at(str.rsplit(self, sep, maxsplit), sep)
+        )
+
+    def _cut_at(self, pieces: Iterable[str], sep: str) -> list[TierText]:
+        found, at = [], 0
+        for piece in pieces:
+            found.append(self[at : at + len(piece)])
+            at += len(piece) + len(sep)
+        return found
+
+    def splitlines(self, keepends: bool = False) -> list[TierText]:  # type: ignore[override]
+        """Split at line boundaries."""
+        found, at = [], 0
+        for line, whole in zip(str.splitlines(self), str.splitlines(self, True), strict=True):
+            found.append(self[at : at + len(whole if keepends else line)])
+            at += len(whole)
+        return found
+
+    def partition(self, sep: str, /) -> tuple[TierText, TierText, TierText]:
+        """Split once from the left, in three."""
+        before, middle, _ = str.partition(self, sep)
+        a, b = len(before), len(before) + len(middle)
+        return self[:a], self[a:b], self[b:]
+
+    def rpartition(self, sep: str, /) -> tuple[TierText, TierText, TierText]:
+        """Split once from the right, in three."""
+        before, middle, _ = str.rpartition(self, sep)
+        a, b = len(before), len(before) + len(middle)
+        return self[:a], self[a:b], self[b:]
+
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> TierText:
+        """Replace occurrences; what replaces them keeps its own owner."""
+        if not old:
+            return join_text([self, new])._whole(str.replace(self, old, new, count))
+        parts = self.split(old, count)
+        return join_text([part for piece in parts for part in (piece, new)][:-1])
+
+    def join(self, iterable: Iterable[str], /) -> TierText:
+        """Join texts with this one between them."""
+        return join_text([part for piece in iterable for part in (piece, self)][:-1])
+
+    def upper(self) -> TierText:
+        """Upper-case."""
+        return self._same_length(str.upper(self))
+
+    def lower(self) -> TierText:
+        """Lower-case."""
+        return self._same_length(str.lower(self))
+
+    def title(self) -> TierText:
+        """Title-case."""
+        return self._same_length(str.title(self))
+
+    def capitalize(self) -> TierText:
+        """Capitalise the first letter."""
+        return self._same_length(str.capitalize(self))
+
+    def zfill(self, width: SupportsIndex, /) -> TierText:
+        """Pad with zeros on the left."""
+        return self._whole(str.zfill(self, width))
+
+
+def join_text(parts: Iterable[str]) -> TierText:
+    """Concatenate texts, each with its owner; a plain string is scaffold."""
+    spans: list[Span] = []
+    parts, at = list(parts), 0
+    for part in parts:
+        if isinstance(part, TierText):
+            spans += [Span(start + at, end + at, tier) for start, end, tier in part.spans]
+        at += len(part)
+    return TierText.build("".join(parts), spans)
+
+
+def tier_within(value: Any) -> Tier | None:
+    """Return a tier whose text is somewhere in a value of a template, the last found; None if there is none."""
+    if isinstance(value, TierText):
+        return value.spans[-1].tier if value.spans else None
+    if isinstance(value, str | int | float | None):
+        return None
+    if isinstance(value, Mapping):
+        return tier_within([*value.keys(), *value.values()])
+    if isinstance(value, list | tuple | set | frozenset):
+        return next((tier for item in reversed(list(value)) if (tier := tier_within(item))), None)
+    return "query" if isinstance(value, Iterator) else None  # a lazy sequence cannot be looked into: assume the worst
+
+
+# =====================================================================================================================
+#  5  Template sandbox
+# =====================================================================================================================
+# A GGUF's template is somebody else's program. Jinja's immutable sandbox keeps it from Python's internals; what is
+# added here bounds what it may spend, and follows the tiers' text through everything it does. jinja2 is imported on
+# first use (it would be a third of the start-up of `--help`), hence the mixin, married to Jinja's in `sandbox_class`.
+
+BUDGET_STEPS = 300_000  # loop iterations, calls and filters of one rendering; real templates need some thousands
+BUDGET_SECONDS = 5.0
+BUDGET_TEXT = 1 << 24  # characters of any one string
+BUDGET_NODES = 1 << 17  # values in any one list or dict
+TEMPLATE_SIZE = 1 << 20  # characters of a template's source
+
+# What chat templates in the wild use; each can be bounded. The rest of Jinja's filters (`center`, `sum`, `batch`, …)
+# would only serve to burn time or memory.
+FILTERS = (
+    "abs capitalize count d default dictsort e escape first float format indent int items join last length list lower "
+    "map max min reject rejectattr replace reverse round safe select selectattr sort string title tojson trim unique "
+    "upper"
+).split()
+EXACT_FILTERS = "capitalize d default first last lower reverse string trim upper".split()  # a string's own methods
+STRING_METHODS = (
+    "capitalize count endswith find format index isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle "
+    "isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split "
+    "splitlines startswith strip title upper zfill"
+).split()
+
+
+class Refusal(Exception):
+    """A template called `raise_exception`: it will not render this dialog."""
+
+
+class TemplateFailure(TemplateError):
+    """A template failed on these messages; another shape of message may suit it."""
+
+
+class OverBudget(Exception):
+    """A template spent more than a chat template ever needs."""
+
+
+class TierSandbox:
+    """The part of the sandbox that is ours: budgets, and the tiers' text followed through every operation."""
+
+    rendered: tuple[type, ...]  # callables of a template whose result `concat` wrote
+    intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
+    steps = 0
+    deadline = 0.0
+
+    def begin(self) -> None:
+        """Start a rendering with a fresh budget."""
+        self.steps, self.deadline = 0, time.monotonic() + BUDGET_SECONDS
+
+    def step(self) -> None:
+        """Count one step."""
+        self.steps += 1
+        if self.steps > BUDGET_STEPS:
+            raise OverBudget(f"it takes more than {BUDGET_STEPS:,} steps")
+        if time.monotonic() > self.deadline:
+            raise OverBudget(f"it takes more than {BUDGET_SECONDS:g} seconds")
+
+    def concat(self, parts: Iterable[str]) -> str:
+        """Join what a template writes, in place of Jinja's own."""
+        parts, size = list(parts), 0
+        for part in parts:
+            size += len(part)
+            if size > BUDGET_TEXT:
+                raise OverBudget(f"it writes more than {BUDGET_TEXT:,} characters")
+        return join_text(parts) if any(isinstance(part, TierText) for part in parts) else "".join(parts)
+
+    def tilde(self, *operands: Any) -> str:
+        """Do what the operator `~` does."""
+        return self.concat([self.written(operand) for operand in operands])
+
+    def looped(self, iterable: Any) -> Iterator[Any]:
+        """Count the iterations of a `for`."""
+        for item in iterable:
+            self.step()
+            yield item
+
+    def bounded(self, value: Any) -> Any:
+        """Return a value unchanged if it is of a size that a chat template may need."""
+        nodes = size = 0
+        waiting = [value]
+        while waiting:
+            nodes += 1
+            item = waiting.pop()
+            if isinstance(item, str):
+                size += len(item)
+            elif isinstance(item, int):
+                self.allow(item.bit_length(), 4096)
+            elif isinstance(item, Mapping):
+                waiting += [*item.keys(), *item.values()]
+            elif isinstance(item, list | tuple | set | frozenset):
+                waiting += item
+            if size > BUDGET_TEXT or nodes + len(waiting) > BUDGET_NODES:
+                raise OverBudget("it builds a value larger than any chat template needs")
+        return value
+
+    def allow(self, size: int, most: int = BUDGET_TEXT) -> None:
+        """Refuse an operation whose result would have this size."""
+        if size > most:
+            raise OverBudget("it makes a value larger than any chat template needs")
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Compute a binary operator; growth is bounded before it happens."""
+        self.step()
+        numbers = isinstance(left, int | float) and isinstance(right, int | float)
+        if operator == "*" and not numbers:
+            thing, times = (right, left) if isinstance(left, int) else (left, right)
+            self.allow(len(thing) * times, BUDGET_TEXT if isinstance(thing, str) else BUDGET_NODES)
+        elif operator == "**" and (not numbers or abs(right) > 64 or abs(left) > 1e6):
+            raise OverBudget("it raises a number to a power no chat template needs")
+        elif operator == "%" and isinstance(left, str):
+            values = right if isinstance(right, tuple | Mapping) else (right,)
+            return self.formatted(left, values, lambda: str(left) % right)
+        result = self.binop_table[operator](left, right)  # type: ignore[attr-defined]
+        return self.owned(self.bounded(result), [left, right])
+
+    def formatted(self, pattern: str, values: Any, render: Callable[[], str]) -> str:
+        """Fill a format string; the tier of any value takes the whole result."""
+        self.bounded(values)
+        longest = max(map(len, map(str, values.values() if isinstance(values, Mapping) else values)), default=0)
+        wide = re.search(r"\d{4}|\*", pattern)
+        self.allow(BUDGET_TEXT + 1 if wide else (pattern.count("%") + pattern.count("{")) * longest)
+        return cast(str, self.owned(render(), [pattern, values], exact=False))
+
+    def owned(self, result: Any, inputs: Any, exact: bool = True) -> Any:
+        """Give a string that was computed from a tier's text to that tier, unless its own spans are `exact`."""
+        if not isinstance(result, str) or (exact and isinstance(result, TierText)):
+            return result
+        tier = tier_within(inputs)
+        return TierText.of(str.__str__(result), tier) if tier else result
+
+    def written(self, value: Any) -> str:
+        """Turn a value into the text that a template writes of it."""
+        return value if isinstance(value, str) else cast(str, self.owned(str(self.bounded(value)), value))
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        """Refuse what the sandbox forbids at once; Jinja would let it pass as an undefined value."""
+        raise OverBudget(f"it reaches for {attribute!r} of a {type(obj).__name__}, which no chat template needs")
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Replace `str.format` by the sandbox's, with bounds and with the tiers followed."""
+        if super().wrap_str_format(value) is None:  # type: ignore[misc]
+            return None
+        plain = super().wrap_str_format(str.__str__(value.__self__).format)  # type: ignore[misc]
+
+        def fill(*args: Any, **kwargs: Any) -> str:
+            return self.formatted(value.__self__, {**dict(enumerate(args)), **kwargs}, lambda: plain(*args, **kwargs))
+
+        return fill
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Allow on strings only the methods that can be bounded and followed."""
+        if isinstance(obj, str) and attr not in STRING_METHODS:
+            return False
+        return bool(super().is_safe_attribute(obj, attr, value))  # type: ignore[misc]
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function of the template's, following the tiers through it."""
+        self.step()
+        owner = getattr(function, "__self__", None)
+        if owner is self:  # our own `tilde`, `looped`, `bounded`
+            return function(*args)
+        if isinstance(function, BuiltinMethodType | MethodType) and isinstance(owner, str):
+            named = {name: value for name, value in kwargs.items() if not name.startswith("_")}  # not Jinja's own
+            return self.string_method(owner, function.__name__, args, named)
+        result = super().call(context, function, *args, **kwargs)  # type: ignore[misc]
+        if isinstance(function, self.rendered):  # written by `concat`, which follows exactly
+            return result
+        return self.owned(self.bounded(result), [args, kwargs])
+
+    def string_method(self, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a string's method, on a tier text if any operand is one."""
+        self.bounded([args, kwargs])
+        if name == "replace" and len(args) > 1:
+            self.allow((text.count(args[0]) + 1) * len(args[1]))
+        if name == "join" and args:
+            return self.joined(args[0], text)
+        if name == "zfill" and args:
+            self.allow(args[0])
+        if tier_within([args, kwargs]):
+            text = join_text([text])
+        return self.owned(getattr(text, name)(*args, **kwargs), [text])
+
+    def guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a filter: it counts as a step, its values are bounded, tiers are followed."""
+
+        @functools.wraps(function)  # carries `jinja_pass_arg` along
+        def filtered(*args: Any, **kwargs: Any) -> Any:
+            self.step()
+            values = [*args[1:], *kwargs.values()] if hasattr(function, "jinja_pass_arg") else [*args, *kwargs.values()]
+            self.bounded(values)
+            if name == "replace":
+                return self.string_method(self.written(values[0]), "replace", tuple(values[1:]), {})
+            if name == "format":
+                return self.formatted(self.written(values[0]), kwargs or args[1:], lambda: function(*args, **kwargs))
+            if name == "indent" and len(values) > 1:
+                self.allow(values[0].count("\n") * (len(values[1]) if isinstance(values[1], str) else values[1]))
+            result = function(*args, **kwargs)
+            return self.owned(self.bounded(result), values, exact=name in EXACT_FILTERS)
+
+        return filtered
+
+    def joined(self, values: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
+        """Do what the filter `join` does, following each part."""
+        if attribute is not None:
+            values = (self.getattr(value, attribute) for value in values)  # type: ignore[attr-defined]
+        parts = [self.written(value) for value in self.looped(values)]
+        return self.concat([part for piece in parts for part in (piece, d)][:-1])
+
+
+def to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Do what transformers' `tojson` does: JSON without HTML escapes."""
+    if isinstance(indent, int) and indent > 16:
+        raise OverBudget("it indents JSON wider than any chat template needs")  # some values times any depth
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@functools.cache
+def sandbox_class() -> Any:
+    """Marry `TierSandbox` to Jinja's immutable sandbox, importing jinja2 only now."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.runtime import LoopContext, Macro
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.visitor import NodeTransformer
+
+    class Metered(NodeTransformer):
+        """Route loops, `~` and literal containers through the environment, which counts and bounds them."""
+
+        def through(self, method: str, *arguments: Any) -> nodes.Call:
+            return nodes.Call(nodes.EnvironmentAttribute(method), list(arguments), [], None, None)
+
+        def visit_For(self, node: nodes.For) -> nodes.Node:
+            self.generic_visit(node)
+            node.iter = self.through("looped", node.iter)
+            return node
+
+        def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+            self.generic_visit(node)
+            return self.through("tilde", *node.nodes)
+
+        def visit_container(self, node: Any) -> nodes.Node:
+            self.generic_visit(node)
+            return node if getattr(node, "ctx", "load") == "store" else self.through("bounded", node)
+
+        visit_List = visit_Dict = visit_Tuple = visit_container
+
+    class Generation(Extension):
+        """The tag {% generation %}, by which transformers marks what is trained: passed through."""
+
+        tags = {"generation"}  # noqa: RUF012  Jinja's own declaration
+
+        def parse(self, parser: Any) -> Any:
+            parser.stream.skip(1)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    class Sandbox(TierSandbox, ImmutableSandboxedEnvironment):
+        rendered = (Macro, LoopContext)
+
+        def __init__(self) -> None:
+            super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+            self.finalize = self.written
+            builtin = {**self.filters, "tojson": to_json}
+            self.filters = {name: self.guarded(name, builtin[name]) for name in FILTERS}
+            self.filters["join"] = self.joined
+            self.globals.pop("lipsum")
+
+        def compile_metered(self, source: str) -> jinja2.Template:
+            return self.from_string(Metered().visit(self.parse(source)))
+
+    return Sandbox
+
+
+class Template:
+    """A compiled template. `render` raises `Refusal` or `TemplateError`, never anything else."""
+
+    def __init__(self, source: str, name: str) -> None:
+        self.source, self.name = source, name
+        if len(source) > TEMPLATE_SIZE:
+            raise TemplateError(f"the template of {name} has {len(source):,} characters: no chat template needs that")
+        self._sandbox: Any = sandbox_class()()
+        try:
+            self._compiled = self._sandbox.compile_metered(source)
+        except Exception as error:
+            raise TemplateError(
+                f"the template of {name} does not parse: {one_line(error)}: give another with --template"
+            ) from error
+
+    def mentions(self, word: str) -> bool:
+        """Tell whether the template uses this name, as a variable or as a role."""
+        from jinja2 import nodes
+
+        tree = self._sandbox.parse(self.source)
+        names = {node.name for node in tree.find_all(nodes.Name)}
+        return word in names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+
+    def render(self, **variables: Any) -> TierText:
+        """Render within the budget.
+
+        Raises:
+            Refusal: the template called `raise_exception`.
+            TemplateError: it failed, or spent more than its budget.
+        """
+
+        def raise_exception(message: Any) -> None:
+            raise Refusal(one_line(message))
+
+        def strftime_now(pattern: str) -> str:
+            return time.strftime(pattern)
+
+        self._sandbox.begin()
+        try:
+            text = self._compiled.render(**variables, raise_exception=raise_exception, strftime_now=strftime_now)
+        except Refusal:
+            raise
+        except RecursionError:
+            raise TemplateError(
+                f"the template of {self.name} nests without end: give another with --template"
+            ) from None
+        except Exception as error:
+            hostile = type(error).__name__ in ("OverBudget", "SecurityError", "MemoryError")
+            kind = TemplateError if hostile else TemplateFailure
+            raise kind(
+                f"the template of {self.name} failed: {one_line(error)}: give another with --template"
+            ) from error
+        return join_text([text])
+
+
+# =====================================================================================================================
+#  6  Rendering
+# =====================================================================================================================
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The template in force, where it came from, and the tokens it may name."""
+
+    template: Template
+    native: bool  # it knows User Info; otherwise the meta-prompt is wrapped into the messages
+    name: str
+    why: str  # how it was chosen, for -v
+    meta_prompt: Template
+    reminder: Template
+    bos_token: str = ""
+    eos_token: str = ""
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A rendered dialog: the prompt, and the messages that the template was given."""
+
+    template: str
+    native: bool
+    messages: list[dict[str, Any]]
+    prompt: TierText
+    source: str  # the template's text: a user-defined token that stands in it is a marker
+
+    def missing(self, dialog: Dialog) -> str | None:
+        """Name a tier whose text did not reach the prompt; None if all did."""
+        newest = dialog.turns[-1].query if dialog.turns else ""
+        tiers: list[tuple[Tier, str]] = [
+            ("system_info", dialog.system_info),
+            ("user_info", dialog.user_info),
+            ("query", newest),
+        ]
+        return next((tier for tier, text in tiers if text.strip() and not self.prompt.holds(tier)), None)
+
+
+def render(dialog: Dialog, chat: ChatTemplate, options: RenderOptions = AS_USUAL) -> Rendering:
+    """Render a dialog as the model reads it.
+
+    Raises:
+        TemplateError: the template fails, refuses the dialog, or leaves a tier out.
+    """
+    reasons = []
+    for messages in native_messages(dialog) if chat.native else wrapped_messages(dialog, chat, options):
+        try:
+            rendering = render_messages(dialog, chat, options, messages)
+        except (Refusal, TemplateFailure) as error:  # perhaps it takes the same dialog in another shape
+            reasons.append(error if isinstance(error, TemplateFailure) else f"it says: {error}")
+            continue
+        missing = rendering.missing(dialog)
+        if missing is None:
+            return rendering
+        reasons.append(f"it leaves out {missing}")
+    if isinstance(reasons[0], TemplateFailure):
+        raise reasons[0]
+    raise TemplateError(
+        f"the template {chat.name} cannot render this dialog: {reasons[0]}: give another with --template"
+    )
+
+
+def render_messages(
+    dialog: Dialog, chat: ChatTemplate, options: RenderOptions, messages: list[dict[str, Any]]
+) -> Rendering:
+    """Hand messages and the variables that chat templates expect to the template."""
+    turns = [{"query": TierText.of(turn.query, "query")} for turn in dialog.turns]
+    for entry, turn in zip(turns, dialog.turns, strict=True):
+        if turn.response is not None:
+            entry["response"] = TierText.of(turn.response, "response")
+    thinking = {} if options.think is None else {"enable_thinking": options.think, "thinking": options.think}
+    tiers = {
+        "system_info": TierText.of(dialog.system_info, "system_info"),
+        "user_info": TierText.of(dialog.user_info, "user_info"),
+    }
+    prompt = chat.template.render(
+        messages=messages,
+        turns=turns,
+        bos_token=chat.bos_token,
+        eos_token=chat.eos_token,
+        add_generation_prompt=True,
+        tools=None,
+        documents=None,
+        functions=None,
+        **thinking,
+        **(tiers if chat.native else {}),
+    )
+    return Rendering(chat.name, chat.native, messages, prompt, chat.template.source)
+
+
+def native_messages(dialog: Dialog) -> Iterator[list[dict[str, Any]]]:
+    """Yield the messages of a dialog for a template that knows the role `user_info`."""
+    head = [
+        {"role": "system", "content": TierText.of(dialog.system_info, "system_info")},
+        {"role": "user_info", "content": TierText.of(dialog.user_info, "user_info")},
+    ]
+    yield head + turn_messages(dialog)
+
+
+def turn_messages(dialog: Dialog) -> list[dict[str, Any]]:
+    """List the turns as user and assistant messages."""
+    messages = []
+    for turn in dialog.turns:
+        messages.append({"role": "user", "content": TierText.of(turn.query, "query")})
+        if turn.response is not None:
+            messages.append({"role": "assistant", "content": TierText.of(turn.response, "response")})
+    return messages
+
+
+def wrapped_messages(dialog: Dialog, chat: ChatTemplate, options: RenderOptions) -> Iterator[list[dict[str, Any]]]:
+    """Yield the ways to put the meta-prompt into system, user and assistant messages, the best first."""
+    system_info = TierText.of(dialog.system_info, "system_info")
+    user_info = TierText.of(dialog.user_info, "user_info")
+    meta_prompt = chat.meta_prompt.render(system_info=system_info, user_info=user_info)
+    messages = turn_messages(dialog)
+    if options.remind and dialog.system_info and dialog.user_info and messages:
+        messages[-1] = {"role": "user", "content": chat.reminder.render(query=messages[-1]["content"])}
+    layouts = [messages]
+    if meta_prompt:
+        first = (
+            {"role": "user", "content": join_text([meta_prompt, "\n\n", messages[0]["content"]])} if messages else None
+        )
+        layouts = [[{"role": "system", "content": meta_prompt}, *messages]]
+        layouts += [[first, *messages[1:]]] if first else []  # for a template that refuses or drops a system message
+    yield from layouts
+    for layout in layouts:  # for a template that expects a list of parts
+        yield [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in layout]
+
+
+# =====================================================================================================================
+#  7  Tier-safe tokens
+# =====================================================================================================================
+# Text in a tier is data. The rendered prompt is cut at the special tokens of its scaffold, and only there; what lies
+# between is tokenised in one piece (as the reference does) with special tokens off; then the ids are checked.
+
+ATTR_UNKNOWN, ATTR_NORMAL, ATTR_CONTROL, ATTR_USER_DEFINED, ATTR_BYTE = 1, 4, 8, 16, 32  # llama.h, llama_token_attr
+ATTR_LSTRIP, ATTR_RSTRIP = 128, 256
+MARKUP = re.compile(r"<\|[^<>|\s]+\|>|<</?\w+>>|</?\w+>|\[/?[A-Z_]+\]|<｜[^<>｜\s]+｜>")
+
+
+class Vocabulary(Protocol):
+    """What tokenising needs of a vocabulary; the engine's is llama.cpp's."""
+
+    bos: int | None  # the token to begin with, if the vocabulary wants one
+    escapes_spaces: bool  # SentencePiece: U+2581 stands for a space
+    space_prefix: bool  # SentencePiece: a space is put before text that follows a special token
+
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest token."""
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Tokenise; `special` recognises control tokens in the text."""
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes a token stands for."""
+
+    def attributes(self, token: int) -> int:
+        """Return llama.cpp's attribute bits of a token."""
+
+    def is_end(self, token: int) -> bool:
+        """Tell whether a token ends a generation."""
+
+    def spell(self, text: str) -> list[int]:
+        """Write text one character, or one byte, per token."""
+
+
+class Token(NamedTuple):
+    """A token of the prompt."""
+
+    id: int
+    data: bytes
+    tier: Tier | None  # None: scaffold
+
+    @property
+    def text(self) -> str:
+        """Return the token's bytes as text, U+FFFD for what is incomplete."""
+        return self.data.decode("utf-8", "replace")
+
+
+class Tokens(NamedTuple):
+    """A tokenised prompt."""
+
+    tokens: list[Token]
+    forged: list[str]  # marker words of the template that a tier's text contains: ids cannot protect those
+
+    @property
+    def ids(self) -> list[int]:
+        """List the ids."""
+        return [token.id for token in self.tokens]
+
+
+class Markers:
+    """The tokens that only the scaffold of a template may use: `token in markers`."""
+
+    def __init__(self, source: str, vocabulary: Vocabulary) -> None:
+        self._source, self._vocabulary = source, vocabulary
+        self._known: dict[int, bool] = {}
+
+    def __contains__(self, token: int) -> bool:
+        known = self._known.get(token)
+        if known is None:
+            known = self._known[token] = self._is_marker(token)
+        return known
+
+    def _is_marker(self, token: int) -> bool:
+        attributes = self._vocabulary.attributes(token)
+        if attributes & (ATTR_CONTROL | ATTR_UNKNOWN) or self._vocabulary.is_end(token):
+            return True
+        text = self._vocabulary.piece(token).decode("utf-8", "replace")
+        if not attributes & ATTR_USER_DEFINED or not text.strip():
+            return False
+        return text in self._source or bool(re.fullmatch(r"<[|｜].*[|｜]>", text, re.DOTALL))
+
+
+def tokenize(rendering: Rendering, vocabulary: Vocabulary, context: int) -> Tokens:
+    """Tokenise a rendered dialog so that no tier's text becomes a control token.
+
+    Raises:
+        ContextOverflow: the text cannot fit a context of this many tokens, whatever its tokens are.
+        TierViolation: an id in a tier is one that only the scaffold may use, or characters were lost.
+    """
+    prompt, size = rendering.prompt, len(rendering.prompt.encode())
+    if size > context and size > context * min(vocabulary.longest, BYTES_PER_TOKEN):
+        raise ContextOverflow(
+            f"the prompt has {size:,} bytes; a context of {context:,} tokens can never hold them: shorten it"
+        )
+    tokens: list[Token] = []
+    words: set[str] = set()
+    markers = Markers(rendering.source, vocabulary)
+    for part in cut_at_markers(prompt, markers, vocabulary):
+        if isinstance(part, int):
+            tokens.append(Token(part, vocabulary.piece(part), None))
+        elif part:
+            tokens += encode_fragment(part, markers, vocabulary)
+            words |= marker_words(part)
+    if vocabulary.bos is not None and not (tokens and tokens[0].id == vocabulary.bos):
+        tokens.insert(0, Token(vocabulary.bos, vocabulary.piece(vocabulary.bos), None))
+    for token in tokens:
+        if token.tier and token.id in markers:
+            raise TierViolation(
+                f"{token.tier} would become the control token {token.text!r}: this vocabulary cannot hold that text"
+            )
+    said = [text for text, tier in prompt.pieces() if tier]
+    return Tokens(tokens, sorted(word for word in words if any(word in text for text in said)))
+
+
+def cut_at_markers(prompt: TierText, markers: Markers, vocabulary: Vocabulary) -> Iterator[int | TierText]:
+    """Split a prompt at the markers of its scaffold: yield marker ids and, between them, text."""
+    fragment: list[str] = []
+    for text, tier in prompt.pieces():
+        if tier:
+            fragment.append(TierText.of(text, tier))
+            continue
+        at = 0
+        for token in vocabulary.encode(text, special=True):
+            if token not in markers:
+                continue
+            marker = vocabulary.piece(token).decode("utf-8", "replace")
+            start = text.find(marker, at)
+            if not marker or start < 0:
+                continue
+            before, at = text[at:start], start + len(marker)
+            attributes = vocabulary.attributes(token)
+            yield join_text([*fragment, before.rstrip() if attributes & ATTR_LSTRIP else before])
+            yield token
+            fragment = []
+            if attributes & ATTR_RSTRIP:  # as llama.cpp does, but never into a tier's text
+                at += len(text[at:]) - len(text[at:].lstrip())
+        fragment.append(text[at:])
+    yield join_text(fragment)
+
+
+def encode_fragment(fragment: TierText, markers: Markers, vocabulary: Vocabulary) -> Iterator[Token]:
+    """Tokenise text between two markers and give each token its tier; a marker in a tier's text is spelled out.
+
+    Raises:
+        TierViolation: the tokens do not say what the text says.
+    """
+    if vocabulary.escapes_spaces:
+        fragment = TierText.build(str.replace(fragment, "\u2581", " "), fragment.spans)
+    expected, owners, at = fragment.encode(), byte_owners(fragment), 0
+    after_special, spelled = True, False  # SentencePiece puts a space in front of what follows a special token
+    for token in vocabulary.encode(fragment, special=False):
+        data, attributes = vocabulary.piece(token), vocabulary.attributes(token)
+        user_defined = bool(attributes & ATTR_USER_DEFINED)
+        extra = 1 if vocabulary.space_prefix and after_special and not user_defined else 0
+        said = data[extra:]
+        forged = bool(attributes & ATTR_BYTE) and not expected.startswith(said, at)
+        if forged:  # `<0x0A>` in a text may become the byte token of that name
+            said = b"<0x%02X>" % data[0]
+        if not expected.startswith(said, at):
+            break
+        while owners and owners[0][1] <= at:
+            owners.pop(0)
+        tier = owners[0][2] if owners and owners[0][0] < at + len(said) else None
+        at += len(said)
+        again = spelled and extra == 1  # the space belongs to a special token that is none any more
+        spelled = forged or bool(tier and token in markers)
+        if spelled or again:
+            yield from (Token(letter, vocabulary.piece(letter), tier) for letter in vocabulary.spell(said.decode()))
+        else:
+            yield Token(token, data, tier)
+        after_special = user_defined
+    if at != len(expected):
+        raise TierViolation(
+            "some character has no token in this vocabulary, and would be lost: take it out of the text"
+        )
+
+
+def byte_owners(fragment: TierText) -> list[tuple[int, int, Tier]]:
+    """List the spans of a text in bytes of its UTF-8."""
+    owners, at = [], 0
+    for text, tier in fragment.pieces():
+        end = at + len(text.encode())
+        if tier:
+            owners.append((at, end, tier))
+        at = end
+    return owners
+
+
+def marker_words(fragment: TierText) -> set[str]:
+    """Find the markers next to a tier's text that are words, not tokens: `[/INST]`, `### Query:`."""
+    words: set[str] = set()
+    runs = list(fragment.pieces())
+    for index, (text, tier) in enumerate(runs):
+        if tier or len(runs) == 1:
+            continue
+        found = MARKUP.findall(text)
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        if lines:
+            found += ([lines[-1]] if index + 1 < len(runs) else []) + ([lines[0]] if index else [])
+        words |= {word for word in found if re.search(r"[^\w\s]", word)}
+    return words
+
+
+# =====================================================================================================================
+#  8  Stores
+# =====================================================================================================================
+
+
+@functools.cache
+def part(name: str) -> ModuleType:
+    """Import one of the folders beside this file, as installed or, in a bare checkout, under the same module name."""
+    module_name, folder = f"metaalign_edge_{name}", Path(__file__).resolve().parent / name
+    checkout = folder.with_name("pyproject.toml").is_file() and (folder / "__init__.py").is_file()
+    if not checkout or module_name in sys.modules:
+        return importlib.import_module(module_name)
+    spec = importlib.util.spec_from_file_location(
+        module_name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec and spec.loader
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def part_folder(name: str) -> Path:
+    """Return the folder of a part."""
+    return Path(cast(str, part(name).__file__)).parent
+
+
+def read_text(path: Path, what: str) -> str:
+    """Read a user's text file.
+
+    Raises:
+        NotFound: it is not there or not readable. UsageError: it is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{what} {path} is not UTF-8 text (byte {error.start}): re-encode it") from None
+    except OSError as error:
+        raise NotFound(f"cannot read {what} {path}: {error.strerror}") from None
+
+
+class GGUFArray(NamedTuple):
+    """Where an array of a GGUF's metadata lies. Vocabularies have 150,000 strings: they are read when asked for."""
+
+    kind: int
+    length: int
+    offset: int
+
+
+class ModelFile:
+    """The metadata of a GGUF file, read without llama.cpp.
+
+    Raises:
+        NotFound: there is no such file. LoadError: it is empty, truncated or no GGUF.
+    """
+
+    SCALARS: Mapping[int, str] = {
+        0: "<B",
+        1: "<b",
+        2: "<H",
+        3: "<h",
+        4: "<I",
+        5: "<i",
+        6: "<f",
+        7: "<?",
+        10: "<Q",
+        11: "<q",
+        12: "<d",
+    }
+    STRING, ARRAY = 8, 9
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size == 0:
+                    raise LoadError(f"{path} is empty: download or convert it again")
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise NotFound(f"cannot read the model {path}: {error.strerror}") from None
+        if self._data[:4] != b"GGUF":
+            raise LoadError(f"{path} is not a GGUF file: make one with `metaalign-edge convert`")
+        try:
+            self.metadata = self._read()
+        except (struct.error, UnicodeDecodeError, KeyError, OverflowError):
+            raise LoadError(f"{path} is truncated or damaged in its metadata: download or convert it again") from None
+
+    def _read(self) -> dict[str, Any]:
+        self._at = 4
+        version = self._scalar("<I")
+        if version not in (2, 3):
+            raise LoadError(f"{self.path} is GGUF version {version}; 2 and 3 can be read (a big-endian file cannot)")
+        self._scalar("<Q")  # the number of tensors
+        metadata: dict[str, Any] = {}
+        for _ in range(self._scalar("<Q")):
+            key = self._string()
+            metadata[key] = self._value(self._scalar("<I"))
+        return metadata
+
+    def _scalar(self, form: str) -> Any:
+        (value,) = struct.unpack_from(form, self._data, self._at)
+        self._at += struct.calcsize(form)
+        return value
+
+    def _string(self) -> str:
+        length = self._scalar("<Q")
+        if self._at + length > len(self._data):
+            raise struct.error
+        self._at += length
+        return self._data[self._at - length : self._at].decode("utf-8")
+
+    def _value(self, kind: int) -> Any:
+        if kind == self.STRING:
+            return self._string()
+        if kind != self.ARRAY:
+            return self._scalar(self.SCALARS[kind])
+        inner, length = self._scalar("<I"), self._scalar("<Q")
+        array = GGUFArray(inner, length, self._at)
+        self._skip(inner, length)
+        return array
+
+    def _skip(self, kind: int, length: int) -> None:
+        if kind in self.SCALARS:
+            self._at += struct.calcsize(self.SCALARS[kind]) * length
+        else:
+            for _ in range(length):
+                if kind == self.ARRAY:
+                    raise KeyError(kind)
+                (size,) = struct.unpack_from("<Q", self._data, self._at)
+                self._at += 8 + size
+        if self._at > len(self._data):
+            raise struct.error
+
+    def token(self, name: str) -> str:
+        """Return the text of a special token such as `bos`; an empty string if the model names none."""
+        index = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        tokens = self.metadata.get("tokenizer.ggml.tokens")
+        if index is None or not isinstance(tokens, GGUFArray) or not 0 <= index < tokens.length:
+            return ""
+        self._at = tokens.offset
+        self._skip(tokens.kind, index)
+        return str(self._value(tokens.kind))
+
+    @property
+    def architecture(self) -> str:
+        """Return the GGUF name of the architecture."""
+        return str(self.metadata.get("general.architecture", "unknown"))
+
+    @property
+    def context(self) -> int:
+        """Return the number of tokens the model was trained to see."""
+        return int(self.metadata.get(f"{self.architecture}.context_length", DEFAULT_CONTEXT))
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """Return the chat templates in the file by name, the default one first as `default`."""
+        prefix = "tokenizer.chat_template"
+        found = {"default": self.metadata[prefix]} if prefix in self.metadata else {}
+        return found | {
+            key[len(prefix) + 1 :]: text for key, text in self.metadata.items() if key.startswith(prefix + ".")
+        }
+
+
+def resolve_model(name: str | None) -> Path:
+    """Find a model's file: nothing is the embedded default, else a path.
+
+    Raises:
+        NotFound: there is no such file.
+    """
+    if not name:
+        return part_folder("models") / "metaalign-demo-q8_0.gguf"
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise NotFound(
+            f"{name} is a folder: convert a checkpoint with `metaalign-edge convert {name}`, or give a GGUF file"
+        )
+    raise NotFound(f"no model file {name}: give the path of a GGUF file, or leave -m out for the embedded model")
+
+
+def shipped_templates() -> dict[str, Path]:
+    """Return the chat templates that come with the toolkit, by name."""
+    own = ("meta_prompt", "reminder")
+    return {path.stem: path for path in sorted(part_folder("templates").glob("*.jinja")) if path.stem not in own}
+
+
+def choose_template(name: str, model: ModelFile) -> ChatTemplate:
+    """Choose the template for a model: `auto`, a shipped name, a name inside the GGUF, or a file.
+
+    Raises:
+        TemplateError: the model has none and none was given, or it does not parse.
+        UsageError: no template has that name. NotFound: no file at that path.
+    """
+    shipped, embedded = shipped_templates(), model.templates
+    choices = ", ".join([*shipped, *(key for key in embedded if key != "default")])
+    native: bool | None = None
+    if name == "auto" and "default" in embedded:
+        source, label, why = embedded["default"], "embedded", "the model carries it"
+        if "metaalign.template" in model.metadata:
+            native, label, why = (
+                True,
+                model.metadata["metaalign.template"],
+                "the model was tuned on it (metaalign.template)",
+            )
+    elif name == "auto":
+        raise TemplateError(
+            f"{model.path} carries no chat template: name the one it was tuned on: --template {choices}, or a file"
+        )
+    elif looks_like_path(name, ".jinja"):
+        source, label, why = read_text(Path(name).expanduser(), "the template"), name, "the file given by --template"
+    elif name in shipped:
+        source, label, why = read_text(shipped[name], "the template"), name, "named by --template"
+    elif name in embedded:
+        source, label, why = embedded[name], name, "named by --template, carried by the model"
+    else:
+        raise UsageError(f"no template {name!r}: choose from auto, {choices}, or give a file")
+    template = Template(source, str(model.path) if label == "embedded" else label)
+    if native is None:
+        native = template.mentions("user_info")
+    meta_prompt, reminder = (
+        Template(read_text(part_folder("templates") / f"{own}.jinja", "the template"), own)
+        for own in ("meta_prompt", "reminder")
+    )
+    return ChatTemplate(template, native, label, why, meta_prompt, reminder, model.token("bos"), model.token("eos"))
+
+
+def looks_like_path(name: str, suffix: str) -> bool:
+    """Tell whether a name is meant as a path."""
+    return "/" in name or name.startswith((".", "~")) or name.endswith(suffix) or Path(name).is_file()
+
+
+# =====================================================================================================================
+#  9  Engine
+# =====================================================================================================================
+# llama.cpp through the low-level interface of llama-cpp-python. A context holds several sequences in one unified KV
+# cache, and a step decodes any number of them in one llama_decode.
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says about loading, decoding and sampling; travels to the engine unchanged."""
+
+    context: int | None = None  # tokens per sequence; None: as the model and the dialog need
+    gpu_layers: str = "auto"  # auto, all, or a number
+    threads: int | None = None  # None: one per physical core
+    max_tokens: int | None = None  # None: as many as the context holds
+    temperature: float | None = None  # None, here and below: as the model recommends, else the built-in value
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    verbose: bool = False
+
+
+class Interrupt:
+    """Ctrl-C as a flag: an exception inside a ctypes callback would be lost, and llama.cpp be left in the middle.
+
+    A second Ctrl-C while the first is still being honoured ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.raised = False
+        self._before: Any = None
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._raise)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _raise(self, number: int, frame: object) -> None:
+        if self.raised:
+            os._exit(Interrupted.exit_code)
+        self.raised = True
+
+    def check(self) -> None:
+        """Raise `Interrupted` if Ctrl-C was pressed."""
+        if self.raised:
+            raise Interrupted("interrupted")
+
+
+class Log:
+    """llama.cpp's log: shown with -v, otherwise only its last errors are kept, to say why a load failed."""
+
+    def __init__(self) -> None:
+        self.verbose = False
+        self.errors: list[str] = []
+        self._callback: Any = None
+
+    def attach(self, verbose: bool) -> None:
+        """Take over llama.cpp's log, once per process."""
+        self.verbose = verbose
+        if self._callback is None:
+            llama = llama_cpp()
+            self._callback = llama.llama_log_callback(self._write)
+            llama.llama_log_set(self._callback, None)
+
+    def _write(self, level: int, text: bytes, _: Any) -> None:
+        line = text.decode("utf-8", "replace")
+        if level == 4 and line.strip():  # GGML_LOG_LEVEL_ERROR
+            self.errors.append(one_line(line).removeprefix("llama_model_load: ").removeprefix("error loading model: "))
+        if self.verbose:
+            sys.stderr.write(line)
+
+    def reason(self) -> str:
+        """Return and forget the first error since the last call."""
+        errors, self.errors = self.errors, []
+        return errors[0] if errors else "llama.cpp gives no reason"
+
+
+LOG = Log()
+
+
+@functools.cache
+def llama_cpp() -> Any:
+    """Import the low-level interface and start llama.cpp's backends.
+
+    Raises:
+        LoadError: llama-cpp-python is missing or does not run on this machine.
+    """
+    # The package's __init__ imports numpy and the high-level class, five times the cost of the module we need: a bare
+    # package of the same name stands in while that one is imported.
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise LoadError("llama-cpp-python is not installed: pip install llama-cpp-python")
+    stand_in = ModuleType("llama_cpp")
+    stand_in.__path__ = list(spec.submodule_search_locations)
+    real = sys.modules.get("llama_cpp")
+    sys.modules["llama_cpp"] = real or stand_in
+    try:
+        return importlib.import_module("llama_cpp.llama_cpp")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise LoadError(f"llama-cpp-python does not load ({one_line(error)}): reinstall it") from error
+    finally:
+        if real is None:
+            del sys.modules["llama_cpp"]
+
+
+def physical_cores() -> int:
+    """Count the cores this process may use, hyper-threads of one core once: more threads only slow llama.cpp down."""
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+    siblings = Path("/sys/devices/system/cpu")
+    try:
+        cores = {(siblings / f"cpu{cpu}/topology/thread_siblings_list").read_text() for cpu in allowed}
+    except OSError:
+        return len(allowed)
+    return len(cores)
+
+
+class Model:
+    """A GGUF loaded by llama.cpp, or only its vocabulary. Close it, or use it in a `with`.
+
+    Raises:
+        LoadError: llama.cpp refuses the file. Interrupted: Ctrl-C while it loaded.
+    """
+
+    def __init__(
+        self, file: ModelFile, settings: Settings, interrupt: Interrupt | None = None, vocab_only: bool = False
+    ) -> None:
+        llama = llama_cpp()
+        LOG.attach(settings.verbose)
+        LOG.errors.clear()
+        llama.llama_backend_init()
+        self.file, self.gpu_layers = file, 0 if vocab_only else gpu_layers(settings.gpu_layers)
+        params = llama.llama_model_default_params()
+        params.vocab_only, params.n_gpu_layers = vocab_only, self.gpu_layers
+        going = llama.llama_progress_callback(lambda _progress, _data: not (interrupt and interrupt.raised))
+        params.progress_callback = going
+        started = time.monotonic()
+        self.pointer = llama.llama_model_load_from_file(os.fsencode(file.path), params)
+        if not self.pointer:
+            if interrupt:
+                interrupt.check()
+            raise LoadError(f"cannot load {file.path}: {LOG.reason()}")
+        self.load_ms = (time.monotonic() - started) * 1000
+        self.vocabulary = LlamaVocabulary(llama.llama_model_get_vocab(self.pointer), file)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model; again is harmless."""
+        if self.pointer:
+            llama_cpp().llama_model_free(self.pointer)
+            self.pointer = None
+
+
+def threads_for(model: Model, settings: Settings) -> int:
+    """Return the number of CPU threads: those asked for, else one per core, or a single one for a tiny model."""
+    if settings.threads:
+        return settings.threads
+    return 1 if llama_cpp().llama_model_size(model.pointer) < TINY_MODEL else physical_cores()
+
+
+def gpu_layers(wish: str) -> int:
+    """Turn auto, all or a number into llama.cpp's count; negative means all."""
+    if wish == "all":
+        return -1
+    if wish == "auto":
+        return -1 if llama_cpp().llama_supports_gpu_offload() else 0
+    return int(wish)
+
+
+class LlamaVocabulary:
+    """llama.cpp's vocabulary, as `tokenize` needs it."""
+
+    def __init__(self, pointer: Any, file: ModelFile) -> None:
+        self._llama, self._vocab = llama_cpp(), pointer
+        self.size: int = self._llama.llama_vocab_n_tokens(pointer)
+        kind = self._llama.llama_vocab_type(pointer)
+        if kind not in (1, 2):  # LLAMA_VOCAB_TYPE_SPM, LLAMA_VOCAB_TYPE_BPE
+            model = file.metadata.get("tokenizer.ggml.model", "none")
+            raise LoadError(
+                f"{file.path} has a vocabulary of the kind {model!r}; chat models have SentencePiece or BPE ones"
+            )
+        self.escapes_spaces = kind == 1
+        self.space_prefix = kind == 1 and bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
+        bos = self._llama.llama_vocab_bos(pointer)
+        self.bos: int | None = bos if bos >= 0 and self._llama.llama_vocab_get_add_bos(pointer) else None
+        self._pieces: dict[int, bytes] = {}
+        self._buffer = ctypes.create_string_buffer(256)
+        if not self.escapes_spaces:  # some BPE vocabularies write a space as SentencePiece does (Gemma 4)
+            probe = b"".join(map(self.piece, self._encode("\u2581".encode(), special=False)))
+            self.escapes_spaces = probe == b" "
+            self._pieces.clear()
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Tokenise; long text on a thread with a stack for it, as llama.cpp's regex fallback recurses per character."""
+        data = text.encode()
+        if len(data) < 2048:
+            return self._encode(data, special)
+        result: list[list[int]] = []
+        before = threading.stack_size(max(TEXT_STACK * len(data), 1 << 24))
+        try:
+            thread = threading.Thread(target=lambda: result.append(self._encode(data, special)))
+            thread.start()
+            thread.join()
+        except RuntimeError:
+            raise ContextOverflow(
+                f"{len(data):,} bytes are too many to tokenise on this machine: shorten the text"
+            ) from None
+        finally:
+            threading.stack_size(before)
+        return result[0]
+
+    def _encode(self, data: bytes, special: bool) -> list[int]:
+        room = len(data) + 16  # never more tokens than bytes, but for the space that SentencePiece puts in front
+        ids = (ctypes.c_int32 * room)()
+        count = self._llama.llama_tokenize(self._vocab, data, len(data), ids, room, False, special)
+        if count < 0:
+            raise TierViolation("llama.cpp cannot tokenise this text")
+        return ids[:count]
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes a token stands for."""
+        found = self._pieces.get(token)
+        if found is None:
+            length = self._llama.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, True)
+            if length < 0:
+                self._buffer = ctypes.create_string_buffer(-length)
+                length = self._llama.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, True)
+            found = self._buffer.raw[:length]
+            if self.escapes_spaces:
+                found = found.replace("\u2581".encode(), b" ")
+            self._pieces[token] = found
+        return found
+
+    def attributes(self, token: int) -> int:
+        """Return llama.cpp's attribute bits of a token."""
+        return int(self._llama.llama_vocab_get_attr(self._vocab, token))
+
+    def is_end(self, token: int) -> bool:
+        """Tell whether a token ends a generation."""
+        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(len(self.piece(token)) for token in range(self.size))
+
+    @functools.cached_property
+    def _letters(self) -> dict[bytes, int]:
+        """Tokens of one byte or one character, by their bytes; a byte token only where no ordinary one is."""
+        letters: dict[bytes, int] = {}
+        for token in range(self.size):
+            attributes, data = self.attributes(token), self.piece(token)
+            if not attributes & (ATTR_NORMAL | ATTR_BYTE) or len(data) > 4 or self.is_end(token):
+                continue
+            if len(data) == 1 or len(data.decode("utf-8", "ignore")) == 1:
+                if attributes & ATTR_BYTE:
+                    letters.setdefault(data, token)
+                else:
+                    letters[data] = token
+        return letters
+
+    def spell(self, text: str) -> list[int]:
+        """Write text one character, or one byte, per token.
+
+        Raises:
+            TierViolation: the vocabulary lacks a letter.
+        """
+        ids: list[int] = []
+        for character in text:
+            data = character.encode()
+            try:
+                ids += (
+                    [self._letters[data]] if data in self._letters else [self._letters[bytes([byte])] for byte in data]
+                )
+            except KeyError:
+                raise TierViolation(
+                    f"this vocabulary has no token for {character!r}: take it out of the text"
+                ) from None
+        return ids
+
+
+@dataclass
+class SequenceState:
+    """One sequence of a context: its tokens that are in the KV cache, in order."""
+
+    id: int
+    tokens: list[int] = field(default_factory=list)
+
+
+class Feed(NamedTuple):
+    """Tokens to append to a sequence in one step."""
+
+    sequence: SequenceState
+    tokens: Sequence[int]
+    logits: bool = True  # compute the logits after the last of them
+
+
+class Engine:
+    """A llama.cpp context with room for some sequences. Close it, or use it in a `with`.
+
+    Raises:
+        LoadError: llama.cpp cannot make the context (memory, a file without weights).
+    """
+
+    def __init__(
+        self, model: Model, settings: Settings, interrupt: Interrupt, context: int, sequences: int = 1
+    ) -> None:
+        llama = self._llama = llama_cpp()
+        LOG.errors.clear()
+        self.model, self.context, self.interrupt = model, context, interrupt
+        params = llama.llama_context_default_params()
+        params.n_ctx = context * sequences
+        params.n_batch = params.n_ubatch = PREFILL_CHUNK
+        params.n_seq_max, params.kv_unified = sequences, sequences > 1
+        params.n_threads = params.n_threads_batch = threads_for(model, settings)
+        params.no_perf = True
+        self._abort = llama.ggml_abort_callback(lambda _data: interrupt.raised)
+        self.pointer = llama.llama_init_from_model(model.pointer, params)
+        if not self.pointer:
+            raise LoadError(
+                f"cannot make a context of {context:,} tokens for {model.file.path}: {LOG.reason()}: try a smaller -c"
+            )
+        self._memory = llama.llama_get_memory(self.pointer)
+        self.sequences = [SequenceState(number) for number in range(sequences)]
+        self._batch = llama.llama_batch_init(max(PREFILL_CHUNK, sequences), 0, 1)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the context; again is harmless."""
+        if self.pointer:
+            self._llama.llama_batch_free(self._batch)
+            self._llama.llama_free(self.pointer)
+            self.pointer = None
+
+    def keep(self, sequence: SequenceState, tokens: Sequence[int]) -> int:
+        """Cut a sequence back to what it shares with a prompt less its last token; return how many tokens stay."""
+        shared = 0
+        for ours, theirs in zip(sequence.tokens, tokens[:-1], strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        if shared < len(sequence.tokens) and not self._llama.llama_memory_seq_rm(self._memory, sequence.id, shared, -1):
+            self._llama.llama_memory_seq_rm(self._memory, sequence.id, -1, -1)  # a recurrent state cannot be cut
+            shared = 0
+        del sequence.tokens[shared:]
+        return shared
+
+    def prefill(self, sequence: SequenceState, tokens: Sequence[int]) -> int:
+        """Bring a sequence to a prompt and compute the logits after it; return how many tokens were there already.
+
+        Raises:
+            Interrupted: Ctrl-C; the sequence stays consistent.
+        """
+        cached = self.keep(sequence, tokens)
+        abortable = self.model.gpu_layers == 0  # llama.cpp asks its abort callback on the CPU only
+        if abortable:
+            self._llama.llama_set_abort_callback(self.pointer, self._abort, None)
+        try:
+            for start in range(cached, len(tokens), PREFILL_CHUNK):
+                self.interrupt.check()
+                chunk = tokens[start : start + PREFILL_CHUNK]
+                self.step([Feed(sequence, chunk, logits=start + len(chunk) == len(tokens))])
+        finally:
+            if abortable:  # not while generating: it costs some 0.3 ms a token there
+                self._llama.llama_set_abort_callback(self.pointer, self._llama.ggml_abort_callback(), None)
+        return cached
+
+    def step(self, feeds: Sequence[Feed]) -> list[int]:
+        """Decode tokens of several sequences in one llama_decode; return each feed's row of logits (-1: none asked).
+
+        Raises:
+            Interrupted: Ctrl-C during prefill. ContextOverflow: the KV cache is full.
+        """
+        batch, rows, at = self._batch, [], 0
+        for sequence, tokens, logits in feeds:
+            position = len(sequence.tokens)
+            for offset, token in enumerate(tokens):
+                batch.token[at], batch.pos[at], batch.logits[at] = token, position + offset, False
+                batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence.id
+                at += 1
+            batch.logits[at - 1] = logits
+            rows.append(at - 1 if logits else -1)
+        batch.n_tokens = at
+        status = self._llama.llama_decode(self.pointer, batch)
+        if status == 0:
+            for sequence, tokens, _ in feeds:
+                sequence.tokens += tokens
+            return rows
+        for sequence, _, _ in feeds:  # what was computed before the stop is not accounted for: drop it
+            self._llama.llama_memory_seq_rm(self._memory, sequence.id, len(sequence.tokens), -1)
+        self.interrupt.check()
+        if status == 1:
+            raise ContextOverflow(f"the context of {self.context:,} tokens is full: raise -c")
+        raise LoadError(f"llama.cpp failed to decode (status {status}): {LOG.reason()}")
+
+
+class Sampler:
+    """llama.cpp's sampler chain. Close it, or use it in a `with`."""
+
+    def __init__(self, file: ModelFile, settings: Settings) -> None:
+        llama = self._llama = llama_cpp()
+        self.pointer = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+
+        def value(flag: float | None, key: str, built_in: float) -> float:
+            return flag if flag is not None else file.metadata.get(f"general.sampling.{key}", built_in)
+
+        temperature = value(settings.temperature, "temp", 0.7)
+        top_k = int(value(settings.top_k, "top_k", 40))
+        penalty = value(settings.repeat_penalty, "penalty_repeat", 1.0)
+        chain = [llama.llama_sampler_init_penalties(64, penalty, 0.0, 0.0)] if penalty != 1.0 else []
+        if temperature <= 0 or top_k == 1:
+            chain.append(llama.llama_sampler_init_greedy())
+        else:
+            chain += [
+                llama.llama_sampler_init_top_k(top_k),
+                llama.llama_sampler_init_top_p(value(settings.top_p, "top_p", 0.95), 1),
+                llama.llama_sampler_init_min_p(value(settings.min_p, "min_p", 0.05), 1),
+                llama.llama_sampler_init_temp(temperature),
+                llama.llama_sampler_init_dist(settings.seed),
+            ]
+        for sampler in chain:
+            llama.llama_sampler_chain_add(self.pointer, sampler)
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pointer:
+            self._llama.llama_sampler_free(self.pointer)
+            self.pointer = None
+
+    def draw(self, engine: Engine, row: int) -> int:
+        """Draw the next token from a row of logits and accept it."""
+        return int(self._llama.llama_sampler_sample(self.pointer, engine.pointer, row))
+
+
+# =====================================================================================================================
+# 10  Generation
+# =====================================================================================================================
+# Three layers: tokens, then pieces of text, then an answer with its figures.
+
+FinishReason = Literal["stop", "length", "interrupted"]
+
+
+@dataclass
+class Answer:
+    """What `--json` prints of one answer."""
+
+    model: str
+    template: str
+    system_info: str
+    user_info: str
+    query: str
+    response: str = ""
+    reasoning: str | None = None
+    finish_reason: FinishReason = "stop"
+    input_tokens: int = 0
+    cached_tokens: int = 0  # of the input, those that were in the KV cache already
+    output_tokens: int = 0
+    load_ms: float = 0.0
+    first_token_ms: float = 0.0  # from the prompt to the first token
+    duration_ms: float = 0.0  # from the prompt to the end
+    tokens_per_second: float = 0.0  # of the output, after the first token
+    seed: int = 0
+    truncated: int = 0  # turns dropped to fit the context
+
+
+class Incremental:
+    """Token bytes to text: never half a character, never a stop text or the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, data: bytes) -> str:
+        """Take a token's bytes; return the text that is certain by now."""
+        self._held += self._decoder.decode(data)
+        ends = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            self._held = self._held[: min(ends)]
+            return self.rest()
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return ready
+
+    def _overlap(self, stop: str) -> int:
+        return next((size for size in range(len(stop) - 1, 0, -1) if self._held.endswith(stop[:size])), 0)
+
+    def rest(self) -> str:
+        """Return what was held back; an unfinished character is dropped."""
+        held, self._held = self._held, ""
+        return held
+
+
+def generate_tokens(
+    engine: Engine, sequence: SequenceState, prompt: Sequence[int], sampler: Sampler, on_prefill: Callable[[int], None]
+) -> Iterator[int]:
+    """Yield the tokens that follow a prompt, up to and with the one that ends the generation.
+
+    Raises:
+        Interrupted: Ctrl-C. ContextOverflow: the KV cache is full.
+    """
+    on_prefill(engine.prefill(sequence, prompt))
+    row = -1  # llama.cpp's own count from the end: the last row of logits
+    while True:
+        engine.interrupt.check()
+        token = sampler.draw(engine, row)
+        yield token
+        (row,) = engine.step([Feed(sequence, [token])])
+
+
+class Chat:
+    """A model, its template and one conversation's KV cache: the one place that answers.
+
+    The context grows when a dialog needs it; the Info tiers and the newest query are pinned, the oldest turns go first.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        chat_template: ChatTemplate,
+        settings: Settings,
+        options: RenderOptions,
+        interrupt: Interrupt,
+    ) -> None:
+        self.model, self.template, self.settings, self.options, self.interrupt = (
+            model,
+            chat_template,
+            settings,
+            options,
+            interrupt,
+        )
+        self.engine: Engine | None = None
+        self.forged: list[str] = []  # marker words in the tiers of the latest prompt
+
+    def __enter__(self) -> Chat:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.engine:
+            self.engine.close()
+
+    @property
+    def limit(self) -> int:
+        """The largest context a dialog may use."""
+        return self.settings.context or self.model.file.context
+
+    def reserve(self, context: int) -> int:
+        """Return the tokens kept free for the answer."""
+        return self.settings.max_tokens or context // 4
+
+    def fit(self, dialog: Dialog) -> tuple[Dialog, list[int], int]:
+        """Drop the oldest turns until a dialog fits; return it, its prompt, and the context it needs.
+
+        Raises:
+            ContextOverflow: the Info tiers and the newest query alone do not fit.
+        """
+        while True:
+            tokens = tokenize(render(dialog, self.template, self.options), self.model.vocabulary, self.limit)
+            self.forged = tokens.forged
+            prompt = tokens.ids
+            needed = len(prompt) + (self.settings.max_tokens or len(prompt) // 3 + 1)
+            context = self.settings.context or min(self.limit, max(DEFAULT_CONTEXT, -(-needed // 256) * 256))
+            if len(prompt) + self.reserve(context) <= context:
+                return dialog, prompt, context
+            if len(dialog.turns) <= 1:
+                raise ContextOverflow(
+                    f"the prompt has {len(prompt):,} tokens and the answer reserves {self.reserve(context):,}; "
+                    f"the context holds {context:,}: shorten the text, lower -n or raise -c"
+                )
+            dialog = replace(dialog, turns=dialog.turns[1:])
+
+    def answer(
+        self, dialog: Dialog, seed: int, show: Callable[[str], None], before: Callable[[Answer], None]
+    ) -> Answer:
+        """Answer the newest query, showing text as it comes; an interruption is a finish reason, not an exception."""
+        fitted, prompt, context = self.fit(dialog)
+        answer = Answer(
+            model=self.model.file.path.name,
+            template=self.template.name,
+            system_info=dialog.system_info,
+            user_info=dialog.user_info,
+            query=dialog.turns[-1].query,
+            input_tokens=len(prompt),
+            seed=seed,
+            truncated=len(dialog.turns) - len(fitted.turns),
+        )
+        before(answer)
+        if self.engine is None or self.engine.context < context:
+            if self.engine:
+                self.engine.close()
+            started = time.monotonic()
+            self.engine = Engine(self.model, self.settings, self.interrupt, context)
+            answer.load_ms = round(self.model.load_ms + (time.monotonic() - started) * 1000, 1)
+        with Sampler(self.model.file, replace(self.settings, seed=seed)) as sampler:
+            self._write(answer, self.engine, prompt, sampler, show)
+        return answer
+
+    def _write(
+        self, answer: Answer, engine: Engine, prompt: list[int], sampler: Sampler, show: Callable[[str], None]
+    ) -> None:
+        def prefilled(cached: int) -> None:
+            answer.cached_tokens = cached
+
+        started = first = time.monotonic()
+        text = Incremental(self.settings.stop)
+        most = min(self.settings.max_tokens or engine.context, engine.context - len(prompt))
+        try:
+            for token in generate_tokens(engine, engine.sequences[0], prompt, sampler, prefilled):
+                if not answer.output_tokens:
+                    first = time.monotonic()
+                if self.model.vocabulary.is_end(token):
+                    break
+                answer.output_tokens += 1
+                self._show(answer, text.feed(self.model.vocabulary.piece(token)), show)
+                if text.stopped:
+                    break
+                if answer.output_tokens >= most:
+                    answer.finish_reason = "length"
+                    break
+        except Interrupted:
+            answer.finish_reason = "interrupted"
+        self._show(answer, text.rest(), show)
+        ended = time.monotonic()
+        answer.first_token_ms = round((first - started) * 1000, 1)
+        answer.duration_ms = round((ended - started) * 1000, 1)
+        answer.tokens_per_second = (
+            round((answer.output_tokens - 1) / (ended - first), 1) if answer.output_tokens > 1 else 0.0
+        )
+
+    def _show(self, answer: Answer, piece: str, show: Callable[[str], None]) -> None:
+        if piece:
+            answer.response += piece
+            show(piece)
+
+
+# =====================================================================================================================
+# 11  Presentation
+# =====================================================================================================================
+# stdout is the answer, or one JSON document; everything else is on stderr.
+
+CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])  # what could steer a terminal
+
+
+class OutputClosed(Exception):
+    """Whoever read stdout has gone; that is no error."""
+
+
+class Screen:
+    """The two streams, and how much to say on the second."""
+
+    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+        self.quiet, self.verbose = quiet, verbose
+        self.terminal = bool(sys.stdout and sys.stdout.isatty())
+
+    def write(self, text: str) -> None:
+        """Write to stdout at once.
+
+        Raises:
+            OutputClosed: the reader has gone. CannotWrite: the disk is full, or stdout is closed.
+        """
+        if sys.stdout is None:
+            raise CannotWrite("stdout is closed: redirect it to a file or to /dev/null")
+        try:
+            sys.stdout.write(text.translate(CONTROLS) if self.terminal else text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise OutputClosed from None
+        except OSError as error:
+            raise CannotWrite(f"cannot write to stdout: {error.strerror}") from None
+
+    def json(self, document: Any) -> None:
+        """Write one JSON document to stdout."""
+        self.write(json.dumps(document, ensure_ascii=False, indent=2 if self.terminal else None) + "\n")
+
+    def note(self, text: str) -> None:
+        """Say something on stderr, unless -q."""
+        if not self.quiet:
+            self._say(text)
+
+    def detail(self, text: str) -> None:
+        """Say something on stderr with -v only."""
+        if self.verbose:
+            self._say(text)
+
+    @staticmethod
+    def _say(text: str) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # a closed stderr loses words, not the answer
+            sys.stderr.write(text.translate(CONTROLS) + "\n")
+            sys.stderr.flush()
+
+
+def describe(answer: Answer) -> str:
+    """Sum up an answer in one line for -v."""
+    return (
+        f"{answer.input_tokens} tokens in ({answer.cached_tokens} cached), {answer.output_tokens} out "
+        f"({answer.finish_reason}), first after {answer.first_token_ms:.0f} ms, {answer.tokens_per_second:.1f} tokens/s, "
+        f"loaded in {answer.load_ms:.0f} ms, seed {answer.seed}"
+    )
+
+
+def token_table(tokens: Sequence[Token]) -> str:
+    """Lay out tokens as lines: id, tier, text."""
+    width = max((len(token.tier or "scaffold") for token in tokens), default=0)
+    return "".join(
+        f"{token.id:>7}  {token.tier or 'scaffold':<{width}}  {json.dumps(token.text, ensure_ascii=False)}\n"
+        for token in tokens
+    )
+
+
+HELP = """\
+/system [TEXT]  show or set System Info (a lone - clears it)
+/pref [TEXT]    show or set User Info: the preference (a lone - clears it)
+/regen          answer the last question again
+/clear          forget the conversation, keep the meta-prompt
+/exit           leave (or Ctrl-D); Ctrl-C stops an answer
+\"\"\"             begins and ends a text of several lines"""
+
+
+class Repl:
+    """A conversation at a terminal. The head of the prompt may change at any time; the turns stay."""
+
+    def __init__(self, chat: Chat, dialog: Dialog, screen: Screen, strict: bool) -> None:
+        self.chat, self.dialog, self.screen, self.strict = chat, dialog, screen, strict
+        self.seed = chat.settings.seed
+
+    def run(self) -> None:
+        """Read and answer until the user leaves."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  line editing and history for `input`
+        self.screen.note("/help lists the commands, Ctrl-D leaves")
+        while True:
+            try:
+                text = self.read()
+            except EOFError:
+                self.screen.write("\n")
+                return
+            except KeyboardInterrupt:
+                self.screen.write("\n")
+                continue
+            if text.strip() == "/exit":
+                return
+            try:
+                self.obey(text) if text.startswith("/") else self.ask(text, self.dialog.turns)
+            except EdgeError as error:
+                self.screen._say(f"metaalign-edge: {one_line(error)}")
+
+    def read(self) -> str:
+        """Read one line, or several between lines that begin and end with three quotes."""
+        text = input("> ")
+        if not text.startswith('"""'):
+            return text
+        text = text[3:]
+        while not text.rstrip().endswith('"""'):
+            text += "\n" + input(". ")
+        return text.rstrip()[:-3].strip("\n")
+
+    def obey(self, line: str) -> None:
+        """Carry out a command."""
+        word, _, text = line.partition(" ")
+        text = text.strip()
+        if word == "/help":
+            self.screen.note(HELP)
+        elif word in ("/system", "/pref"):
+            self.set_tier("system_info" if word == "/system" else "user_info", text)
+        elif word == "/clear":
+            self.dialog = replace(self.dialog, turns=())
+            self.screen.note("the conversation is forgotten; the meta-prompt stays")
+        elif word == "/regen":
+            if not self.dialog.turns:
+                raise UsageError("there is no question to answer again")
+            *earlier, last = self.dialog.turns
+            self.ask(last.query, earlier)
+        else:
+            raise UsageError(f"no command {word}: /help lists them")
+
+    def set_tier(self, tier: Literal["system_info", "user_info"], text: str) -> None:
+        """Set a tier of the meta-prompt if there is a text, clear it if that is a dash, and show it."""
+        text = "" if text == "-" else text or getattr(self.dialog, tier)
+        if tier == "system_info":
+            self.dialog = replace(self.dialog, system_info=text)
+        else:
+            self.dialog = replace(self.dialog, user_info=text)
+        self.screen.note(f"{'System' if tier == 'system_info' else 'User'} Info: {text or '(empty)'}")
+
+    def ask(self, query: str, earlier: Sequence[Turn]) -> None:
+        """Answer a query after some turns and remember both; what an interrupted answer had said is kept."""
+        if not query.strip():
+            return
+        asked = replace(self.dialog, turns=(*earlier, Turn(query)))
+        self.chat.interrupt.raised = False
+        with self.chat.interrupt:
+            answer = self.chat.answer(
+                asked, self.seed, self.screen.write, lambda begun: warn(self.chat, begun, self.screen, self.strict)
+            )
+        self.seed = (self.seed + 1) % 2**32
+        self.screen.write("" if answer.response.endswith("\n") else "\n")
+        self.screen.detail(describe(answer))
+        self.dialog = replace(asked, turns=(*asked.turns[:-1], Turn(query, answer.response)))
+
+
+def warn(chat: Chat, answer: Answer, screen: Screen, strict: bool) -> None:
+    """Say what was dropped, and what a tier forges that ids cannot protect.
+
+    Raises:
+        TierViolation: something is forged and `strict` is set.
+    """
+    if answer.truncated:
+        screen.note(f"metaalign-edge: warning: {answer.truncated} of the oldest turns dropped to fit the context")
+    check_forged(chat.forged, screen, strict)
+
+
+def check_forged(forged: Sequence[str], screen: Screen, strict: bool) -> None:
+    """Warn of, or with `strict` refuse, template markers in a tier's text that are words in this vocabulary."""
+    if not forged:
+        return
+    said = f"a tier's text contains {', '.join(forged)}, by which this template marks its turns"
+    if strict:
+        raise TierViolation(f"{said}: take it out")
+    screen.note(f"metaalign-edge: warning: {said} (--strict-tiers refuses)")
+
+
+# =====================================================================================================================
+# 12  Commands
+# =====================================================================================================================
+
+app = typer.Typer(
+    name="metaalign-edge",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def option(*names: str, help: str, panel: str | None = None, env: str | None = None, **more: Any) -> Any:
+    """Declare a shared option; `env` names its variable METAALIGN_EDGE_…."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, envvar=env and f"METAALIGN_EDGE_{env}", **more)
+
+
+DIALOG, MODEL, SAMPLING, OUTPUT = "Dialog", "Model", "Sampling", "Output"
+
+QueryArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[QUERY]", help="The question. stdin, when piped, is put before it.", show_default=False),
+]
+ModelOption = Annotated[
+    str | None,
+    option("-m", "--model", help="A GGUF file. Default: the embedded demonstration model.", panel=MODEL, env="MODEL"),
+]
+SystemOption = Annotated[
+    str | None, option("-s", "--system", help="System Info: what the provider wants.", panel=DIALOG, env="SYSTEM")
+]
+SystemFileOption = Annotated[Path | None, option("--system-file", help="Read System Info from a file.", panel=DIALOG)]
+PrefOption = Annotated[
+    list[str] | None, option("--pref", help="User Info: who you are, what you prefer. Repeat to add.", panel=DIALOG)
+]
+PrefFileOption = Annotated[Path | None, option("--pref-file", help="Read User Info from a file.", panel=DIALOG)]
+TemplateOption = Annotated[
+    str, option("--template", help="auto, a shipped name, or a Jinja file.", panel=DIALOG, env="TEMPLATE")
+]
+StrictOption = Annotated[
+    bool, option("--strict-tiers", help="Refuse text that imitates a marker which is no token.", panel=DIALOG)
+]
+RemindOption = Annotated[
+    bool, option("--remind/--no-remind", help="Restate the priority next to the query (wrapped only).", panel=DIALOG)
+]
+ThinkOption = Annotated[
+    bool | None, option("--think/--no-think", help="Tell a thinking model's template.", panel=DIALOG)
+]
+StdinOption = Annotated[bool, option("--no-stdin", help="Leave stdin alone (in loops).", panel=DIALOG)]
+MaxTokensOption = Annotated[
+    int | None,
+    option("-n", "--max-tokens", help="Tokens of the answer at most.", panel=SAMPLING, env="MAX_TOKENS", min=1),
+]
+ContextOption = Annotated[
+    int | None, option("-c", "--ctx-size", help="Tokens of the context.", panel=MODEL, env="CTX_SIZE", min=16)
+]
+GpuOption = Annotated[
+    str, option("-ngl", "--gpu-layers", help="Layers on the GPU: auto, all or a number.", panel=MODEL, env="GPU_LAYERS")
+]
+ThreadsOption = Annotated[
+    int | None,
+    option(
+        "-t",
+        "--threads",
+        help="CPU threads. Default: one per core, one for a tiny model.",
+        panel=MODEL,
+        env="THREADS",
+        min=1,
+    ),
+]
+TempOption = Annotated[
+    float | None, option("--temp", help="Temperature; 0 is greedy.", panel=SAMPLING, env="TEMP", min=0.0)
+]
+TopKOption = Annotated[
+    int | None, option("--top-k", help="Keep the k likeliest tokens; 0 keeps all.", panel=SAMPLING, env="TOP_K", min=0)
+]
+TopPOption = Annotated[
+    float | None,
+    option(
+        "--top-p", help="Keep the likeliest tokens up to this share.", panel=SAMPLING, env="TOP_P", min=0.0, max=1.0
+    ),
+]
+MinPOption = Annotated[
+    float | None,
+    option(
+        "--min-p", help="Drop tokens below this share of the likeliest.", panel=SAMPLING, env="MIN_P", min=0.0, max=1.0
+    ),
+]
+PenaltyOption = Annotated[
+    float | None,
+    option("--repeat-penalty", help="Above 1 discourages repetition.", panel=SAMPLING, env="REPEAT_PENALTY", min=0.1),
+]
+SeedOption = Annotated[
+    int | None, option("--seed", help="Draw the same text again.", panel=SAMPLING, env="SEED", min=0, max=2**32 - 1)
+]
+StopOption = Annotated[
+    list[str] | None, option("--stop", help="End the answer before this text. Repeat to add.", panel=SAMPLING)
+]
+JsonOption = Annotated[bool, option("--json", help="One JSON document on stdout.", panel=OUTPUT)]
+StreamOption = Annotated[bool, option("--stream/--no-stream", help="Print text as it comes.", panel=OUTPUT)]
+QuietOption = Annotated[bool, option("-q", "--quiet", help="Only errors on stderr.", panel=OUTPUT)]
+VerboseOption = Annotated[
+    bool, option("-v", "--verbose", help="Say what is chosen, and llama.cpp's log.", panel=OUTPUT)
+]
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and leave, if it was asked for."""
+    if wanted:
+        Screen().write(f"metaalign-edge {__version__}\n")
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
+]
+
+
+@app.callback(epilog="metaalign-edge COMMAND --help shows a command's options and examples.")
+def root(version: VersionOption = False) -> None:
+    """One local model that follows any preference at inference time.
+
+    System Info says what the provider wants, User Info (--pref) who you are and what you prefer.
+
+    When the two conflict, System Info wins. Everything runs on this machine, offline.
+    """
+
+
+@app.command()
+def chat(
+    query: QueryArgument = None,
+    model: ModelOption = None,
+    system: SystemOption = None,
+    system_file: SystemFileOption = None,
+    pref: PrefOption = None,
+    pref_file: PrefFileOption = None,
+    template: TemplateOption = "auto",
+    strict_tiers: StrictOption = False,
+    remind: RemindOption = True,
+    think: ThinkOption = None,
+    max_tokens: MaxTokensOption = None,
+    ctx_size: ContextOption = None,
+    gpu_layers: GpuOption = "auto",
+    threads: ThreadsOption = None,
+    temp: TempOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repeat_penalty: PenaltyOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    as_json: JsonOption = False,
+    stream: StreamOption = True,
+    no_stdin: StdinOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Answer a query under a preference; without a query, at a terminal, hold a conversation.
+
+    Examples:
+
+        metaalign-edge chat --pref "Answer in capital letters." "What is the moon?"
+
+        echo "What is tea?" | metaalign-edge chat --pref "one sentence"
+
+        metaalign-edge chat -m model.gguf --system "Be brief." --pref "I'm a zookeeper."
+    """
+    screen = Screen(quiet, verbose)
+    dialog = build_dialog(system, system_file, pref, pref_file)
+    settings = Settings(
+        context=ctx_size,
+        gpu_layers=checked_gpu_layers(gpu_layers),
+        threads=threads,
+        max_tokens=max_tokens,
+        temperature=temp,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        seed=random.SystemRandom().randrange(2**32) if seed is None else seed,
+        stop=tuple(stop or ()),
+        verbose=verbose,
+    )
+    asked = read_query(query, no_stdin, repl=not as_json)
+    file = ModelFile(resolve_model(model))
+    options = RenderOptions(remind, think)
+    chosen = choose_template(template, file)
+    interrupt = Interrupt()
+    with interrupt:
+        loaded = Model(file, settings, interrupt)
+    with loaded, Chat(loaded, chosen, settings, options, interrupt) as session:
+        explain(loaded, chosen, settings, screen)
+        if asked is None:
+            Repl(session, dialog, screen, strict_tiers).run()
+        else:
+            answer_once(session, replace(dialog, turns=(Turn(asked),)), screen, strict_tiers, as_json, stream)
+
+
+@app.command("render")
+def render_command(
+    query: QueryArgument = None,
+    model: ModelOption = None,
+    system: SystemOption = None,
+    system_file: SystemFileOption = None,
+    pref: PrefOption = None,
+    pref_file: PrefFileOption = None,
+    template: TemplateOption = "auto",
+    strict_tiers: StrictOption = False,
+    remind: RemindOption = True,
+    think: ThinkOption = None,
+    tokens: Annotated[bool, option("--tokens", help="Show each token, its id and its tier.", panel=OUTPUT)] = False,
+    as_json: JsonOption = False,
+    no_stdin: StdinOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Print exactly what the model is fed. --tokens loads the vocabulary only, so it is quick on any model.
+
+    Examples:
+
+        metaalign-edge render --pref "one sentence" "What is tea?"
+
+        metaalign-edge render --tokens --json -m model.gguf "What is tea?"
+    """
+    screen = Screen(quiet, verbose)
+    dialog = build_dialog(system, system_file, pref, pref_file)
+    dialog = replace(dialog, turns=(Turn(cast(str, read_query(query, no_stdin, repl=False))),))
+    file = ModelFile(resolve_model(model))
+    chosen = choose_template(template, file)
+    screen.detail(f"template {chosen.name}: {chosen.why}")
+    rendering = render(dialog, chosen, RenderOptions(remind, think))
+    rows: list[Token] | None = None
+    if tokens or strict_tiers:
+        with Model(file, Settings(verbose=verbose), vocab_only=True) as loaded:
+            tokenized = tokenize(rendering, loaded.vocabulary, file.context)
+        check_forged(tokenized.forged, screen, strict_tiers)
+        rows = tokenized.tokens if tokens else None
+    elif not as_json:
+        screen.note("metaalign-edge: note: tiers are checked on token ids; --tokens shows and checks them")
+    if as_json:
+        screen.json(rendering_document(rendering, rows))
+    elif rows is not None:
+        screen.write(token_table(rows))
+    else:
+        screen.write(rendering.prompt + ("\n" if screen.terminal else ""))
+
+
+def rendering_document(rendering: Rendering, tokens: list[Token] | None) -> dict[str, Any]:
+    """Make the JSON document of `render`."""
+    return {
+        "template": rendering.template,
+        "native": rendering.native,
+        "messages": rendering.messages,
+        "prompt": rendering.prompt,
+        "tokens": tokens
+        and [{"id": token.id, "text": token.text, "tier": token.tier or "scaffold"} for token in tokens],
+    }
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="A Hugging Face checkpoint folder, or user/repo on the hub.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path | None, option("-o", "--output", help="The GGUF to write. Default: NAME-OUTTYPE.gguf here.")
+    ] = None,
+    outtype: Annotated[str, option("--outtype", help="f32, f16, bf16 or q8_0.")] = "q8_0",
+    template: Annotated[
+        str, option("--template", help="A name or a file to carry as chat template; keep: the checkpoint's own.")
+    ] = "auto",
+    pre: Annotated[
+        str | None, option("--pre", help="llama.cpp's name of the pre-tokenizer, where it cannot be found.")
+    ] = None,
+    check: Annotated[bool, option("--check/--no-check", help="Load the result and decode a token.")] = True,
+    force: Annotated[bool, option("--force", help="Replace an output that exists.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Convert a tuned Hugging Face checkpoint to GGUF, without torch.
+
+    A checkpoint whose tokenizer has the tier tokens gets the native three-tier template.
+
+    Examples:
+
+        metaalign-edge convert my-tuned-model -o my-model.gguf
+
+        metaalign-edge convert my-tuned-model --outtype f16 --template keep
+    """
+    screen = Screen(quiet, verbose)
+    converter = part("convert")
+    if outtype.lower() not in converter.OUTTYPES:
+        raise UsageError(f"no output type {outtype!r}: choose from {', '.join(converter.OUTTYPES)}")
+    checkpoint = converter.open_checkpoint(find_checkpoint(source, screen))
+    name, text = conversion_template(template, checkpoint)
+    target = output or Path(f"{checkpoint.name}-{outtype.lower()}.gguf")
+    with progress_bar(screen) as progress:
+        result = converter.write_gguf(
+            checkpoint,
+            target,
+            outtype=outtype.lower(),
+            chat_template=text,
+            template_name=name,
+            force=force,
+            pre=pre,
+            check=check,
+            progress=progress,
+        )
+    checks = [*result.checks, *(check_conversion(result.output, Settings(verbose=verbose)) if check else [])]
+    document = {**asdict(result), "output": str(result.output), "checks": checks}
+    if as_json:
+        screen.json(document)
+    else:
+        screen.note(
+            f"{result.output}: {result.architecture}, {result.parameters:,} parameters, {result.outtype}, "
+            f"{result.bytes / 1e6:.1f} MB, template {result.template or 'none'}, {result.seconds:.1f} s"
+        )
+        for line in checks:
+            screen.detail(f"checked: {line}")
+
+
+def find_checkpoint(source: str, screen: Screen) -> Path:
+    """Return a checkpoint's folder; a hub id is fetched into the hub's own cache.
+
+    Raises:
+        NotFound: no such folder or repository. NetworkError: the hub is unreachable, or refuses.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
+        return path
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    screen.detail(f"fetching {source} from the hub")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                source, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "README.md"]
+            )
+        )
+    except errors.GatedRepoError:
+        raise NetworkError(f"{source} is gated: accept its terms on the hub and set HF_TOKEN") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise NotFound(f"no folder and no hub repository {source}") from None
+    except Exception as error:  # offline, unreachable, or an answer that is none
+        raise NetworkError(
+            f"{source} is no folder here, and the hub cannot be reached ({type(error).__name__}): download it first"
+        ) from error
+
+
+def conversion_template(name: str, checkpoint: Any) -> tuple[str | None, str | None]:
+    """Choose the chat template that `convert` writes: its name if it is native, and its text (None: the checkpoint's).
+
+    Raises:
+        UsageError, NotFound, TemplateError: as `choose_template`.
+    """
+    shipped = shipped_templates()
+    markers = {"<|system_info|>", "<|user_info|>", "<|user|>", "<|assistant|>", "<|end|>"}
+    if name == "auto":
+        name = "metaalign" if markers <= checkpoint.tokens else "keep"
+    if name == "keep":
+        own = checkpoint.chat_template
+        return ("embedded" if own and Template(own, checkpoint.name).mentions("user_info") else None), None
+    if looks_like_path(name, ".jinja"):
+        text, label = read_text(Path(name).expanduser(), "the template"), Path(name).stem
+    elif name in shipped:
+        text, label = read_text(shipped[name], "the template"), name
+    else:
+        raise UsageError(f"no template {name!r}: choose from auto, keep, {', '.join(shipped)}, or give a file")
+    return (label if Template(text, name).mentions("user_info") else None), text
+
+
+def check_conversion(path: Path, settings: Settings) -> list[str]:
+    """Load a conversion and use it: vocabulary, end token, template, a tier-safe render, one decoded token."""
+    file = ModelFile(path)
+    interrupt = Interrupt()
+    probe = Dialog("Be kind.", "One sentence.", (Turn("What is tea?"),))
+    settings = replace(settings, max_tokens=1, temperature=0.0, gpu_layers="0", context=min(file.context, 512))
+    with interrupt, Model(file, settings, interrupt) as model:
+        loaded = f"loads, with {model.vocabulary.size:,} tokens and the end token {file.token('eos') or 'none'}"
+        if not file.templates:
+            return [loaded, "carries no chat template: chat will need --template"]
+        with Chat(model, choose_template("auto", file), settings, RenderOptions(), interrupt) as session:
+            answer = session.answer(probe, 0, lambda _: None, lambda _: None)
+        interrupt.check()
+        return [
+            loaded,
+            f"the template {answer.template} renders {answer.input_tokens} tier-safe tokens",
+            "a token is decoded",
+        ]
+
+
+@contextlib.contextmanager
+def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Show a progress bar on stderr if that is a terminal; yield what is to be told of progress."""
+    if screen.quiet or not (sys.stderr and sys.stderr.isatty()):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("converting", total=None)
+        yield lambda tensor, done, total: bars.update(task, description=tensor, completed=done, total=total)
+
+
+def build_dialog(
+    system: str | None, system_file: Path | None, pref: list[str] | None, pref_file: Path | None
+) -> Dialog:
+    """Build the meta-prompt from flags, files and the environment.
+
+    Raises:
+        UsageError: an empty preference, or two sources of System Info. NotFound: a file or profile is not there.
+    """
+    if system is not None and system_file is not None:
+        raise UsageError("--system and --system-file both give System Info: choose one")
+    if system_file is not None:
+        system = read_text(system_file, "--system-file").removesuffix("\n")
+    wishes = list(pref or [])
+    if pref_file is not None:
+        wishes.append(read_text(pref_file, "--pref-file").removesuffix("\n"))
+    if not wishes and (standing := os.environ.get("METAALIGN_EDGE_PREF")):
+        wishes = [standing]
+    if any(not wish.strip() for wish in wishes):
+        raise UsageError("the preference is empty: say what you prefer, or leave --pref out")
+    for wish in wishes:
+        if re.fullmatch(r"@[\w+@.-]+", wish):
+            raise NotFound(f"no preference profile {wish}: write the preference itself")
+    return Dialog(system or "", "\n".join(wishes))
+
+
+STDIN_LIMIT = 1 << 23  # bytes; no context holds more, and /dev/zero never ends
+
+
+def read_query(argument: str | None, no_stdin: bool, repl: bool) -> str | None:
+    """Read the query from the argument and a piped stdin; None asks for a conversation.
+
+    Raises:
+        UsageError: there is no query, or stdin is not text.
+    """
+    piped = ""
+    terminal = sys.stdin is not None and sys.stdin.isatty()
+    if sys.stdin is not None and not terminal and not no_stdin:
+        try:
+            data = sys.stdin.buffer.read(STDIN_LIMIT + 1)
+            piped = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"stdin is not UTF-8 text (byte {error.start}): pipe text, or use --no-stdin") from None
+        except OSError as error:
+            raise UsageError(f"cannot read stdin ({error.strerror}): pipe text, or use --no-stdin") from None
+        if len(data) > STDIN_LIMIT:
+            raise ContextOverflow(f"stdin has more than {STDIN_LIMIT:,} bytes: no context holds that")
+        piped = piped.removesuffix("\n").removesuffix("\r")
+    query = "\n\n".join(text for text in (piped, argument or "") if text.strip())
+    if query:
+        return query
+    if repl and argument is None and terminal and not no_stdin and sys.stdout is not None and sys.stdout.isatty():
+        return None
+    raise UsageError("no query: give it as an argument or pipe it in")
+
+
+def checked_gpu_layers(value: str) -> str:
+    """Return the value of -ngl if it is auto, all or a number.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if value in ("auto", "all") or value.isdecimal():
+        return value
+    raise UsageError(f"-ngl takes auto, all or a number of layers, not {value!r}")
+
+
+def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Screen) -> None:
+    """Say with -v what was chosen, and why."""
+    device = (
+        "the GPU"
+        if model.gpu_layers
+        else "the CPU (this build of llama.cpp has no GPU)"
+        if settings.gpu_layers == "auto"
+        else "the CPU"
+    )
+    layers = (
+        "all layers" if model.gpu_layers < 0 else f"{model.gpu_layers} layers" if model.gpu_layers else "everything"
+    )
+    screen.detail(f"model {model.file.path}: {model.file.architecture}, loaded in {model.load_ms:.0f} ms")
+    screen.detail(f"template {chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}")
+    screen.detail(f"{layers} on {device}, {threads_for(model, settings)} threads, seed {settings.seed}")
+
+
+def answer_once(session: Chat, dialog: Dialog, screen: Screen, strict: bool, as_json: bool, stream: bool) -> None:
+    """Answer one query on stdout.
+
+    Raises:
+        Interrupted: Ctrl-C; what there was of the answer is printed.
+    """
+    streaming = stream and not as_json
+    with session.interrupt:
+        answer = session.answer(
+            dialog,
+            session.settings.seed,
+            screen.write if streaming else lambda _: None,
+            lambda begun: warn(session, begun, screen, strict),
+        )
+    if as_json:
+        screen.json(asdict(answer))
+    else:
+        rest = "" if streaming else answer.response
+        screen.write(rest + ("" if answer.response.endswith("\n") else "\n"))
+    screen.detail(describe(answer))
+    session.interrupt.check()
+
+
+# =====================================================================================================================
+# 13  Main
+# =====================================================================================================================
+
+
+def exit_code(error: Exception) -> int | None:
+    """Return the exit code of an error of ours, of `convert` or of the command line; None for a surprise."""
+    if isinstance(error, EdgeError):
+        return error.exit_code
+    converter = sys.modules.get("metaalign_edge_convert")
+    if converter and isinstance(error, converter.ConvertError):
+        kinds = {
+            converter.SourceNotFound: NotFound,
+            converter.OutputExists: UsageError,
+            converter.CannotWrite: CannotWrite,
+        }
+        return next((edge.exit_code for kind, edge in kinds.items() if isinstance(error, kind)), LoadError.exit_code)
+    return getattr(error, "exit_code", None)  # Typer's own usage errors
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; return its exit code. Every error ends here, as one line on stderr."""
+    try:
+        status = app(args=arguments, prog_name="metaalign-edge", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except OutputClosed:
+        sys.stdout = cast(TextIO, open(os.devnull, "w"))  # noqa: SIM115  so that the flush at exit finds no closed pipe
+        return 0
+    except KeyboardInterrupt:
+        return Interrupted.exit_code
+    except Interrupted as error:
+        return error.exit_code
+    except Exception as error:
+        code = exit_code(error)
+        text = error.format_message() if hasattr(error, "format_message") else str(error)  # Typer's
+        if code is None:
+            text = f"unexpected {type(error).__name__}: {error}: please report it with the command"
+        if text:  # Typer shows the help where there are no arguments, and says no more
+            Screen._say(f"metaalign-edge: {one_line(text)}")
+        return 1 if code is None else code
+
+
+def main() -> None:
+    """Be the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no emoji is no reason to lose an answer
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What the tests share: a re-homed user, no network, a tiny real model, and a runner for real subprocesses."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoints
+import pytest
+
+import metaalign_edge as edge
+
+ROOT = Path(__file__).resolve().parent.parent
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(autouse=True)
+def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every test a home of its own, and no variables of the machine's user."""
+    for name in [
+        name for name in os.environ if name.startswith(("METAALIGN_EDGE_", "HF_")) and not name.endswith("_REFERENCE")
+    ]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse connections to anything but this machine."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test reached for the network: {address}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of some kilobytes whose tokenizer has the tier tokens."""
+    return checkpoints.make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", max_position_embeddings=512)
+
+
+@pytest.fixture(scope="session")
+def tiny(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That checkpoint as a GGUF, made by the command that users have."""
+    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    assert edge.run(["convert", str(checkpoint), "-o", str(path), "--outtype", "f32", "-q"]) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The embedded default model."""
+    return edge.resolve_model(None)
+
+
+@pytest.fixture
+def run() -> Run:
+    """Run the installed command in a process of its own; `input` is its stdin, empty by default."""
+
+    def start(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+        options = {"input": "", "capture_output": True, "text": True, "timeout": 60, **options}
+        return subprocess.run([sys.executable, "-m", "metaalign_edge", *arguments], **options)  # type: ignore[call-overload]
+
+    return start
+
+
+@pytest.fixture
+def fails(run: Run) -> Callable[..., str]:
+    """Run a command that must fail with this exit code and one line on stderr; return the line."""
+
+    def check(code: int, *arguments: str, **options: object) -> str:
+        result = run(*arguments, **options)
+        assert result.returncode == code, result.stderr
+        assert result.stdout == ""
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert "Traceback" not in result.stderr
+        return result.stderr
+
+    return check

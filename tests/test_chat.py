@@ -1,0 +1,294 @@
+"""`chat` as a shell script sees it: streams, JSON, exit codes, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoints
+import pytest
+
+import metaalign_edge as edge
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+COMMAND = [sys.executable, "-m", "metaalign_edge", "chat"]
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model large enough to be interrupted: some seconds for a long prompt, and an answer without end."""
+    folder = tmp_path_factory.mktemp("slow")
+    size = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    }
+    checkpoint = checkpoints.make_checkpoint(folder / "slow", dtype="BF16", max_position_embeddings=16384, **size)
+    assert (
+        edge.run(["convert", str(checkpoint), "-o", str(folder / "slow.gguf"), "--outtype", "bf16", "-q", "--no-check"])
+        == 0
+    )
+    return folder / "slow.gguf"
+
+
+def test_stdout_is_the_answer_and_nothing_else(run: Run, tiny: Path) -> None:
+    result = run("chat", "-m", str(tiny), "-n", "8", "--temp", "0", "What is tea?")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert result.stdout.endswith("\n") and len(result.stdout) > 1
+
+
+def test_streamed_whole_and_json_answers_are_the_same_text(run: Run, tiny: Path) -> None:
+    arguments = ("chat", "-m", str(tiny), "-n", "12", "--seed", "7", "--pref", "short", "What is tea?")
+    streamed, whole, document = run(*arguments), run(*arguments, "--no-stream"), run(*arguments, "--json")
+    assert streamed.stdout == whole.stdout
+    assert json.loads(document.stdout)["response"].rstrip("\n") == streamed.stdout.rstrip("\n")
+
+
+def test_the_json_document_has_the_fields_of_the_contract(run: Run, tiny: Path) -> None:
+    result = run(
+        "chat",
+        "-m",
+        str(tiny),
+        "-n",
+        "5",
+        "--temp",
+        "0",
+        "--json",
+        "--system",
+        "be kind",
+        "--pref",
+        "a",
+        "--pref",
+        "b",
+        "tea?",
+    )
+    document = json.loads(result.stdout)
+    assert list(document) == (
+        "model template system_info user_info query response reasoning finish_reason input_tokens cached_tokens output_tokens "
+        "load_ms first_token_ms duration_ms tokens_per_second seed truncated".split()
+    )
+    assert (document["system_info"], document["user_info"], document["query"]) == ("be kind", "a\nb", "tea?")
+    assert (document["template"], document["finish_reason"], document["output_tokens"]) == ("metaalign", "length", 5)
+    assert document["model"] == "tiny.gguf" and isinstance(document["seed"], int)
+
+
+def test_the_same_seed_gives_the_same_text_and_none_gives_another(run: Run, tiny: Path) -> None:
+    arguments = ("chat", "-m", str(tiny), "-n", "20", "--temp", "1.5", "--json", "tea?")
+    first = json.loads(run(*arguments).stdout)
+    again = json.loads(run(*arguments, "--seed", str(first["seed"])).stdout)
+    other = json.loads(run(*arguments).stdout)
+    assert first["response"] == again["response"]
+    assert first["seed"] != other["seed"]
+
+
+def test_a_pipe_is_the_query_less_one_final_newline_and_goes_before_the_argument(run: Run, tiny: Path) -> None:
+    def query(*arguments: str, **options: object) -> str:
+        return str(json.loads(run("chat", "-m", str(tiny), "-n", "1", "--json", *arguments, **options).stdout)["query"])
+
+    assert query(input="What is tea?\n") == "What is tea?"
+    assert query(input="two lines\n\n") == "two lines\n"
+    assert query("Sum it up.", input="A text.\n") == "A text.\n\nSum it up."
+    assert query("Only this.", "--no-stdin", input="never read") == "Only this."
+
+
+def test_the_environment_gives_what_the_flags_do_not(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAALIGN_EDGE_MODEL", str(tiny))
+    monkeypatch.setenv("METAALIGN_EDGE_MAX_TOKENS", "2")
+    monkeypatch.setenv("METAALIGN_EDGE_PREF", "two words, not split")
+    document = json.loads(run("chat", "--json", "tea?").stdout)
+    assert (document["model"], document["output_tokens"], document["user_info"]) == (
+        "tiny.gguf",
+        2,
+        "two words, not split",
+    )
+    document = json.loads(run("chat", "--json", "--pref", "flag", "-n", "3", "tea?").stdout)
+    assert (document["output_tokens"], document["user_info"]) == (3, "flag")
+
+
+def test_the_tiers_come_from_files_too(run: Run, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "system.txt").write_text("be kind\n")
+    (tmp_path / "pref.txt").write_text("short\nplease\n")
+    files = (
+        "--system-file",
+        str(tmp_path / "system.txt"),
+        "--pref",
+        "first",
+        "--pref-file",
+        str(tmp_path / "pref.txt"),
+    )
+    document = json.loads(run("chat", "-m", str(tiny), "-n", "1", "--json", *files, "tea?").stdout)
+    assert (document["system_info"], document["user_info"]) == ("be kind", "first\nshort\nplease")
+
+
+def test_a_stop_text_ends_the_answer_before_it(run: Run, tiny: Path) -> None:
+    arguments = ("chat", "-m", str(tiny), "-n", "30", "--temp", "0", "--json", "tea?")
+    text = json.loads(run(*arguments).stdout)["response"]
+    stop = text[10:13]
+    document = json.loads(run(*arguments, "--stop", stop).stdout)
+    assert (document["response"], document["finish_reason"]) == (text[: text.index(stop)], "stop")
+
+
+def test_verbose_says_what_was_chosen_and_why(run: Run, tiny: Path) -> None:
+    result = run("chat", "-m", str(tiny), "-n", "2", "--seed", "5", "-v", "tea?")
+    assert "template metaalign, native: the model was tuned on it" in result.stderr
+    assert "on the CPU" in result.stderr and "seed 5" in result.stderr and "llama_model_loader" in result.stderr
+
+
+def test_a_closed_pipe_ends_quietly_with_0(slow: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "-m", str(slow), "-n", "3000", "tea?"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout and process.stderr
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=30) == 0
+    assert process.stderr.read() == b""
+
+
+def test_a_full_disk_behind_stdout_is_exit_8(tiny: Path) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [*COMMAND, "-m", str(tiny), "-n", "2", "tea?"],
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert result.returncode == 8
+    assert result.stderr == "metaalign-edge: cannot write to stdout: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed, code", [("<&-", 0), (">&-", 8), ("2>&-", 0)])
+def test_a_closed_stream_is_no_traceback(tiny: Path, closed: str, code: int) -> None:
+    line = f"{sys.executable} -m metaalign_edge chat -m {tiny} -n 2 tea? {closed}"
+    result = subprocess.run(["sh", "-c", line], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr and result.stderr.count("\n") <= 1
+
+
+def interrupted(
+    arguments: list[str], after: Callable[[subprocess.Popen[bytes]], None], text: bytes = b""
+) -> tuple[int, bytes, bytes, float]:
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.write(text)
+    process.stdin.close()
+    after(process)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, error = process.stdout.read(), process.stderr.read()
+    return process.wait(timeout=30), out, error, time.monotonic() - started
+
+
+def test_ctrl_c_stops_a_generation_keeps_what_was_said_and_exits_130(slow: Path) -> None:
+    def some_text(process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout
+        first.append(process.stdout.read(20))
+
+    first: list[bytes] = []
+    code, rest, error, seconds = interrupted(["-m", str(slow), "-n", "8000", "tea?"], some_text)
+    assert (code, error) == (130, b"")
+    assert len(first[0]) == 20 and (first[0] + rest).endswith(b"\n")
+    assert seconds < 5
+
+
+def test_ctrl_c_stops_a_prefill_at_once_and_json_says_so(slow: Path) -> None:
+    code, out, error, seconds = interrupted(["-m", str(slow), "--json"], lambda _: time.sleep(2.5), b"zoo " * 6000)
+    document = json.loads(out)
+    assert (code, error) == (130, b"")
+    assert (document["finish_reason"], document["output_tokens"], document["response"]) == ("interrupted", 0, "")
+    assert seconds < 5
+
+
+class Terminal:
+    """The command in a real pseudo-terminal."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process, self.screen = pty.fork(), ""
+        if self.process[0] == 0:
+            os.environ["TERM"] = "dumb"
+            os.execv(sys.executable, [*COMMAND, *arguments])
+
+    def until(self, text: str, seconds: float = 30) -> str:
+        """Read until a text appears; return what came with it and forget it."""
+        deadline = time.monotonic() + seconds
+        while text not in self.screen:
+            ready, _, _ = select.select([self.process[1]], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, self.screen
+            try:
+                self.screen += os.read(self.process[1], 65536).decode("utf-8", "replace").replace("\r\n", "\n")
+            except OSError:
+                raise AssertionError(f"it ended: {self.screen}") from None
+        seen, _, self.screen = self.screen.partition(text)
+        return seen
+
+    def type(self, text: str) -> None:
+        os.write(self.process[1], text.encode())
+
+    def leave(self) -> int:
+        with_end = os.waitpid(self.process[0], 0)[1]
+        os.close(self.process[1])
+        return os.waitstatus_to_exitcode(with_end)
+
+
+def test_the_conversation_at_a_terminal(tiny: Path) -> None:
+    terminal = Terminal("-m", str(tiny), "-n", "6", "--temp", "0", "--pref", "short", "-v")
+    terminal.until("> ")
+    terminal.type("What is tea?\n")
+    assert "20 tokens in (0 cached)" in terminal.until("\n> ")
+    terminal.type("And coffee?\n")
+    assert "cached), 6 out (length)" in terminal.until("\n> ")
+    terminal.type("/pref\n")
+    assert "User Info: short" in terminal.until("\n> ")
+    terminal.type("/pref in capitals\n")
+    assert "User Info: in capitals" in terminal.until("\n> ")
+    terminal.type("/system be kind\n")
+    assert "System Info: be kind" in terminal.until("\n> ")
+    terminal.type("/pref -\n")
+    assert "User Info: (empty)" in terminal.until("\n> ")
+    terminal.type("/regen\n")
+    terminal.until("seed")
+    terminal.type('"""one\ntwo"""\n')
+    terminal.until("seed")
+    terminal.type("/clear\n")
+    terminal.until("forgotten")
+    terminal.type("/regen\n")
+    terminal.until("no question")
+    terminal.type("/nonsense\n")
+    terminal.until("no command /nonsense")
+    terminal.type("/help\n")
+    help_text = terminal.until("several lines")
+    assert all(word in help_text for word in ("/system", "/pref", "/regen", "/clear", "/exit"))
+    terminal.type("/exit\n")
+    assert terminal.leave() == 0
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_conversation_and_ctrl_d_leaves(slow: Path) -> None:
+    terminal = Terminal("-m", str(slow), "-n", "8000", "-v")
+    terminal.until("> ")
+    terminal.type("What is tea?\n")
+    terminal.until("What is tea?\n")
+    time.sleep(1.5)
+    terminal.type("\x03")
+    assert "interrupted" in terminal.until("\n> ")
+    terminal.type("half a line\x03")
+    terminal.until("> ")
+    terminal.type("\x04")
+    assert terminal.leave() == 0

@@ -1,0 +1,57 @@
+"""What the README shows is what happens. `python tests/test_readme.py` writes the captures anew."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+CONSOLE = re.compile(r"(?<=```console\n)(.*?)(?=```)", re.DOTALL)
+
+
+def shown() -> list[tuple[str, str]]:
+    """List the commands of the README's captures with their output."""
+    captures = []
+    for block in CONSOLE.findall(README.read_text()):
+        for capture in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = capture.partition("\n")
+            captures.append((command, output))
+    return captures
+
+
+def happens(command: str) -> str:
+    """Run a command line as a shell does, with this environment's programs first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    line = subprocess.run(
+        ["sh", "-c", command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path},
+    )
+    assert line.returncode == 0 and line.stderr == "", line.stderr
+    return line.stdout if line.stdout.endswith("\n") else line.stdout + "\n"
+
+
+@pytest.mark.parametrize("command, output", shown())
+def test_a_command_of_the_readme_prints_what_the_readme_shows(command: str, output: str) -> None:
+    assert happens(command) == output
+
+
+def test_the_readme_has_both_commands_on_one_line_each() -> None:
+    for name in ("start", "tests"):
+        (command,) = re.findall(rf"<!-- {name} -->\n```bash\n([^\n]+)\n```", README.read_text())
+        assert command.startswith("python3 -m venv .venv && ")
+
+
+if __name__ == "__main__":
+
+    def captured(block: re.Match[str]) -> str:
+        return "".join(f"{line}\n{happens(line[2:])}" for line in block[0].splitlines() if line.startswith("$ "))
+
+    README.write_text(CONSOLE.sub(captured, README.read_text()))

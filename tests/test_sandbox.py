@@ -1,0 +1,167 @@
+"""A GGUF's template is somebody else's program: what it may not do, and what every template in the wild may."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+import metaalign_edge as edge
+from metaalign_edge import Refusal, Template, TemplateError, TierText
+
+MESSAGES = [
+    {"role": "system", "content": TierText.of(" S ", "system_info")},
+    {"role": "user", "content": TierText.of(" one\ntwo ", "query")},
+]
+
+
+def rendered(source: str, **variables: Any) -> TierText:
+    return Template(source, "the test").render(messages=MESSAGES, **variables)
+
+
+HOSTILE = {
+    "an endless macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "nested ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "a long range": "{% for a in range(10**9) %}x{% endfor %}",
+    "a loop that prints": "{% for a in range(90000) %}{% for b in range(90000) %}xxxxxxxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
+    "a multiplied string": "{{ 'x' * 1000000000 }}",
+    "a number times a string": "{{ 1000000000 * 'x' }}",
+    "a multiplied list": "{{ [0] * 1000000000 }}",
+    "a doubled string": "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "a string doubled by a tilde": "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "a list in itself": "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+    "two such lists compared": (
+        "{% set ns = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}"
+        "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}"
+    ),
+    "a tuple as a key": "{% set ns = namespace(x=(1,)) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}{% endfor %}{{ {ns.x: 1} }}",
+    "a doubled list": "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "a formatted width": "{{ '%1000000000d' % 1 }}",
+    "a width given as a value": "{{ '%*d' % (1000000000, 1) }}",
+    "a width in format()": "{{ '{:>1000000000}'.format(1) }}",
+    "a width in the filter format": "{{ '%1000000000d'|format(1) }}",
+    "a huge power": "{{ 10 ** 10 ** 10 }}",
+    "a growing number": "{% set ns = namespace(x=9) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "an explosive replace": "{% set x = 'x' * 9999999 %}{{ x.replace('x', x) }}",
+    "an explosive filter replace": "{% set x = 'x' * 9999999 %}{{ x|replace('x', x) }}",
+    "an explosive join": "{{ ('x' * 9999999).join(['a'] * 9999) }}",
+    "an explosive filter join": "{{ (['a'] * 9999)|join('x' * 9999999) }}",
+    "a repeated join": "{{ (['x' * 9999999] * 9999)|join }}",
+    "a printed list": "{{ ['x' * 9999999] * 9999 }}",
+    "a deep indent": "{{ ('\n' * 9999999)|indent(9999999) }}",
+    "an indented JSON": "{{ [1, 2]|tojson(indent=999999999) }}",
+    "a padded number": "{{ '1'.zfill(1000000000) }}",
+    "centring": "{{ 'x'|center(1000000000) }}",
+    "centring by method": "{{ 'x'.center(1000000000) }}",
+    "translate": "{{ 'x'.translate({120: 'x' * 9999999}) }}",
+    "lipsum": "{{ lipsum(1000000) }}",
+    "a class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "a class by filter": "{{ ''|attr('__class__') }}",
+    "a class by index": "{{ ''['__class__'] }}",
+    "globals of a function": "{{ raise_exception.__globals__ }}",
+    "globals of a macro": "{% macro m() %}{% endmacro %}{{ m.__init__.__globals__ }}",
+    "a class in format()": "{{ '{0.__class__}'.format('') }}",
+    "the environment": "{{ self._TemplateReference__context.environment }}",
+    "a change of the messages": "{{ messages.append(1) }}",
+    "bytes, which forget their tier": "{{ messages[0]['content'].encode() }}",
+    "another file": "{% include '/etc/passwd' %}",
+    "too deep a nest": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "too long a template": "x" * 2_000_000,
+    "broken syntax": "{% for %}",
+    "an unknown filter": "{{ 1|evil }}",
+}
+
+
+@pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_template_is_refused_in_time(source: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(TemplateError) as caught:
+        rendered(source).encode()
+    assert time.monotonic() - started < 3 * edge.BUDGET_SECONDS
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_refuses_says_why() -> None:
+    with pytest.raises(Refusal, match="no system role"):
+        rendered("{{ raise_exception('no system\n role') }}")
+
+
+TAINTED = {
+    "plain": "{{ messages[1]['content'] }}",
+    "attribute": "{{ messages[1].content }}",
+    "trimmed": "{{ messages[1].content | trim }}",
+    "stripped": "{{ messages[1].content.strip() }}",
+    "split": "{{ messages[1].content.split('\n')[-1] }}",
+    "added": "{{ '<|x|>' + messages[1].content + '<|x|>' }}",
+    "tilde": "{{ '<|x|>' ~ messages[1].content ~ 1 }}",
+    "percent": "{{ '<%s>' % messages[1].content }}",
+    "format": "{{ '<{}>'.format(messages[1].content) }}",
+    "format by name": "{{ '<{x}>'.format(x=messages[1].content) }}",
+    "filter format": "{{ '<%s>'|format(messages[1].content) }}",
+    "a tier's text as the format": "{{ (messages[1].content ~ '%s')|format(1) }}",
+    "join": "{{ messages|map(attribute='content')|join('-') }}",
+    "join by method": "{{ '-'.join([messages[1].content, 'x']) }}",
+    "replace in it": "{{ messages[1].content|replace('one', 'three') }}",
+    "replace by it": "{{ 'three x'|replace('x', messages[1].content) }}",
+    "replace by it, a method": "{{ 'three x'.replace('x', messages[1].content) }}",
+    "set block": "{% set x %}[{{ messages[1].content }}]{% endset %}{{ x }}",
+    "macro": "{% macro m(x) %}[{{ x }}]{% endmacro %}{{ m(messages[1].content) }}",
+    "call block": "{% macro m() %}[{{ caller() }}]{% endmacro %}{% call m() %}{{ messages[1].content }}{% endcall %}",
+    "filter block": "{% filter trim %}{{ messages[1].content }}{% endfilter %}",
+    "JSON": "{{ messages|tojson }}",
+    "string of a list": "{{ [messages[1].content]|string }}",
+    "a printed list": "{{ [messages[1].content] }}",
+    "default": "{{ nothing|default(messages[1].content) }}",
+    "namespace": "{% set ns = namespace(x='') %}{% for m in messages %}{% set ns.x = ns.x + m.content %}{% endfor %}{{ ns.x }}",
+    "letter by letter": "{% for letter in messages[1].content %}{{ letter }}{% endfor %}",
+    "items": "{% for key, value in messages[1].items() %}{{ key }}={{ value }};{% endfor %}",
+    "slice": "{{ messages[1].content[1:-1] }}",
+    "indent": "{{ messages[1].content|indent(2) }}",
+    "upper": "{{ messages[1].content|upper }}",
+    "a lazy filter chain": "{{ messages|map(attribute='content')|map('upper')|list|string }}",
+    "generation": "{% generation %}{{ messages[1].content }}{% endgeneration %}",
+}
+
+
+@pytest.mark.parametrize("source", TAINTED.values(), ids=TAINTED)
+def test_a_tiers_text_keeps_its_owner_through_a_template(source: str) -> None:
+    prompt = rendered(source)
+    scaffold = "".join(text for text, tier in prompt.pieces() if tier is None).lower()
+    assert prompt.holds("query")
+    assert "one" not in scaffold and "two" not in scaffold
+
+
+def test_what_a_template_writes_itself_stays_scaffold() -> None:
+    prompt = rendered(
+        "{{ bos }}{% for m in messages %}<|{{ m.role|upper }}|>{{ m.content|trim }}{{ '<|end|>' }}{% endfor %}",
+        bos="<s>",
+    )
+    assert list(prompt.pieces()) == [
+        ("<s><|SYSTEM|>", None), ("S", "system_info"), ("<|end|><|USER|>", None), ("one\ntwo", "query"), ("<|end|>", None),
+    ]  # fmt: skip
+
+
+def test_the_variables_that_templates_expect_are_there() -> None:
+    assert rendered("{{ strftime_now('%Y') }}") == time.strftime("%Y")
+    assert rendered("{{ {'ß': '<'}|tojson }}") == '{"ß": "<"}'
+    assert rendered("{% for x in [1, 2, 3] %}{% if x == 2 %}{% continue %}{% endif %}{{ x }}{% endfor %}") == "13"
+    assert (
+        rendered("{% for x in [1, 2, 3] %}{{ loop.index }}{{ loop.last }}{{ loop.length }}{% endfor %}")
+        == "1False32False33True3"
+    )
+
+
+@pytest.mark.parametrize("name", edge.FILTERS)
+def test_no_filter_lets_a_tiers_text_pass_as_scaffold(name: str) -> None:
+    for source in (
+        f"{{{{ messages[1].content|{name} }}}}",
+        f"{{{{ ([messages[1].content]|{name}) }}}}",
+        f"{{{{ 'x'|{name}(messages[1].content) }}}}",
+    ):
+        try:
+            prompt = rendered(source)
+        except TemplateError:
+            continue  # not a use of this filter
+        scaffold = "".join(text for text, tier in prompt.pieces() if tier is None).lower()
+        assert "one" not in scaffold and "two" not in scaffold, source
