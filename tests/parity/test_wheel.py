@@ -1,0 +1,72 @@
+"""The wheel, from an empty folder, in an environment that has the dependencies and not this checkout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)], check=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` folder of a fresh virtual environment with the wheel; dependencies come from this environment."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # A path that a .pth file adds is searched, but the editable install's own .pth in it is not obeyed.
+    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    subprocess.run(
+        [str(folder / "bin" / "pip"), "install", "-q", "--no-deps", "--force-reinstall", str(wheel)], check=True
+    )
+    return folder / "bin"
+
+
+def test_the_wheel_answers_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    command = [str(installed / "metaalign-edge"), "chat", "--pref", "Answer in capital letters.", "What is the moon?"]
+    result = subprocess.run(
+        command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert "MOON" in result.stdout and result.stdout == result.stdout.upper()
+
+
+def test_the_wheel_renders_and_says_where_it_was_loaded_from(installed: Path, tmp_path: Path) -> None:
+    code = "import metaalign_edge as e; print(e.__file__); print(e.part('convert').__file__)"
+    result = subprocess.run(
+        [str(installed / "python"), "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert all(str(installed.parent) in line for line in result.stdout.splitlines())
+    document = subprocess.run(
+        [str(installed / "metaalign-edge"), "render", "--tokens", "--json", "--pref", "short", "tea?"],
+        cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert {token["tier"] for token in json.loads(document.stdout)["tokens"]} == {"scaffold", "user_info", "query"}
+
+
+def test_the_wheel_takes_no_name_but_its_own(wheel: Path) -> None:
+    names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert all(name.startswith("metaalign_edge") for name in names), names
+
+
+def test_the_wheel_holds_every_file_of_its_parts(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for path in tracked:
+        folder, _, rest = path.partition("/")
+        if folder in ("convert", "templates", "models", "preferences", "tune") and rest:
+            assert f"metaalign_edge_{folder}/{rest}" in names, path
