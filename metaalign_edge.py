@@ -2026,8 +2026,8 @@ def describe(answer: Answer) -> str:
     """Sum up an answer in one line for -v."""
     return (
         f"{answer.input_tokens} tokens in ({answer.cached_tokens} cached), {answer.output_tokens} out "
-        f"({answer.finish_reason}), first after {answer.first_token_ms:.0f} ms, {answer.tokens_per_second:.1f} tokens/s, "
-        f"loaded in {answer.load_ms:.0f} ms, seed {answer.seed}"
+        f"({answer.finish_reason}), first after {answer.first_token_ms:.0f} ms, "
+        f"{answer.tokens_per_second:.1f} tokens/s, loaded in {answer.load_ms:.0f} ms, seed {answer.seed}"
     )
 
 
