@@ -1460,7 +1460,11 @@ class Model:
                 interrupt.check()
             raise LoadError(f"cannot load {file.path}: {LOG.reason()}")
         self.load_ms = (time.monotonic() - started) * 1000
-        self.vocabulary = LlamaVocabulary(llama.llama_model_get_vocab(self.pointer), file)
+        try:
+            self.vocabulary = LlamaVocabulary(llama.llama_model_get_vocab(self.pointer), file)
+        except LoadError:
+            self.close()
+            raise
 
     def __enter__(self) -> Model:
         return self
@@ -1634,7 +1638,7 @@ class Engine:
         self.model, self.context, self.interrupt = model, context, interrupt
         params = llama.llama_context_default_params()
         params.n_ctx = context * sequences
-        params.n_batch = params.n_ubatch = PREFILL_CHUNK
+        params.n_batch = params.n_ubatch = max(PREFILL_CHUNK, sequences)
         params.n_seq_max, params.kv_unified = sequences, sequences > 1
         params.n_threads = params.n_threads_batch = threads_for(model, settings)
         params.no_perf = True
@@ -1646,7 +1650,8 @@ class Engine:
             )
         self._memory = llama.llama_get_memory(self.pointer)
         self.sequences = [SequenceState(number) for number in range(sequences)]
-        self._batch = llama.llama_batch_init(max(PREFILL_CHUNK, sequences), 0, 1)
+        self._room = max(PREFILL_CHUNK, sequences)  # tokens of one step at most
+        self._batch = llama.llama_batch_init(self._room, 0, 1)
 
     def __enter__(self) -> Engine:
         return self
@@ -1698,8 +1703,11 @@ class Engine:
         """Decode tokens of several sequences in one llama_decode; return each feed's row of logits (-1: none asked).
 
         Raises:
-            Interrupted: Ctrl-C during prefill. ContextOverflow: the KV cache is full.
+            Interrupted: Ctrl-C during prefill. ContextOverflow: the KV cache is full. ValueError: more tokens than
+                PREFILL_CHUNK and one a sequence, for which the batch has no room.
         """
+        if sum(len(feed.tokens) for feed in feeds) > self._room:
+            raise ValueError(f"a step takes at most {self._room} tokens")
         batch, rows, at = self._batch, [], 0
         for sequence, tokens, logits in feeds:
             position = len(sequence.tokens)
@@ -1735,6 +1743,8 @@ class Sampler:
 
         temperature = value(settings.temperature, "temp", 0.7)
         top_k = int(value(settings.top_k, "top_k", 40))
+        if settings.temperature and settings.top_k is None and top_k == 1:
+            top_k = 40  # the model's own "greedy, please" gives way to a temperature that was asked for
         penalty = value(settings.repeat_penalty, "penalty_repeat", 1.0)
         chain = [llama.llama_sampler_init_penalties(64, penalty, 0.0, 0.0)] if penalty != 1.0 else []
         if temperature <= 0 or top_k == 1:

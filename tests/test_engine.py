@@ -106,6 +106,23 @@ def test_a_full_context_is_an_error_that_says_so(model: Model) -> None:
             engine.step([Feed(engine.sequences[0], prompts(model)[2])])
 
 
+def test_a_step_refuses_more_tokens_than_its_batch_has_room_for(model: Model) -> None:
+    with Engine(model, GREEDY, Interrupt(), 128, sequences=2) as engine, pytest.raises(ValueError, match="512"):
+        engine.step([Feed(sequence, [5] * 300) for sequence in engine.sequences])
+
+
+def test_a_model_that_asks_for_greedy_answers_gives_way_to_a_temperature(demo: Path) -> None:
+    with Model(ModelFile(demo), GREEDY) as model:
+        asked = Dialog(turns=(Turn("What is the moon?"),))
+
+        def answers(temperature: float | None) -> set[str]:
+            with chat(model, Settings(temperature=temperature, top_p=1.0, min_p=0.0)) as session:
+                return {session.answer(asked, seed, lambda _: None, lambda _: None).response for seed in range(5)}
+
+        assert len(answers(None)) == 1
+        assert len(answers(5.0)) > 1
+
+
 def test_closing_twice_is_harmless(tiny: Path) -> None:
     model = Model(ModelFile(tiny), GREEDY)
     engine = Engine(model, GREEDY, Interrupt(), 64)
