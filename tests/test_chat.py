@@ -288,6 +288,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation_and_ctrl_d_leaves(slo
     time.sleep(1.5)
     terminal.type("\x03")
     assert "interrupted" in terminal.until("\n> ")
+    time.sleep(0.5)  # between its prompt and its first look at the keyboard, readline sees no signal
     terminal.type("half a line\x03")
     terminal.until("> ")
     terminal.type("\x04")
