@@ -2184,7 +2184,7 @@ DIALOG, MODEL, SAMPLING, OUTPUT = "Dialog", "Model", "Sampling", "Output"
 
 QueryArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[QUERY]", help="The question. stdin, when piped, is put before it.", show_default=False),
+    typer.Argument(metavar="QUERY", help="The question. stdin, when piped, is put before it.", show_default=False),
 ]
 ModelOption = Annotated[
     str | None,
