@@ -148,7 +148,7 @@ def test_verbose_says_what_was_chosen_and_why(run: Run, tiny: Path) -> None:
 
 def test_a_closed_pipe_ends_quietly_with_0(slow: Path) -> None:
     process = subprocess.Popen(
-        [*COMMAND, "-m", str(slow), "-n", "3000", "tea?"],
+        [*COMMAND, "-m", str(slow), "-n", "3000", "--temp", "0", "tea?"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -203,7 +203,7 @@ def test_ctrl_c_stops_a_generation_keeps_what_was_said_and_exits_130(slow: Path)
         first.append(process.stdout.read(20))
 
     first: list[bytes] = []
-    code, rest, error, seconds = interrupted(["-m", str(slow), "-n", "8000", "tea?"], some_text)
+    code, rest, error, seconds = interrupted(["-m", str(slow), "-n", "8000", "--temp", "0", "tea?"], some_text)
     assert (code, error) == (130, b"")
     assert len(first[0]) == 20 and (first[0] + rest).endswith(b"\n")
     assert seconds < 5
@@ -281,7 +281,7 @@ def test_the_conversation_at_a_terminal(tiny: Path) -> None:
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation_and_ctrl_d_leaves(slow: Path) -> None:
-    terminal = Terminal("-m", str(slow), "-n", "8000", "-v")
+    terminal = Terminal("-m", str(slow), "-n", "8000", "--temp", "0", "-v")
     terminal.until("> ")
     terminal.type("What is tea?\n")
     terminal.until("What is tea?\n")
