@@ -1207,6 +1207,14 @@ class ModelFile:
         if self._at > len(self._data):
             raise struct.error
 
+    def items(self, key: str) -> Iterator[Any]:
+        """Yield the items of an array of strings or numbers; nothing if the key is not there."""
+        array = self.metadata.get(key)
+        if isinstance(array, GGUFArray):
+            self._at = array.offset
+            for _ in range(array.length):
+                yield self._value(array.kind)
+
     def token(self, name: str) -> str:
         """Return the text of a special token such as `bos`; an empty string if the model names none."""
         index = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
