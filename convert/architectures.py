@@ -7,6 +7,8 @@ The tables follow llama.cpp's converter (MIT), so that the files come out byte f
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,8 @@ from .config import Config
 from .errors import ConvertError, some
 from .shards import Array
 
-Pair = tuple[str, "int | float | str"]  # a GGUF key below the architecture's name, and its value
+Value = int | float | str | bool | list[bool]
+Pair = tuple[str, Value]  # a GGUF key below the architecture's name, and its value
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,20 @@ class Transform:
 
     unit: int
     apply: Callable[[Array], Array]
+    arithmetic: bool = False  # it computes with the numbers, so bfloat16 comes as float32, not as uint16
+
+
+Make = Callable[[Config, int], Transform]  # takes the number of rows
+Guard = Callable[[Config], "str | None"]  # refuses what GGUF cannot express; returns what the user should know
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the GGUF tensors that a Hugging Face tensor is taken apart into."""
+
+    gguf: str  # its name; ``{}`` is the layer
+    rows: str  # the name of its number of rows
+    transform: Make  # picks the rows
 
 
 @dataclass(frozen=True)
@@ -56,7 +73,8 @@ class Rule:
     name: str
     shape: tuple[str, ...]
     when: Callable[[Config], bool] = lambda config: True
-    transform: Callable[[Config, int], Transform] | None = None  # takes the number of rows
+    transform: Make | None = None
+    parts: tuple[Part, ...] = ()  # where one tensor becomes several
 
 
 @dataclass(frozen=True)
@@ -68,8 +86,9 @@ class Architecture:
     keys: tuple[Key | Computed, ...]  # in the order of writing; FILE_TYPE marks where general.file_type goes
     tensors: tuple[Rule, ...]
     sizes: Callable[[Config], Mapping[str, int]]  # what the names in the shapes mean
-    guards: tuple[Callable[[Config], None], ...]  # each refuses what GGUF cannot express
+    guards: tuple[Guard, ...]
     extra: Callable[[Config], Iterable[tuple[str, Array]]] = lambda config: ()  # tensors made from the configuration
+    first: Computed = Computed(lambda config: ())  # keys that the reference writes before all others
 
     def expected(self, config: Config) -> dict[str, tuple[Rule, tuple[int, ...]]]:
         """Say which tensors the checkpoint must hold: name -> its rule and shape."""
@@ -103,21 +122,42 @@ def register(piece: Architecture) -> Architecture:
     return piece
 
 
-def find(values: Mapping[str, Any]) -> tuple[Architecture, Config]:
-    """Find the piece for a config.json and lay the file over its class's defaults. Raises ConvertError."""
+def find(values: Mapping[str, Any]) -> tuple[Architecture, Config, tuple[str, ...]]:
+    """Find the piece for a config.json and lay the file over its class's defaults.
+
+    Returns them with what the guards want the user to know. Raises ConvertError.
+    """
     classes = values.get("architectures")
     if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
         raise ConvertError("config.json: no architectures in it, so nobody can say what model this is")
-    if classes[0] not in ARCHITECTURES:
-        raise ConvertError(
-            f"config.json: {classes[0]} is not supported (supported: {some(sorted(ARCHITECTURES), 20)}); "
-            "llama.cpp's own convert_hf_to_gguf.py may know it"
-        )
-    piece = ARCHITECTURES[classes[0]]
-    config = Config(values, piece.classes[classes[0]])
-    for guard in piece.guards:
-        guard(config)
-    return piece, config
+    name = classes[0]
+    if name not in ARCHITECTURES:
+        raise ConvertError(_unsupported(name, values))
+    piece = ARCHITECTURES[name]
+    text = values.get("text_config")  # where a model that also sees keeps what concerns its text
+    config = Config({**values, **(text if isinstance(text, dict) else {})}, piece.classes[name])
+    notes = [note for guard in (refuse_quantized, refuse_experts, *piece.guards) if (note := guard(config))]
+    return piece, config, tuple(notes)
+
+
+OTHER_KINDS = (  # what a class's name, or a key of its config.json, says about a model that is not for us
+    (r"moe|mixtral|dbrx|grok|deepseekv[23]|gptoss|llama4", "num_experts", "it is a mixture of experts"),
+    (r"mamba|jamba|hybrid|rwkv|lfm2|recurrent|falconh1|next|qwen3_5", "mamba_d_state", "it has layers with a state"),
+    (r"conditionalgeneration|vision|vl|llava|audio|omni", "vision_config", "it reads more than text"),
+    (r"bert|encoder|t5|bart|classification|embedding", "is_encoder_decoder", "it does not continue a text"),
+)
+
+
+def _unsupported(name: str, values: Mapping[str, Any]) -> str:
+    """Say that a class is not supported, why if that can be seen, and what comes nearest."""
+    whys = (why for pattern, key, why in OTHER_KINDS if re.search(pattern, name, re.I) or values.get(key))
+    why = next(whys, "")
+    near = difflib.get_close_matches(name, ARCHITECTURES, 1, 0.7)
+    hint = f": {why}" if why else f"; did you mean {near[0]}?" if near else ""
+    return (
+        f"config.json: {name} is not supported{hint} (supported: {some(sorted(ARCHITECTURES), 20)}); "
+        "llama.cpp's own convert_hf_to_gguf.py may know it"
+    )
 
 
 # -- what many architectures refuse -----------------------------------------------------------------------------------
@@ -142,14 +182,14 @@ def refuse_experts(config: Config) -> None:
             raise ConvertError(f"config.json: {name} is {count}; mixtures of experts are not supported yet")
 
 
-def refuse_activation(*allowed: str) -> Callable[[Config], None]:
+def refuse_activation(*allowed: str, key: str = "hidden_act") -> Guard:
     """Refuse an activation other than the one that llama.cpp computes for the architecture."""
 
     def guard(config: Config) -> None:
-        found = config.get("hidden_act")
+        found = config.get(key)
         if found not in allowed:
             raise ConvertError(
-                f"config.json: hidden_act is {found!r}, but llama.cpp computes {allowed[0]} for this architecture"
+                f"config.json: {key} is {found!r}, but llama.cpp computes {allowed[0]} for this architecture"
             )
 
     return guard
@@ -166,4 +206,101 @@ def refuse_window(config: Config) -> None:
         raise ConvertError(
             f"config.json: sliding_window {window} in a context of {context}; llama.cpp ignores it here, so answers "
             f"would change beyond {window} tokens: set max_position_embeddings to {window}, or sliding_window to null"
+        )
+
+
+SILU = refuse_activation("silu", "swish")
+
+
+def refuse_set(*names: str) -> Guard:
+    """Refuse switches that llama.cpp has nothing to do with for the architecture."""
+
+    def guard(config: Config) -> None:
+        for name in names:
+            if config.get(name):
+                raise ConvertError(
+                    f"config.json: {name} is {config.get(name)}, which llama.cpp cannot compute for this architecture"
+                )
+
+    return guard
+
+
+def refuse_other_head_size(config: Config) -> None:
+    """Refuse heads whose sizes do not add up to the hidden size, where llama.cpp takes that for granted."""
+    heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
+    if heads * config.head_dim != hidden:
+        raise ConvertError(
+            f"config.json: {heads} heads of {config.head_dim} are not hidden_size {hidden}, which llama.cpp takes for "
+            "granted in this architecture"
+        )
+
+
+def refuse_rope(*kinds: str, share: bool = False, layered: bool = False) -> Guard:
+    """Refuse RoPE of other ``kinds``; turning a share of each head, and layers that differ, unless they may."""
+
+    def guard(config: Config) -> str | None:
+        rope = config.rope
+        if rope.kind == "dynamic" and "dynamic" in kinds:
+            return "RoPE of type 'dynamic' stretches beyond max_position_embeddings, which llama.cpp does not"
+        if rope.kind not in kinds:
+            raise ConvertError(
+                f"config.json: RoPE of type {rope.kind!r} has no place in this architecture (known: {', '.join(kinds)})"
+            )
+        if rope.share != 1 and not share:
+            raise ConvertError(f"config.json: partial_rotary_factor {rope.share!r}, but here whole heads are turned")
+        if config.local_rope is not None and not layered:
+            raise ConvertError("config.json: RoPE that differs from layer to layer has no place in this architecture")
+        return None
+
+    return guard
+
+
+PERIODS = ("sliding_window_pattern", "_sliding_window_pattern")
+
+
+def refuse_layers(period: int) -> Guard:
+    """Refuse any order of sliding and full attention but the one that llama.cpp computes: every ``period``-th full."""
+
+    def guard(config: Config) -> None:
+        found = config.get("layer_types")
+        count = config.integer("num_hidden_layers", high=1024)
+        wanted = ["full_attention" if (n + 1) % period == 0 else "sliding_attention" for n in range(count)]
+        every = next((config.get(key) for key in PERIODS if config.get(key) is not None), period)
+        if (found is not None and found != wanted) or every != period:
+            raise ConvertError(
+                f"config.json: layers of full and sliding attention in an order that llama.cpp does not compute here "
+                f"(every layer number divisible by {period} is full, the others slide)"
+            )
+
+    return guard
+
+
+def refuse_theta(theta: float) -> Guard:
+    """Refuse a base frequency other than the one that llama.cpp has built in."""
+
+    def guard(config: Config) -> None:
+        if config.rope.theta != theta:
+            raise ConvertError(
+                f"config.json: rope_theta is {config.rope.theta:g}, but llama.cpp takes {theta:g} for granted in this "
+                "architecture"
+            )
+
+    return guard
+
+
+def refuse_untied(config: Config) -> None:
+    """Refuse an output head of its own, where llama.cpp has no place for it."""
+    if not config.flag("tie_word_embeddings"):
+        raise ConvertError(
+            "config.json: tie_word_embeddings is false, but llama.cpp takes the output head of this architecture from "
+            "the embedding"
+        )
+
+
+def refuse_tied(config: Config) -> None:
+    """Refuse an output head taken from the embedding, where llama.cpp wants one of its own."""
+    if config.flag("tie_word_embeddings"):
+        raise ConvertError(
+            "config.json: tie_word_embeddings is true, but llama.cpp wants an output head of its own in this "
+            "architecture: save the model with the head untied"
         )

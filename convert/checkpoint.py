@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import llama as llama  # fills the registry
-from .architectures import Architecture, Rule, find
+from . import pieces as pieces  # fills the registry
+from .architectures import Architecture, Rule, Transform, find
 from .chat import read_templates
 from .config import Config
 from .errors import ConvertError, SourceNotFound, some
@@ -18,6 +18,17 @@ from .vocabulary import Vocabulary, read_vocabulary
 IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")  # buffers that old versions saved
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+OTHER_PARTS = ("vision_tower.", "multi_modal_projector.")  # of a model that also sees, next to its language model
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the file that is read from the checkpoint."""
+
+    name: str  # in GGUF
+    shape: tuple[int, ...]
+    tensor: Tensor
+    transform: Transform | None  # of the tensor's rows
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Checkpoint:
     tied_head: Tensor | None  # a saved copy of the embedding, to be left out
     vocabulary: Vocabulary
     templates: dict[str, str]
+    notes: tuple[str, ...] = ()  # what the user should know about the architecture
 
     @property
     def architecture(self) -> str:
@@ -58,11 +70,27 @@ class Checkpoint:
         """The texts of its added and special tokens."""
         return self.vocabulary.marked
 
-    def gguf_names(self) -> dict[str, str]:
-        """Return the GGUF name of each tensor that will be in the file."""
-        table = self.piece.gguf_names(self.config.integer("num_hidden_layers"))
-        names = {tensor.name: table.get_name(tensor.name, (".weight", ".bias")) for tensor, _ in self.mapped}
-        return {name: str(found) for name, found in names.items()}
+    def outputs(self) -> list[Output]:
+        """Return the tensors of the file that are read from the checkpoint, in the order of the file."""
+        names = self.piece.gguf_names(self.config.integer("num_hidden_layers"))
+        sizes = self.piece.sizes(self.config)
+        found = []
+        for tensor, rule in self.mapped:
+            if not rule.parts:
+                name = str(names.get_name(canonical(tensor.name), (".weight", ".bias")))
+                transform = rule.transform(self.config, tensor.shape[0]) if rule.transform else None
+                found.append(Output(name, tensor.shape, tensor, transform))
+            for part in rule.parts:
+                layer = next(word for word in tensor.name.split(".") if word.isdecimal())
+                shape = (sizes[part.rows], *tensor.shape[1:])
+                transform = part.transform(self.config, tensor.shape[0])
+                found.append(Output(part.gguf.format(layer), shape, tensor, transform))
+        return found
+
+
+def canonical(name: str) -> str:
+    """Return a tensor's name as it is in a model of text only."""
+    return name.replace("language_model.", "")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -85,16 +113,22 @@ def _open(path: Path) -> Checkpoint:
     if folder.has("hf_quant_config.json"):
         raise ConvertError("hf_quant_config.json: the weights are quantised already; convert the original checkpoint")
     raw = folder.json("config.json")
-    piece, config = find(raw)
-    for pair in (pair for key in piece.keys for pair in key.pairs(config)):
+    piece, config, notes = find(raw)
+    for pair in (pair for key in (piece.first, *piece.keys) for pair in key.pairs(config)):
         _check_range(*pair)
     expected = piece.expected(config)
-    mapped, tied_head = _map(list_tensors(folder), expected, config)
+    tensors = list_tensors(folder)
+    if isinstance(raw.get("text_config"), dict):
+        others = [name for name in tensors if name.removeprefix("model.").startswith(OTHER_PARTS)]
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in set(others)}
+        if others:
+            notes = (*notes, f"only the language model is converted: {len(others)} tensors that see are left out")
+    mapped, tied_head = _map(tensors, expected, config)
     vocabulary = read_vocabulary(folder, config.integer("vocab_size"), raw)
-    return Checkpoint(folder, piece, config, mapped, tied_head, vocabulary, read_templates(folder))
+    return Checkpoint(folder, piece, config, mapped, tied_head, vocabulary, read_templates(folder), notes)
 
 
-def _check_range(key: str, value: int | float | str) -> None:
+def _check_range(key: str, value: object) -> None:
     if isinstance(value, float) and not 1e-38 < value < 3e38:
         raise ConvertError(f"config.json: {key} would be {value}, which float32 cannot hold")
 
@@ -103,7 +137,7 @@ def _map(
     tensors: dict[str, Tensor], expected: dict[str, tuple[Rule, tuple[int, ...]]], config: Config
 ) -> tuple[list[tuple[Tensor, Rule]], Tensor | None]:
     """Match what is there with what must be there, exactly. Raises ConvertError naming what is amiss."""
-    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}
+    kept = {canonical(name): tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}
     tied_head = kept.pop(HEAD, None) if HEAD not in expected else None
     missing = [name for name in expected if name not in kept]
     if missing:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import ConvertError, some
 
-# The parameters that each kind of RoPE scaling takes; all but those with a question mark are required.
+# The parameters that each kind of RoPE scaling takes; those with a question mark may be absent, a star is a list.
 ROPE_KINDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -21,7 +21,10 @@ ROPE_KINDS: dict[str, tuple[str, ...]] = {
         "beta_fast?",
         "beta_slow?",
     ),
+    "longrope": ("long_factor*", "short_factor*", "original_max_position_embeddings?", "factor?"),
+    "dynamic": ("factor",),
 }
+ROPE_ALIASES = {"su": "longrope"}
 ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 
 
@@ -32,6 +35,8 @@ class Rope:
     kind: str  # a key of ROPE_KINDS
     theta: float
     parameters: Mapping[str, float]
+    lists: Mapping[str, list[float]]
+    share: float  # of each head that is turned
 
 
 class Config:
@@ -88,33 +93,63 @@ class Config:
 
     @property
     def rope(self) -> Rope:
-        """The RoPE parameters, from ``rope_parameters`` (transformers 5) or ``rope_scaling`` (4)."""
+        """The RoPE parameters, from ``rope_parameters`` (transformers 5) or ``rope_scaling`` (4).
+
+        Where layers with a sliding window have their own, these are those of the layers without.
+        """
+        given = self._rope_given
+        return self._rope(given.get("full_attention", given))
+
+    @property
+    def local_rope(self) -> Rope | None:
+        """The RoPE parameters of the layers with a sliding window, None if they have none of their own."""
+        given = self._rope_given
+        if "sliding_attention" in given:
+            return self._rope(given["sliding_attention"])
+        theta = self.get("rope_local_base_freq")
+        return None if theta is None else Rope("default", positive("rope_local_base_freq", theta), {}, {}, 1)
+
+    @property
+    def _rope_given(self) -> dict[str, Any]:
         given = self.get("rope_parameters") or self.get("rope_scaling") or {}
         if not isinstance(given, dict):
             raise ConvertError(f"config.json: {given!r} is no set of RoPE parameters")
-        if any(isinstance(value, dict) for value in given.values()):
-            raise ConvertError("config.json: RoPE that differs from layer to layer has no place in this architecture")
+        nested = {key for key, value in given.items() if isinstance(value, dict)}
+        if nested and not nested == given.keys() == {"full_attention", "sliding_attention"}:
+            raise ConvertError(f"config.json: RoPE for {some(sorted(given))}; known are full and sliding attention")
+        return given
+
+    def _rope(self, given: dict[str, Any]) -> Rope:
         values = {"original_max_position_embeddings": self.get("original_max_position_embeddings"), **given}
         kind = values.get("rope_type") or values.get("type") or "default"
+        kind = ROPE_ALIASES.get(kind, kind) if isinstance(kind, str) else kind
         if not isinstance(kind, str) or kind not in ROPE_KINDS:
             raise ConvertError(
                 f"config.json: RoPE of type {kind!r} is not known; llama.cpp would ignore it and answer wrongly "
                 f"(known: {', '.join(ROPE_KINDS)})"
             )
-        wanted = {key.rstrip("?"): key.endswith("?") for key in ROPE_KINDS[kind]}
+        wanted = {key.rstrip("?*"): key[-1] for key in ROPE_KINDS[kind]}
         unknown = sorted(key for key in given if key not in wanted and key not in ROPE_COMMON)
         if unknown:
             raise ConvertError(f"config.json: RoPE of type {kind!r} with {some(unknown)} cannot be written as GGUF")
-        turned = values.get("partial_rotary_factor", self.get("partial_rotary_factor"))
-        if turned not in (None, 1):
-            raise ConvertError(f"config.json: partial_rotary_factor {turned!r}, but here whole heads are turned")
-        parameters = {}
-        for key, optional in wanted.items():
-            if values.get(key) is None and optional:
-                continue
-            parameters[key] = positive(f"{key} (RoPE {kind!r})", values.get(key))
+        parameters, lists = {}, {}
+        for key, mark in wanted.items():
+            name = f"{key} (RoPE {kind!r})"
+            if mark == "*":
+                lists[key] = positives(name, values.get(key))
+            elif values.get(key) is not None or mark != "?":
+                parameters[key] = positive(name, values.get(key))
         theta = given.get("rope_theta") or self.number("rope_theta")
-        return Rope(kind, positive("rope_theta", theta), parameters)
+        shares = (values.get("partial_rotary_factor"), self.get("partial_rotary_factor"), 1)
+        share = positive("partial_rotary_factor", next(value for value in shares if value is not None))
+        return Rope(kind, positive("rope_theta", theta), parameters, lists, share)
+
+
+def positives(name: str, values: Any) -> list[float]:
+    """Return ``values`` if it is a list of finite numbers above 0."""
+    if not isinstance(values, list):
+        raise ConvertError(f"config.json: {name} is {values!r}, not a list of numbers")
+    return [positive(name, value) for value in values]
 
 
 def positive(name: str, value: Any) -> float:

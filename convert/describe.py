@@ -9,7 +9,7 @@ from typing import BinaryIO
 import gguf
 from gguf.gguf_writer import GGUFWriter, WriterState
 
-from .architectures import FILE_TYPE
+from .architectures import FILE_TYPE, Value
 from .checkpoint import Checkpoint
 from .encode import OUTTYPES
 from .errors import ConvertError
@@ -24,6 +24,8 @@ def describe(
 ) -> GGUFWriter:
     """Return a writer that holds every key of the file, and no tensors yet."""
     writer = GGUFWriter(None, checkpoint.architecture)
+    for name, value in checkpoint.piece.first.pairs(checkpoint.config):
+        _add(writer, f"{checkpoint.architecture}.{name}", value, writer.add_uint32)
     writer.add_type(gguf.GGUFType.MODEL)
     for name, value in read_sampling(checkpoint.folder):
         _add(writer, name, value, writer.add_int32)
@@ -40,10 +42,14 @@ def describe(
     return writer
 
 
-def _add(writer: GGUFWriter, name: str, value: int | float | str, add_int: Callable[[str, int], None]) -> None:
+def _add(writer: GGUFWriter, name: str, value: Value, add_int: Callable[[str, int], None]) -> None:
     """Add a key of the type that its value has; whole numbers come in several, so the caller says which."""
     if isinstance(value, str):
         writer.add_string(name, value)
+    elif isinstance(value, bool):
+        writer.add_bool(name, value)
+    elif isinstance(value, list):
+        writer.add_array(name, value)
     elif isinstance(value, float):
         writer.add_float32(name, value)
     else:

@@ -38,12 +38,17 @@ def encoded_size(shape: tuple[int, ...], kind: Type) -> int:
     return math.prod(shape) // block * size
 
 
+def widen(rows: Array, dtype: str) -> tuple[Array, str]:
+    """Return rows that can be computed with, and their dtype: bfloat16, stored as uint16, becomes float32."""
+    return ((rows.astype(np.uint32) << 16).view(np.float32), "F32") if dtype == "BF16" else (rows, dtype)
+
+
 def encode(name: str, rows: Array, dtype: str, kind: Type) -> Array:
     """Turn rows as stored (``dtype``: F32, F16 or BF16, the last as uint16) into the bytes of ``kind``.
 
     Raises ConvertError, naming the tensor ``name``, for NaN, infinity, and what float16 cannot hold.
     """
-    numbers = (rows.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else rows
+    numbers, _ = widen(rows, dtype)
     if not np.isfinite(numbers).all():
         raise ConvertError(f"{name} holds NaN or infinity; the checkpoint is damaged, or its training went wrong")
     if (dtype, kind) in COPIED:

@@ -12,16 +12,15 @@ from typing import BinaryIO
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from .architectures import Rule
 from .chat import templates_to_write
-from .checkpoint import EMBEDDING, Checkpoint
+from .checkpoint import EMBEDDING, Checkpoint, Output
 from .describe import describe, write_head
-from .encode import OUTTYPES, choose_type, encode, encoded_size
+from .encode import OUTTYPES, choose_type, encode, encoded_size, widen
 from .errors import CannotWrite, ConvertError
 from .output import atomic, check_output, check_space
 from .pretokenizers import NAME, TABLE
 from .prove import prove_pre_tokenizer
-from .shards import Array, Tensor, read_rows
+from .shards import Array, read_rows
 
 CHUNK = 16 * 2**20  # bytes of source that are in memory at a time
 ALIGNMENT = 32  # bytes; every tensor begins at a multiple
@@ -50,7 +49,7 @@ class Planned:
     name: str
     shape: tuple[int, ...]
     kind: Type
-    source: tuple[Tensor, Rule] | Array
+    source: Output | Array
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +90,7 @@ def write_gguf(
     for planned in plan:  # the library takes the type from raw_dtype
         writer.add_tensor_info(planned.name, planned.shape, np.dtype(np.float32), planned.nbytes, planned.kind)
     check_space(output, sum(planned.nbytes for planned in plan))
-    checks = list(checkpoint.vocabulary.notes)
+    checks = [*checkpoint.vocabulary.notes, *checkpoint.notes]
     if check:
         checks.insert(0, prove_pre_tokenizer(checkpoint, pre))
     if "default" not in templates:
@@ -142,10 +141,8 @@ def plan_tensors(checkpoint: Checkpoint, outtype: str) -> list[Planned]:
         Planned(name, array.shape, choose_type(name, array.shape, wanted), array)
         for name, array in checkpoint.piece.extra(checkpoint.config)
     ]
-    names = checkpoint.gguf_names()
-    for tensor, rule in checkpoint.mapped:
-        name = names[tensor.name]
-        plan.append(Planned(name, tensor.shape, choose_type(name, tensor.shape, wanted), (tensor, rule)))
+    for output in checkpoint.outputs():
+        plan.append(Planned(output.name, output.shape, choose_type(output.name, output.shape, wanted), output))
     return plan
 
 
@@ -164,19 +161,21 @@ def _write_tensors(checkpoint: Checkpoint, plan: list[Planned], file: BinaryIO, 
 
 def _chunks(checkpoint: Checkpoint, planned: Planned) -> Iterator[Array]:
     """Yield a tensor in the file's type, some rows at a time."""
-    if not isinstance(planned.source, tuple):
+    if not isinstance(planned.source, Output):
         yield encode(planned.name, planned.source, "F32", planned.kind)
         return
-    tensor, rule = planned.source
+    tensor, transform = planned.source.tensor, planned.source.transform
     rows = tensor.shape[0]
-    transform = rule.transform(checkpoint.config, rows) if rule.transform else None
     unit = transform.unit if transform else 1
     row_bytes = max(1, tensor.nbytes // rows)
     step = max(1, CHUNK // row_bytes // unit) * unit
     with checkpoint.folder.open(tensor.shard) as shard:
         for first in range(0, rows, step):
-            data = read_rows(shard, tensor, first, min(step, rows - first))
-            yield encode(tensor.name, transform.apply(data) if transform else data, tensor.dtype, planned.kind)
+            data, dtype = read_rows(shard, tensor, first, min(step, rows - first)), tensor.dtype
+            if transform:
+                data, dtype = widen(data, dtype) if transform.arithmetic else (data, dtype)
+                data = transform.apply(data)
+            yield encode(tensor.name, data, dtype, planned.kind)
 
 
 def _tied_head_is_equal(checkpoint: Checkpoint) -> None:

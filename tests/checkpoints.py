@@ -61,7 +61,6 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Draw float32 weights that bfloat16 and float16 hold exactly, so that every dtype stores the same model."""
-    draw = np.random.default_rng(seed)
     hidden, ff, rows = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads = config["num_attention_heads"]
     size = config.get("head_dim") or hidden // heads
@@ -85,6 +84,12 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (rows, hidden)
+    return draw_weights(shapes, seed)
+
+
+def draw_weights(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
+    """Draw float32 weights of these shapes that bfloat16 and float16 hold exactly."""
+    draw = np.random.default_rng(seed)
     weights = {}
     for name, shape in shapes.items():
         values = draw.normal(0, 0.1, shape).astype(np.float32)

@@ -520,18 +520,30 @@ def index(weight_map: Any) -> Callable[[Path], None]:
 ADDED = {"id": 3, "content": "<|other|>", "special": True}
 NORM = "model.norm.weight"
 REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "another architecture": (config(architectures=["BertModel"]), "BertModel is not supported .supported: Llama"),
+    "another architecture": (
+        config(architectures=["BertModel"]),
+        "BertModel is not supported: it does not continue a text .supported: Gemma",
+    ),
+    "experts by name": (config(architectures=["Qwen3MoeForCausalLM"]), "not supported: it is a mixture of experts"),
+    "a typing error": (config(architectures=["Qwen3ForCausaLM"]), "did you mean Qwen3ForCausalLM?"),
+    "eyes": (config(architectures=["Qwen2VLForConditionalGeneration"]), "not supported: it reads more than text"),
+    "a state": (config(architectures=["MambaForCausalLM"]), "not supported: it has layers with a state"),
     "no architecture": (config(architectures=None), "no architectures in it"),
     "quantised": (config(quantization_config={"quant_method": "gptq"}), r"quantised already \(gptq\)"),
     "quantised elsewhere": (text("hf_quant_config.json", "{}"), "hf_quant_config.json: the weights are quantised"),
     "experts": (config(num_local_experts=8), "num_local_experts is 8; mixtures of experts"),
     "activation": (config(hidden_act="gelu"), "hidden_act is 'gelu', but llama.cpp computes silu"),
     "window": (config(sliding_window=64), "sliding_window 64 in a context of 128"),
-    "rope type": (rope(rope_type="dynamic", factor=2.0), "RoPE of type 'dynamic' is not known"),
+    "rope type": (rope(rope_type="spiral", factor=2.0), "RoPE of type 'spiral' is not known"),
+    "rope type of others": (rope(rope_type="dynamic", factor=2.0), "RoPE of type 'dynamic' has no place in this"),
     "rope keys": (rope(rope_type="linear", factor=2.0, mscale=1), "'linear' with mscale cannot be written"),
     "rope missing": (rope(rope_type="llama3"), "factor .RoPE 'llama3'. is None, not a number above 0"),
     "rope value": (rope(rope_type="linear", factor="2"), "is '2', not a number"),
-    "rope per layer": (config(rope_parameters={"full_attention": {}}), "differs from layer to layer"),
+    "rope per layer": (
+        config(rope_parameters={"full_attention": {}, "sliding_attention": {}}),
+        "differs from layer to layer",
+    ),
+    "rope of some layers": (config(rope_parameters={"full_attention": {}}), "RoPE for full_attention; known are"),
     "partial rope": (config(partial_rotary_factor=0.5), "partial_rotary_factor 0.5, but here whole heads"),
     "huge theta": (rope(rope_theta=1e300), "rope_theta is 1e.300, not a number above 0"),
     "layers": (config(num_hidden_layers=10**6), "num_hidden_layers is 1000000, not a whole number from 1 to 1,024"),

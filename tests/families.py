@@ -1,0 +1,125 @@
+"""A tiny random checkpoint for every class that `convert` knows, in the ways in which transformers 4 and 5 save it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from checkpoints import CONFIG, draw_weights, write_json, write_weights
+from metaalign_edge_convert.architectures import find
+
+Json = dict[str, Any]
+LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GELU = {"hidden_act": None, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
+GEMMA = {**GELU, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64, "num_hidden_layers": 6}
+FACTORS = {"long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5], "short_factor": [1.0, 1.0, 1.1, 1.1, 1.2, 1.2]}
+# class -> the model_type, and what differs from CONFIG; the keys are those of transformers 5
+FAMILIES: dict[str, tuple[str, Json]] = {
+    "LlamaForCausalLM": ("llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
+    "MistralForCausalLM": ("mistral", {"sliding_window": None}),
+    "SmolLM3ForCausalLM": ("smollm3", {"head_dim": None, "num_hidden_layers": 4, "tie_word_embeddings": True}),
+    "GraniteForCausalLM": (
+        "granite",
+        {
+            "head_dim": None,
+            "attention_multiplier": 0.25,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "Qwen2ForCausalLM": ("qwen2", {"head_dim": None}),
+    "Qwen3ForCausalLM": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "GemmaForCausalLM": ("gemma", {**GEMMA, "query_pre_attn_scalar": None, "sliding_window": None}),
+    "Gemma2ForCausalLM": (
+        "gemma2",
+        {**GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "num_hidden_layers": 4},
+    ),
+    "Gemma3ForCausalLM": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+                "sliding_attention": LOCAL,
+            },
+        },
+    ),
+    "Phi3ForCausalLM": (
+        "phi3",
+        {
+            "head_dim": None,
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 64,
+                **FACTORS,
+            },
+        },
+    ),
+    "Olmo2ForCausalLM": ("olmo2", {"head_dim": None}),
+    "StableLmForCausalLM": (
+        "stablelm",
+        {
+            "head_dim": None,
+            "rms_norm_eps": None,
+            "layer_norm_eps": 1e-5,
+            "use_qkv_bias": True,
+            "rope_parameters": {**LOCAL, "partial_rotary_factor": 0.25},
+        },
+    ),
+    "InternLM2ForCausalLM": ("internlm2", {"head_dim": None}),
+    "InternLM3ForCausalLM": ("internlm3", {"head_dim": 32, "qkv_bias": False, "bias": False}),
+}
+NOT_IN_TRANSFORMERS = ("InternLM2ForCausalLM", "InternLM3ForCausalLM")  # their code comes with their weights
+
+
+def configuration(name: str, **changes: Any) -> Json:
+    """Return a tiny config.json of the class ``name``, as transformers 5 writes it."""
+    kind, differences = FAMILIES[name]
+    config = {**CONFIG, "architectures": [name], "model_type": kind, "pad_token_id": 0, **differences, **changes}
+    return {key: value for key, value in config.items() if value is not None or key == "sliding_window"}
+
+
+def older(config: Json) -> Json:
+    """Return the same configuration as transformers 4 wrote it: RoPE in keys of its own."""
+    given = config["rope_parameters"]
+    rope = dict(given.get("full_attention", given))
+    found = {key: value for key, value in config.items() if key != "rope_parameters"}
+    found |= {"torch_dtype": "float32", "rope_theta": rope.pop("rope_theta")}
+    if "sliding_attention" in given:
+        found["rope_local_base_freq"] = given["sliding_attention"]["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        found["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    if config["model_type"] == "phi3":  # it alone kept this key at the top
+        found["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
+    if rope["rope_type"] != "default":
+        found["rope_scaling"] = rope
+    return found
+
+
+def weights(config: Json, seed: int = 0) -> dict[str, np.ndarray]:
+    """Draw the weights that a checkpoint with this configuration holds."""
+    piece, read, _ = find(config)
+    return draw_weights({name: shape for name, (_, shape) in piece.expected(read).items()}, seed)
+
+
+def make_family(folder: Path, name: str, *, dtype: str = "F32", old: bool = True, **changes: Any) -> Path:
+    """Write configuration and weights, without a tokenizer: in one file, or as transformers 5 does, in shards."""
+    config = configuration(name, **changes)
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", older(config) if old else config)
+    write_weights(folder, weights(config), dtype, shards=1 if old else 3)
+    return folder
