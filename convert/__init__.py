@@ -13,7 +13,8 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .encode import OUTTYPES as _OUTTYPES
 from .errors import CannotWrite, ConvertError, OutputExists, SourceNotFound
 from .prove import prove_pre_tokenizer
-from .writer import Conversion, write_gguf
+from .quantize import Options, canonical
+from .writer import Conversion, Plan, plan_checkpoint, plan_gguf, write_gguf, write_plan
 
 OUTTYPES = tuple(_OUTTYPES)
 
@@ -24,9 +25,15 @@ __all__ = [
     "Checkpoint",
     "Conversion",
     "ConvertError",
+    "Options",
     "OutputExists",
+    "Plan",
     "SourceNotFound",
+    "canonical",
     "open_checkpoint",
+    "plan_checkpoint",
+    "plan_gguf",
     "prove_pre_tokenizer",
     "write_gguf",
+    "write_plan",
 ]
