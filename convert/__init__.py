@@ -12,9 +12,10 @@ from .architectures import ARCHITECTURES
 from .checkpoint import Checkpoint, open_checkpoint
 from .encode import OUTTYPES as _OUTTYPES
 from .errors import CannotWrite, ConvertError, OutputExists, SourceNotFound
+from .output import check_output
 from .prove import prove_pre_tokenizer
 from .quantize import Options, canonical
-from .writer import Conversion, Plan, plan_checkpoint, plan_gguf, write_gguf, write_plan
+from .writer import Conversion, Plan, peak_mb, plan_checkpoint, plan_gguf, write_gguf, write_plan
 
 OUTTYPES = tuple(_OUTTYPES)
 
@@ -30,7 +31,9 @@ __all__ = [
     "Plan",
     "SourceNotFound",
     "canonical",
+    "check_output",
     "open_checkpoint",
+    "peak_mb",
     "plan_checkpoint",
     "plan_gguf",
     "prove_pre_tokenizer",

@@ -180,6 +180,7 @@ class Planned:
 class Plan:
     """What a file will hold. No weight has been read yet, and nothing written."""
 
+    origin: Path  # the checkpoint's folder, or the GGUF file
     architecture: str
     parameters: int
     outtype: str
@@ -265,6 +266,7 @@ def plan_checkpoint(
     if check:
         proofs.insert(0, lambda: [prove_pre_tokenizer(checkpoint, pre)])
     return Plan(
+        origin=checkpoint.folder.root,
         architecture=checkpoint.architecture,
         parameters=checkpoint.parameters,
         outtype=outtype,
@@ -339,6 +341,7 @@ def plan_gguf(path: Path, outtype: str = "q8_0", *, options: Options = AS_USUAL)
     again -= {"Q8_0"} | {tensor.kind.name for tensor in tensors}
     checks = [f"warning: quantised already ({some(sorted(again))}): an original in F16 gives better results"]
     return Plan(
+        origin=path.resolve(),
         architecture=architecture,
         parameters=sum(entry.nbytes and int(np.prod(entry.shape)) for entry in head.entries),
         outtype=outtype,
@@ -391,7 +394,6 @@ def write_gguf(
     """Convert ``checkpoint`` to the GGUF file ``output``; see ``plan_checkpoint`` and ``write_plan``."""
     canonical(outtype)
     check_output(output, force)
-    _not_its_own_source(checkpoint, output)
     plan = plan_checkpoint(
         checkpoint,
         outtype,
@@ -416,6 +418,7 @@ def write_plan(
     """
     begun = time.perf_counter()
     check_output(output, force)
+    _not_its_own_source(plan.origin, output)
     check_space(output, plan.bytes)
     proven = [line for proof in plan.before for line in proof()]
     with atomic(output) as part:
@@ -534,10 +537,11 @@ def _tied_head_is_equal(checkpoint: Checkpoint) -> tuple[str, ...]:
     return ()
 
 
-def _not_its_own_source(checkpoint: Checkpoint, output: Path) -> None:
-    inside = output.resolve().parent == checkpoint.folder.root
-    if inside and output.exists() and output.suffix != ".gguf":
-        raise CannotWrite(f"{output}: one of the checkpoint's own files; name another output")
+def _not_its_own_source(origin: Path, output: Path) -> None:
+    target = output.resolve()
+    if target == origin or (target.parent == origin and output.exists() and output.suffix != ".gguf"):
+        whose = "the source itself" if target == origin else "one of the checkpoint's own files"
+        raise CannotWrite(f"{output}: {whose}; name another output")
 
 
 def peak_mb() -> float:
