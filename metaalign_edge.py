@@ -2432,7 +2432,25 @@ def rendering_document(rendering: Rendering, tokens: list[Token] | None) -> dict
     }
 
 
-QUANTISATION = "Quantisation"
+QUANTISATION = "Quantisation, in llama-quantize's words"
+
+ImatrixOption = Annotated[
+    Path | None, option("--imatrix", help="An importance matrix, as llama-imatrix writes it.", panel=QUANTISATION)
+]
+LeaveOutputOption = Annotated[
+    bool, option("--leave-output-tensor", help="Keep output.weight as it is stored.", panel=QUANTISATION)
+]
+OutputTypeOption = Annotated[
+    str | None, option("--output-tensor-type", help="A type for output.weight.", panel=QUANTISATION)
+]
+EmbeddingTypeOption = Annotated[
+    str | None, option("--token-embedding-type", help="A type for token_embd.weight.", panel=QUANTISATION)
+]
+TensorTypeOption = Annotated[
+    list[str] | None,
+    option("--tensor-type", help="PATTERN=TYPE for the tensors so named. Repeat to add.", panel=QUANTISATION),
+]
+PureOption = Annotated[bool, option("--pure", help="One type for all matrices, no mixture.", panel=QUANTISATION)]
 
 
 @app.command()
@@ -2457,24 +2475,12 @@ def convert(
     pre: Annotated[
         str | None, option("--pre", help="llama.cpp's name of the pre-tokenizer, where it cannot be found.")
     ] = None,
-    imatrix: Annotated[
-        Path | None,
-        option("--imatrix", help="An importance matrix, as llama-imatrix writes it.", panel=QUANTISATION),
-    ] = None,
-    leave_output: Annotated[
-        bool, option("--leave-output-tensor", help="Keep output.weight as it is stored.", panel=QUANTISATION)
-    ] = False,
-    output_type: Annotated[
-        str | None, option("--output-tensor-type", help="A type for output.weight.", panel=QUANTISATION)
-    ] = None,
-    embedding_type: Annotated[
-        str | None, option("--token-embedding-type", help="A type for token_embd.weight.", panel=QUANTISATION)
-    ] = None,
-    tensor_type: Annotated[
-        list[str] | None,
-        option("--tensor-type", help="PATTERN=TYPE for the tensors so named. Repeat to add.", panel=QUANTISATION),
-    ] = None,
-    pure: Annotated[bool, option("--pure", help="One type for all matrices, no mixture.", panel=QUANTISATION)] = False,
+    imatrix: ImatrixOption = None,
+    leave_output: LeaveOutputOption = False,
+    output_type: OutputTypeOption = None,
+    embedding_type: EmbeddingTypeOption = None,
+    tensor_type: TensorTypeOption = None,
+    pure: PureOption = False,
     dry_run: Annotated[bool, option("--dry-run", help="Show the plan, and write nothing.")] = False,
     check: Annotated[bool, option("--check/--no-check", help="Load the result and decode a token.")] = True,
     force: Annotated[bool, option("--force", help="Replace an output that exists.")] = False,
