@@ -31,10 +31,12 @@ import functools
 import importlib.util
 import io
 import json
+import math
 import mmap
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -2430,24 +2432,56 @@ def rendering_document(rendering: Rendering, tokens: list[Token] | None) -> dict
     }
 
 
+QUANTISATION = "Quantisation, in llama-quantize's words"
+
+ImatrixOption = Annotated[
+    Path | None, option("--imatrix", help="An importance matrix, as llama-imatrix writes it.", panel=QUANTISATION)
+]
+LeaveOutputOption = Annotated[
+    bool, option("--leave-output-tensor", help="Keep output.weight as it is stored.", panel=QUANTISATION)
+]
+OutputTypeOption = Annotated[
+    str | None, option("--output-tensor-type", help="A type for output.weight.", panel=QUANTISATION)
+]
+EmbeddingTypeOption = Annotated[
+    str | None, option("--token-embedding-type", help="A type for token_embd.weight.", panel=QUANTISATION)
+]
+TensorTypeOption = Annotated[
+    list[str] | None,
+    option("--tensor-type", help="PATTERN=TYPE for the tensors so named. Repeat to add.", panel=QUANTISATION),
+]
+PureOption = Annotated[bool, option("--pure", help="One type for all matrices, no mixture.", panel=QUANTISATION)]
+
+
 @app.command()
 def convert(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SRC", help="A Hugging Face checkpoint folder, or user/repo on the hub.", show_default=False
+            metavar="SRC",
+            help="A Hugging Face checkpoint folder, user/repo on the hub, or a GGUF file to quantise anew.",
+            show_default=False,
         ),
     ],
     output: Annotated[
         Path | None, option("-o", "--output", help="The GGUF to write. Default: NAME-OUTTYPE.gguf here.")
     ] = None,
-    outtype: Annotated[str, option("--outtype", help="f32, f16, bf16 or q8_0.")] = "q8_0",
+    outtype: Annotated[
+        str, option("--outtype", help="f32, f16, bf16, q8_0, or any type of llama.cpp's: Q4_K_M, Q6_K, IQ4_XS, …")
+    ] = "q8_0",
     template: Annotated[
         str, option("--template", help="A name or a file to carry as chat template; keep: the checkpoint's own.")
     ] = "auto",
     pre: Annotated[
         str | None, option("--pre", help="llama.cpp's name of the pre-tokenizer, where it cannot be found.")
     ] = None,
+    imatrix: ImatrixOption = None,
+    leave_output: LeaveOutputOption = False,
+    output_type: OutputTypeOption = None,
+    embedding_type: EmbeddingTypeOption = None,
+    tensor_type: TensorTypeOption = None,
+    pure: PureOption = False,
+    dry_run: Annotated[bool, option("--dry-run", help="Show the plan, and write nothing.")] = False,
     check: Annotated[bool, option("--check/--no-check", help="Load the result and decode a token.")] = True,
     force: Annotated[bool, option("--force", help="Replace an output that exists.")] = False,
     as_json: JsonOption = False,
@@ -2462,38 +2496,107 @@ def convert(
 
         metaalign-edge convert my-tuned-model -o my-model.gguf
 
-        metaalign-edge convert my-tuned-model --outtype f16 --template keep
+        metaalign-edge convert my-tuned-model --outtype Q4_K_M --template keep
+
+        metaalign-edge convert my-model-f16.gguf --outtype Q6_K --dry-run
     """
     screen = Screen(quiet, verbose)
     converter = part("convert")
-    if outtype.lower() not in converter.OUTTYPES:
-        raise UsageError(f"no output type {outtype!r}: choose from {', '.join(converter.OUTTYPES)}")
-    checkpoint = converter.open_checkpoint(find_checkpoint(source, screen))
-    name, text = conversion_template(template, checkpoint)
-    target = output or Path(f"{checkpoint.name}-{outtype.lower()}.gguf")
-    with progress_bar(screen) as progress:
-        result = converter.write_gguf(
-            checkpoint,
-            target,
-            outtype=outtype.lower(),
-            chat_template=text,
-            template_name=name,
-            force=force,
-            pre=pre,
-            check=check,
-            progress=progress,
+    try:
+        outtype = converter.canonical(outtype)
+    except converter.ConvertError as error:
+        raise UsageError(str(error)) from None
+    types = (output_type, embedding_type, tuple(tensor_type or ()))
+    options = converter.Options(imatrix, leave_output, *types, pure)
+    if is_gguf(source):
+        if pre is not None or template not in ("auto", "keep"):
+            raise UsageError(f"--pre and --template are for checkpoints: {source} is a GGUF file and keeps what it has")
+        target = output or Path(f"{stem_of(source)}-{outtype}.gguf")
+        converter.check_output(target, force)
+        plan = converter.plan_gguf(Path(source).expanduser(), outtype, options=options)
+    else:
+        checkpoint = converter.open_checkpoint(find_checkpoint(source, screen))
+        target = output or Path(f"{Path(checkpoint.name).name}-{outtype}.gguf")
+        converter.check_output(target, force)
+        name, text = conversion_template(template, checkpoint)
+        plan = converter.plan_checkpoint(
+            checkpoint, outtype, chat_template=text, template_name=name, pre=pre, check=check, options=options
         )
-    checks = [*result.checks, *(check_conversion(result.output, Settings(verbose=verbose)) if check else [])]
-    document = {**asdict(result), "output": str(result.output), "checks": checks}
+    if dry_run:
+        show_plan(plan, target, as_json, screen)
+        return
+    verify = functools.partial(verify_conversion, settings=Settings(verbose=verbose)) if check else None
+    with progress_bar(screen) as progress:
+        result = converter.write_plan(plan, target, force=force, progress=progress, verify=verify)
+    report_conversion(result, as_json, screen)
+
+
+def is_gguf(source: str) -> bool:
+    """Say whether the source of a conversion is a GGUF file, by its first bytes."""
+    try:
+        with Path(source).expanduser().open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def stem_of(source: str) -> str:
+    """Return a GGUF file's name without the type that stands at its end."""
+    converter = part("convert")
+    name = Path(source).stem
+    stem, _, kind = name.rpartition("-")
+    try:
+        converter.canonical(kind)
+    except converter.ConvertError:
+        return name
+    return stem or name
+
+
+def show_plan(plan: Any, target: Path, as_json: bool, screen: Screen) -> None:
+    """Print what `convert` would write, and what it would need."""
+    free = shutil.disk_usage(target.parent).free
+    memory = part("convert").peak_mb() + plan.memory / 1e6
+    tensors = {kind: {"count": count, "bytes": size} for kind, (count, size) in plan.by_type().items()}
+    document = {
+        "output": str(target),
+        "architecture": plan.architecture,
+        "parameters": plan.parameters,
+        "outtype": plan.outtype,
+        "bytes": plan.bytes,
+        "template": plan.template,
+        "tensors": tensors,
+        "free_bytes": free,
+        "memory_mb": round(memory),
+        "checks": list(plan.checks),
+    }
     if as_json:
         screen.json(document)
-    else:
-        screen.note(
-            f"{result.output}: {result.architecture}, {result.parameters:,} parameters, {result.outtype}, "
-            f"{result.bytes / 1e6:.1f} MB, template {result.template or 'none'}, {result.seconds:.1f} s"
-        )
-        for line in checks:
+        return
+    template = plan.template or "none"
+    rows = [f"{target}: {plan.architecture}, {plan.parameters:,} parameters, {plan.outtype}, template {template}"]
+    rows += [f"  {kind:<8}{row['count']:>6} tensors{row['bytes'] / 1e6:>12,.1f} MB" for kind, row in tensors.items()]
+    rows += [
+        f"  disk    {plan.bytes / 1e6:,.1f} MB needed, {free / 1e6:,.0f} MB free",
+        f"  memory  about {memory:,.0f} MB, and what the check of the result takes",
+        *(f"  note    {line}" for line in plan.checks),
+    ]
+    screen.write("\n".join(rows) + "\n")
+
+
+def report_conversion(result: Any, as_json: bool, screen: Screen) -> None:
+    """Say what `convert` did, and what was checked; warnings even without -v."""
+    for line in result.checks:
+        if line.startswith("warning: "):
+            screen.note(f"metaalign-edge: {line}")
+        else:
             screen.detail(f"checked: {line}")
+    if as_json:
+        screen.json({**asdict(result), "output": str(result.output), "checks": list(result.checks)})
+        return
+    screen.note(
+        f"{result.output}: {result.architecture}, {result.parameters:,} parameters, {result.outtype}, "
+        f"{result.bytes / 1e6:.1f} MB, template {result.template or 'none'}, {result.seconds:.1f} s"
+    )
 
 
 def find_checkpoint(source: str, screen: Screen) -> Path:
@@ -2547,6 +2650,18 @@ def conversion_template(name: str, checkpoint: Any) -> tuple[str | None, str | N
     return (label if Template(text, name).mentions("user_info") else None), text
 
 
+def verify_conversion(path: Path, settings: Settings) -> list[str]:
+    """Check a conversion before it gets its name; see `check_conversion`.
+
+    Raises:
+        EdgeError: of the kind that `check_conversion` raises; nothing stays.
+    """
+    try:
+        return check_conversion(path, settings)
+    except (LoadError, TemplateError, TierViolation, ContextOverflow) as error:
+        raise type(error)(f"the result fails its check, so it was removed (--no-check keeps it): {error}") from error
+
+
 def check_conversion(path: Path, settings: Settings) -> list[str]:
     """Load a conversion and use it: vocabulary, end token, template, a tier-safe render, one decoded token."""
     file = ModelFile(path)
@@ -2554,17 +2669,27 @@ def check_conversion(path: Path, settings: Settings) -> list[str]:
     probe = Dialog("Be kind.", "One sentence.", (Turn("What is tea?"),))
     settings = replace(settings, max_tokens=1, temperature=0.0, gpu_layers="0", context=min(file.context, 512))
     with interrupt, Model(file, settings, interrupt) as model:
-        loaded = f"loads, with {model.vocabulary.size:,} tokens and the end token {file.token('eos') or 'none'}"
-        if not file.templates:
-            return [loaded, "carries no chat template: chat will need --template"]
-        with Chat(model, choose_template("auto", file), settings, RenderOptions(), interrupt) as session:
-            answer = session.answer(probe, 0, lambda _: None, lambda _: None)
-        interrupt.check()
-        return [
-            loaded,
-            f"the template {answer.template} renders {answer.input_tokens} tier-safe tokens",
-            "a token is decoded",
-        ]
+        found = [f"loads, with {model.vocabulary.size:,} tokens and the end token {file.token('eos') or 'none'}"]
+        if file.templates:
+            with Chat(model, choose_template("auto", file), settings, RenderOptions(), interrupt) as session:
+                answer = session.answer(probe, 0, lambda _: None, lambda _: None)
+                interrupt.check()
+                found.append(f"the template {answer.template} renders {answer.input_tokens} tier-safe tokens")
+                found.append(check_logits(cast(Engine, session.engine)))
+        else:
+            found.append("carries no chat template: chat will need --template")
+            with Engine(model, settings, interrupt, cast(int, settings.context)) as engine:
+                engine.prefill(engine.sequences[0], [0])
+                found.append(check_logits(engine))
+    return found
+
+
+def check_logits(engine: Engine) -> str:
+    """Say whether what the model computed last are numbers: infinite weights make them none."""
+    logits = llama_cpp().llama_get_logits_ith(engine.pointer, -1)
+    if all(map(math.isfinite, logits[: engine.model.vocabulary.size])):
+        return "a token is decoded"
+    return "warning: what the result computes are no numbers; use --outtype bf16 or f32, or look at the weights"
 
 
 @contextlib.contextmanager

@@ -12,8 +12,10 @@ from .architectures import ARCHITECTURES
 from .checkpoint import Checkpoint, open_checkpoint
 from .encode import OUTTYPES as _OUTTYPES
 from .errors import CannotWrite, ConvertError, OutputExists, SourceNotFound
+from .output import check_output
 from .prove import prove_pre_tokenizer
-from .writer import Conversion, write_gguf
+from .quantize import Options, canonical
+from .writer import Conversion, Plan, peak_mb, plan_checkpoint, plan_gguf, write_gguf, write_plan
 
 OUTTYPES = tuple(_OUTTYPES)
 
@@ -24,9 +26,17 @@ __all__ = [
     "Checkpoint",
     "Conversion",
     "ConvertError",
+    "Options",
     "OutputExists",
+    "Plan",
     "SourceNotFound",
+    "canonical",
+    "check_output",
     "open_checkpoint",
+    "peak_mb",
+    "plan_checkpoint",
+    "plan_gguf",
     "prove_pre_tokenizer",
     "write_gguf",
+    "write_plan",
 ]

@@ -11,6 +11,7 @@ from gguf.gguf_writer import GGUFWriter, WriterState
 
 from .architectures import FILE_TYPE, Value
 from .checkpoint import Checkpoint
+from .container import Packer
 from .encode import OUTTYPES
 from .errors import ConvertError
 from .metadata import read_metadata, read_sampling
@@ -23,7 +24,7 @@ def describe(
     checkpoint: Checkpoint, outtype: str, pre: str, templates: Mapping[str, str], template_name: str | None
 ) -> GGUFWriter:
     """Return a writer that holds every key of the file, and no tensors yet."""
-    writer = GGUFWriter(None, checkpoint.architecture)
+    writer = Packer(None, checkpoint.architecture)
     for name, value in checkpoint.piece.first.pairs(checkpoint.config):
         _add(writer, f"{checkpoint.architecture}.{name}", value, writer.add_uint32)
     writer.add_type(gguf.GGUFType.MODEL)

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import math
+from functools import cache
+from typing import NamedTuple
 
-import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType
 
 from .errors import ConvertError
-from .shards import Array
+from .ggml import from_float32, to_float32
+from .shards import STORED_AS, Array
 
-# --outtype -> the type of the matrices, and general.file_type
+# The types that are written as llama.cpp's converter writes them: the type of the matrices, and general.file_type
 OUTTYPES: dict[str, tuple[Type, LlamaFileType]] = {
     "f32": (Type.F32, LlamaFileType.ALL_F32),
     "f16": (Type.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (Type.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (Type.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-COPIED = {("F32", Type.F32), ("F16", Type.F16), ("BF16", Type.BF16)}  # the bytes stay what they are
 Q8_0_BLOCK = 32  # numbers that share a scale; blocks never cross a row
+HALF_LIMIT = 65520.0  # from here on, float16 rounds to infinity
+WIDE = (Type.F32, Type.BF16)  # types that hold any weight; the others are float16, or have scales in float16
+
+
+class Encoded(NamedTuple):
+    """Rows in the file's type."""
+
+    data: Array  # its bytes are what counts
+    largest: float  # magnitude among the numbers
 
 
 def choose_type(name: str, shape: tuple[int, ...], wanted: Type) -> Type:
@@ -32,34 +41,45 @@ def choose_type(name: str, shape: tuple[int, ...], wanted: Type) -> Type:
     return wanted
 
 
-def encoded_size(shape: tuple[int, ...], kind: Type) -> int:
-    """Return the bytes that a tensor takes in GGUF."""
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    return math.prod(shape) // block * size
+def encode(name: str, rows: Array, dtype: str, kind: Type, importance: Array | None = None) -> Encoded:
+    """Turn rows as stored (``dtype``: F32, F16, BF16 as uint16, or a quantised type as bytes) into those of ``kind``.
 
-
-def widen(rows: Array, dtype: str) -> tuple[Array, str]:
-    """Return rows that can be computed with, and their dtype: bfloat16, stored as uint16, becomes float32."""
-    return ((rows.astype(np.uint32) << 16).view(np.float32), "F32") if dtype == "BF16" else (rows, dtype)
-
-
-def encode(name: str, rows: Array, dtype: str, kind: Type) -> Array:
-    """Turn rows as stored (``dtype``: F32, F16 or BF16, the last as uint16) into the bytes of ``kind``.
-
-    Raises ConvertError, naming the tensor ``name``, for NaN, infinity, and what float16 cannot hold.
+    importance: see ``from_float32``. Raises ConvertError, naming the tensor ``name``, for NaN and infinity.
     """
-    numbers, _ = widen(rows, dtype)
-    if not np.isfinite(numbers).all():
+    if dtype not in STORED_AS:
+        if dtype == kind.name:
+            return Encoded(rows, 0.0)
+        rows, dtype = to_float32(rows, dtype), "F32"
+    largest = magnitude(rows, dtype)
+    if not np.isfinite(largest):
         raise ConvertError(f"{name} holds NaN or infinity; the checkpoint is damaged, or its training went wrong")
-    if (dtype, kind) in COPIED:
-        return rows
-    numbers = numbers.astype(np.float32, copy=False)
-    if kind is Type.F16:
-        with np.errstate(over="ignore"):
-            halves = numbers.astype(np.float16)
-        if not np.isfinite(halves).all():
-            largest = float(np.abs(numbers).max())
-            raise ConvertError(f"{name} holds {largest:g}, more than float16 can (65504); use --outtype bf16")
-        return halves
-    encoded: Array = gguf.quants.quantize(numbers, kind)
-    return encoded
+    if dtype == kind.name:
+        return Encoded(rows, largest)
+    if rows.itemsize == 2 and kind in (Type.F16, Type.BF16):
+        return Encoded(np.take(_table(dtype, kind), rows.view(np.uint16), mode="clip"), largest)
+    return Encoded(from_float32(to_float32(rows, dtype), kind, importance), largest)
+
+
+def magnitude(rows: Array, dtype: str) -> float:
+    """Return the largest magnitude in ``rows`` (F32, F16 or BF16); NaN or infinity if there is one.
+
+    The bits of floating-point numbers are in the order of their magnitudes, so that the largest whole number, taken
+    with a sign and without, is the answer: three times as fast as looking at the numbers, and no memory is taken.
+    """
+    bits = rows.itemsize * 8
+    signed, unsigned = np.dtype(f"i{rows.itemsize}"), np.dtype(f"u{rows.itemsize}")
+    above_zero = max(int(rows.view(signed).max()), 0)
+    below_zero = max(int(rows.view(unsigned).max()) - (1 << bits - 1), 0)
+    pattern = np.array([max(above_zero, below_zero)], unsigned)
+    if dtype == "BF16":
+        return float((pattern.astype(np.uint32) << 16).view(np.float32)[0])
+    return float(pattern.view(f"f{rows.itemsize}")[0])
+
+
+@cache
+def _table(dtype: str, kind: Type) -> Array:
+    """Return what each of the 65,536 patterns of one 16-bit type becomes in the other: quicker than any arithmetic."""
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    stored = patterns.view(np.float16) if dtype == "F16" else patterns
+    with np.errstate(invalid="ignore"):
+        return from_float32(to_float32(stored, dtype), kind).view(np.uint16).reshape(-1)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from .errors import CannotWrite, OutputExists
 
@@ -18,6 +18,7 @@ except ImportError:  # Windows, where an open file cannot be replaced anyway
     fcntl = None  # type: ignore[assignment]
 
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+PART = ".metaalign-part"  # what the temporary files end in
 OPEN_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -43,19 +44,27 @@ def check_space(output: Path, size: int) -> None:
         raise CannotWrite(f"{output.parent}: {size / 1e6:,.0f} MB are needed, and {free / 1e6:,.0f} MB are free")
 
 
+class Part(NamedTuple):
+    """The output while it is being written."""
+
+    file: BinaryIO
+    path: Path
+
+
 @contextmanager
-def atomic(output: Path) -> Iterator[BinaryIO]:
+def atomic(output: Path) -> Iterator[Part]:
     """Open a temporary file beside ``output``; when the block ends well, it takes the name, else it is removed.
 
-    Its name is always the same and it is locked while in use: what a killed process left behind is written over by
-    the next one, and two that run at once do not meet.
+    Its name is always the same and it is locked while in use: what a killed process left behind is removed by the
+    next one in the folder, and two that write the same output at once do not meet.
     """
-    part = output.with_name(f".{output.name}.part")
+    part = output.with_name(f".{output.name}{PART}")
     try:
         file = _open_locked(part, output)
+        _remove_left_behind(part)
         try:
             with file:
-                yield file
+                yield Part(file, part)
                 file.flush()
                 os.fsync(file.fileno())
                 if fcntl is not None:
@@ -88,6 +97,18 @@ def _open_locked(part: Path, output: Path) -> BinaryIO:
         file.close()  # between opening and locking, its owner finished and renamed it
     file.truncate(0)
     return file
+
+
+def _remove_left_behind(ours: Path) -> None:
+    """Remove the temporary files of processes that were killed; who lives still has the lock."""
+    if fcntl is None:
+        return
+    for path in ours.parent.glob(f".*{PART}"):
+        if path == ours:
+            continue
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

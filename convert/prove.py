@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gguf.gguf_writer import GGUFWriter
-
 from .checkpoint import Checkpoint
+from .container import Packer
 from .describe import add_vocabulary, write_head
 from .errors import ConvertError
 from .vocabulary import TOKENIZER_LIMIT
@@ -103,7 +102,7 @@ def prove_pre_tokenizer(checkpoint: Checkpoint, pre: str) -> str:
 def _vocabulary_file(checkpoint: Checkpoint, pre: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="metaalign-edge-") as folder:
         path = Path(folder) / "vocabulary.gguf"
-        writer = GGUFWriter(None, checkpoint.architecture)
+        writer = Packer(None, checkpoint.architecture)
         add_vocabulary(writer, checkpoint, pre, {})
         try:
             with path.open("wb") as file:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, TypeGuard
 
@@ -158,15 +160,52 @@ def _counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def read_rows(file: BinaryIO, tensor: Tensor, first: int, count: int) -> Array:
-    """Read ``count`` rows (along the first dimension) from an open shard, as stored: bfloat16 comes as uint16."""
-    row = math.prod(tensor.shape[1:])
+class Files:
+    """Files of weights, each opened when first read from; any number of threads may read.
+
+    Use it in a ``with``: at the end it makes sure that no file was changed meanwhile.
+    """
+
+    def __init__(self, open_file: Callable[[str], BinaryIO]) -> None:
+        """Take what opens a file by its name."""
+        self._open_file = open_file
+        self._lock = threading.Lock()
+        self._files: dict[str, tuple[BinaryIO, tuple[int, int]]] = {}
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        changed = [name for name, (file, stamp) in self._files.items() if _stamp(file) != stamp]
+        for file, _ in self._files.values():
+            file.close()
+        self._files.clear()
+        if changed and kind is None:
+            raise ConvertError(f"{changed[0]}: changed while it was read; is something else writing there?")
+
+    def read_into(self, name: str, start: int, data: Array) -> None:
+        """Fill ``data`` with the bytes from ``start``. Raises ConvertError if they cannot be read."""
+        with self._lock:
+            try:
+                if name not in self._files:
+                    file = self._open_file(name)
+                    self._files[name] = file, _stamp(file)
+                file = self._files[name][0]
+                file.seek(start)
+                got = file.readinto(data)  # type: ignore[attr-defined]
+            except OSError as error:
+                raise ConvertError(f"{name}: cannot be read ({error.strerror})") from None
+        if got != data.nbytes:
+            raise ConvertError(f"{name}: shorter than it was a moment ago; is something else writing there?")
+
+
+def _stamp(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def read_rows(files: Files, tensor: Tensor, first: int, count: int) -> Array:
+    """Read ``count`` rows (along the first dimension) as stored: bfloat16 comes as uint16."""
     data: Array = np.empty((count, *tensor.shape[1:]), STORED_AS[tensor.dtype])
-    try:
-        file.seek(tensor.start + first * row * data.itemsize)
-        got = file.readinto(data)  # type: ignore[attr-defined]
-    except OSError as error:
-        raise ConvertError(f"{tensor.shard}: cannot be read ({error.strerror})") from None
-    if got != data.nbytes:
-        raise ConvertError(f"{tensor.shard}: shorter than it was a moment ago; is something else writing there?")
+    files.read_into(tensor.shard, tensor.start + first * math.prod(tensor.shape[1:]) * data.itemsize, data)
     return data

@@ -1,0 +1,310 @@
+"""The types that llama.cpp quantises to, and which tensor gets which.
+
+The mixtures, such as Q4_K_M, are decided inside llama.cpp's ``llama_model_quantize`` and nowhere else. It is asked for
+a trial run on a file that has a head and holes for weights, and says in its log what each tensor would become; then the
+weights stream through ggml here: the same bytes, in little memory and without an intermediate file. The names, the
+types that need an importance matrix and its two file formats follow llama.cpp's llama-quantize (MIT).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from gguf import LlamaFileType as FileType
+
+from .container import MAGIC, Entry, Head, pack_value, read_head
+from .encode import OUTTYPES
+from .errors import ConvertError, SourceNotFound, some
+from .ggml import needs_importance
+from .shards import Array
+
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+NOT_MADE = (FileType.GUESSED, 39)  # 39, NVFP4, is a type that llama.cpp reads only
+MIXTURES = {  # name in llama-quantize -> general.file_type
+    file_type.name.removeprefix("MOSTLY_").removeprefix("ALL_"): file_type
+    for file_type in FileType
+    if file_type not in NOT_MADE
+}
+WEIGHED = (Type.IQ3_XXS, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ1_M, Type.IQ1_S)  # useless without importance
+EDGES = ("token_embd.weight", "output.weight")  # these excepted
+IMATRIX_LIMIT = 2**31  # bytes
+TRIAL_LINE = re.compile(
+    r"^\[ *\d+/ *\d+\] (\S+) +- \[.*?\], type = +(\w+), size = .*?(?:-> .*\((\w+)\))?$", re.MULTILINE
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to quantise, beyond the type; the names are those of llama-quantize."""
+
+    imatrix: Path | None = None  # an importance matrix, as llama-imatrix writes it
+    leave_output_tensor: bool = False  # keep output.weight as it is stored
+    output_tensor_type: str | None = None  # a type for output.weight
+    token_embedding_type: str | None = None  # a type for token_embd.weight
+    tensor_types: tuple[str, ...] = ()  # PATTERN=TYPE each: a type for the tensors whose names the pattern finds
+    pure: bool = False  # one type for all matrices, no mixture
+
+    def __bool__(self) -> bool:
+        """Say whether anything was asked for."""
+        return self != Options()
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How much each column of each matrix matters."""
+
+    name: str  # of the file
+    weights: Mapping[str, Array]  # GGUF tensor -> float32
+    datasets: tuple[str, ...] = ()
+    chunks: int = 0
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a file becomes."""
+
+    metadata: Mapping[str, bytes]
+    types: Mapping[str, Type]  # GGUF tensor -> its type, in the order of the file
+    importance: Mapping[str, Array] = field(default_factory=dict)  # GGUF tensor -> (experts, columns), float32
+
+
+def canonical(outtype: str) -> str:
+    """Return the one spelling of an output type: f32, f16, bf16, q8_0, else llama.cpp's. Raises ConvertError."""
+    if outtype.lower() in OUTTYPES:
+        return outtype.lower()
+    name = ALIASES.get(outtype.upper(), outtype.upper())
+    if name not in MIXTURES:
+        known = [*OUTTYPES, *sorted(name for name in MIXTURES if name.lower() not in OUTTYPES)]
+        raise ConvertError(f"outtype {outtype!r} is not one of {', '.join(known)}")
+    return name
+
+
+def quantized(path: Path, head: Head, outtype: str, options: Options) -> Quantized:
+    """Say what the GGUF file ``path`` with the head ``head`` becomes. Only the head is looked at.
+
+    Raises ConvertError if llama.cpp is not installed or refuses, and where an importance matrix is missing or for
+    another model.
+    """
+    name = outtype.upper()
+    matrix = read_imatrix(options.imatrix) if options.imatrix is not None else None
+    types = _trial(path, name, options, matrix)
+    if sorted(types) != sorted(entry.name for entry in head.entries):
+        raise ConvertError("llama.cpp's plan for the tensors cannot be read; is llama-cpp-python the pinned version?")
+    weights = {}
+    for entry in head.entries:
+        kind = types[entry.name]
+        if kind is entry.kind or kind.name.lower() in ("f32", "f16", "bf16"):
+            continue
+        found = _weights_for(entry, matrix)
+        required = kind in WEIGHED or (kind is Type.Q2_K and name == "Q2_K_S")
+        if found is None and (needs_importance(kind) or (required and entry.name not in EDGES)):
+            raise ConvertError(
+                f"{name} needs an importance matrix for {entry.name}: make one with llama.cpp's llama-imatrix and give "
+                "it (--imatrix)"
+            )
+        if found is not None:
+            weights[entry.name] = found
+    return Quantized(_metadata(head, name, matrix), types, weights)
+
+
+def _metadata(head: Head, name: str, matrix: Importance | None) -> dict[str, bytes]:
+    """Return the keys as llama.cpp leaves them: all that there were, and those that it sets at the end."""
+    last: dict[str, int | str] = {
+        gguf.Keys.General.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
+        gguf.Keys.General.FILE_TYPE: int(MIXTURES[name]),
+    }
+    if matrix is not None:
+        last["quantize.imatrix.file"] = _cut(matrix.name)
+        if matrix.datasets:
+            last["quantize.imatrix.dataset"] = _cut(matrix.datasets[0])
+        last["quantize.imatrix.entries_count"] = len(matrix.weights)
+        if matrix.chunks > 0:
+            last["quantize.imatrix.chunks_count"] = matrix.chunks
+    kept = {key: value for key, value in head.metadata.items() if key not in last and not key.startswith("split.")}
+    return {**kept, **{key: pack_value(value) for key, value in last.items()}}
+
+
+def _cut(text: str) -> str:
+    """Cut a text to what llama.cpp has room for."""
+    return text.encode("utf-8")[:127].decode("utf-8", "ignore")
+
+
+def _weights_for(entry: Entry, matrix: Importance | None) -> Array | None:
+    found = matrix.weights.get(entry.name) if matrix is not None else None
+    if found is None or matrix is None:
+        return None
+    experts = entry.shape[-3] if len(entry.shape) > 2 else 1
+    if found.size != experts * entry.shape[-1]:
+        if entry.name == EDGES[0]:  # llama-imatrix counts tokens there
+            return None
+        raise ConvertError(
+            f"{matrix.name}: {found.size:,} values for {entry.name}, which has {experts * entry.shape[-1]:,} columns; "
+            "the importance matrix is another model's"
+        )
+    return found.reshape(experts, -1)
+
+
+# -- llama.cpp's plan -------------------------------------------------------------------------------------------------
+
+
+def _trial(path: Path, name: str, options: Options, matrix: Importance | None) -> dict[str, Type]:
+    """Let llama.cpp plan, and return the type of each tensor, in the order of writing."""
+    try:
+        from llama_cpp import llama_cpp as llama
+    except ImportError:
+        raise ConvertError(f"{name} takes llama.cpp: pip install llama-cpp-python") from None
+    params = llama.llama_model_quantize_default_params()
+    params.ftype, params.nthread, params.dry_run, params.allow_requantize = int(MIXTURES[name]), 1, True, True
+    params.pure, params.quantize_output_tensor = options.pure, not options.leave_output_tensor
+    if options.output_tensor_type is not None:
+        params.output_tensor_type = int(_tensor_type(options.output_tensor_type))
+    if options.token_embedding_type is not None:
+        params.token_embedding_type = int(_tensor_type(options.token_embedding_type))
+    if options.tensor_types:
+        pairs = [_override(text) for text in options.tensor_types]
+        overrides = (llama.llama_model_tensor_override * (len(pairs) + 1))()
+        for place, (pattern, kind) in enumerate(pairs):
+            overrides[place].pattern, overrides[place].type = pattern, int(kind)
+        params.tt_overrides = overrides
+    if matrix is not None:
+        rows = (llama.llama_model_imatrix_data * (len(matrix.weights) + 1))()
+        for place, (tensor, values) in enumerate(matrix.weights.items()):
+            pointer = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            rows[place].name, rows[place].data, rows[place].size = tensor.encode("utf-8"), pointer, values.size
+        params.imatrix = rows
+    with _log(llama) as log:
+        failed = llama.llama_model_quantize(str(path).encode(), b"", ctypes.byref(params))
+    text = "".join(log)
+    if failed:
+        reasons = re.findall(r"failed to quantize: (.*)", text)
+        raise ConvertError(
+            f"llama.cpp cannot quantise this to {name}: {reasons[-1] if reasons else 'it gives no reason'}"
+        )
+    return {tensor: _tensor_type(after or before) for tensor, before, after in TRIAL_LINE.findall(text)}
+
+
+@contextmanager
+def _log(llama: Any) -> Iterator[list[str]]:
+    """Collect llama.cpp's log, which else goes to stderr or wherever it was sent before."""
+    lines: list[str] = []
+    callback = llama.llama_log_callback(lambda level, text, data: lines.append(text.decode("utf-8", "replace")))
+    before, data = llama.llama_log_callback(), ctypes.c_void_p()
+    llama.llama_log_get(ctypes.byref(before), ctypes.byref(data))
+    llama.llama_log_set(callback, None)
+    try:
+        yield lines
+    finally:
+        llama.llama_log_set(before, data)
+
+
+def _tensor_type(name: str) -> Type:
+    try:
+        return Type[name.upper()]
+    except KeyError:
+        raise ConvertError(f"{name!r} is no type of a tensor, such as Q6_K or F16") from None
+
+
+def _override(text: str) -> tuple[bytes, Type]:
+    pattern, _, kind = text.partition("=")
+    if not pattern or not kind:
+        raise ConvertError(f"tensor type {text!r}: write PATTERN=TYPE, such as attn_v=Q8_0")
+    return pattern.lower().encode("utf-8"), _tensor_type(kind)
+
+
+# -- importance matrices ----------------------------------------------------------------------------------------------
+
+
+def read_imatrix(path: Path) -> Importance:
+    """Read what llama-imatrix wrote, in its format of today (GGUF) or in its old one. Raises ConvertError."""
+    try:
+        with path.open("rb") as file:
+            found = _read_new(path, file) if file.read(len(MAGIC)) == MAGIC else _read_old(path, file)
+    except FileNotFoundError:
+        raise SourceNotFound(f"{path}: no such importance matrix") from None
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot be read ({error.strerror})") from None
+    damaged = [name for name, values in found.weights.items() if not np.isfinite(values).all()]
+    if damaged or not found.weights:
+        raise ConvertError(f"{path.name}: {'NaN or infinity for ' + some(damaged) if damaged else 'nothing in it'}")
+    return found
+
+
+def _read_new(path: Path, file: BinaryIO) -> Importance:
+    head = read_head(path)
+    entries = {entry.name: entry for entry in head.entries}
+    chunks = head.number("imatrix.chunk_count")
+    if chunks is None or "imatrix.datasets" not in head.metadata:
+        raise ConvertError(f"{path.name}: a GGUF file, but no importance matrix")
+    weights = {}
+    for name in sorted(entries):
+        stem = name.removesuffix(".in_sum2")
+        if stem == name:
+            continue
+        counts = entries.get(f"{stem}.counts")
+        if counts is None or counts.kind is not Type.F32 or entries[name].kind is not Type.F32:
+            raise ConvertError(f"{path.name}: no counts for {stem} in it")
+        sums, seen = _numbers(file, entries[name]), np.rint(_numbers(file, counts)).reshape(-1, 1)
+        if sums.size % seen.size:
+            raise ConvertError(f"{path.name}: {sums.size} sums for {stem} and {seen.size} counts")
+        sums = sums.reshape(seen.size, -1)
+        ones = np.ones_like(sums)  # for experts that no text reached
+        weights[stem] = np.divide(sums, seen, out=ones, where=seen > 0).reshape(-1)
+    return Importance(path.name, weights, _texts(head.metadata["imatrix.datasets"]), chunks)
+
+
+def _numbers(file: BinaryIO, entry: Entry) -> Array:
+    if entry.nbytes > IMATRIX_LIMIT:
+        raise ConvertError(f"{entry.name}: {entry.nbytes:,} bytes, which no importance matrix has")
+    file.seek(entry.start)
+    return np.frombuffer(file.read(entry.nbytes), np.float32)
+
+
+def _texts(packed: bytes) -> tuple[str, ...]:
+    """Unpack an array of texts."""
+    kind, inner, length = struct.unpack_from("<IIQ", packed)
+    texts, at = [], 16
+    for _ in range(length if (kind, inner) == (9, 8) else 0):
+        (size,) = struct.unpack_from("<Q", packed, at)
+        texts.append(packed[at + 8 : at + 8 + size].decode("utf-8", "replace"))
+        at += 8 + size
+    return tuple(texts)
+
+
+def _read_old(path: Path, file: BinaryIO) -> Importance:
+    """Read a number of entries (name, calls, values); then, sometimes, the chunks and the dataset."""
+    data = path.read_bytes() if path.stat().st_size < IMATRIX_LIMIT else b""
+    at = 0
+
+    def number() -> int:
+        nonlocal at
+        at += 4
+        return int(struct.unpack_from("<i", data, at - 4)[0])
+
+    def take(count: int) -> bytes:
+        nonlocal at
+        if count < 0 or at + count > len(data):
+            raise struct.error
+        at += count
+        return data[at - count : at]
+
+    weights: dict[str, Array] = {}
+    try:
+        for _ in range(number()):
+            name, calls = take(number()).decode("utf-8"), number()
+            values = np.frombuffer(take(4 * number()), "<f4")
+            weights[name] = values / np.float32(calls) if calls > 0 else values.copy()
+        chunks = number() if at < len(data) else 0
+        datasets = (take(number()).decode("utf-8", "replace"),) if at < len(data) else ()
+    except (struct.error, UnicodeDecodeError):
+        raise ConvertError(f"{path.name}: not an importance matrix, or cut short") from None
+    return Importance(path.name, weights, datasets, chunks)
