@@ -2441,7 +2441,13 @@ def convert(
     output: Annotated[
         Path | None, option("-o", "--output", help="The GGUF to write. Default: NAME-OUTTYPE.gguf here.")
     ] = None,
-    outtype: Annotated[str, option("--outtype", help="f32, f16, bf16 or q8_0.")] = "q8_0",
+    outtype: Annotated[
+        str | None, option("--outtype", help="f32, f16, bf16 or q8_0. Default: q8_0, of an adapter f32.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, option("--lora", help="A LoRA adapter of PEFT's to merge, DIR or DIR:SCALE; repeatable.")
+    ] = None,
+    lora_only: Annotated[bool, option("--lora-only", help="Write the adapter as a GGUF of its own instead.")] = False,
     template: Annotated[
         str, option("--template", help="A name or a file to carry as chat template; keep: the checkpoint's own.")
     ] = "auto",
@@ -2463,12 +2469,25 @@ def convert(
         metaalign-edge convert my-tuned-model -o my-model.gguf
 
         metaalign-edge convert my-tuned-model --outtype f16 --template keep
+
+        metaalign-edge convert base-model --lora my-adapter -o my-model.gguf
     """
     screen = Screen(quiet, verbose)
     converter = part("convert")
+    outtype = outtype or ("f32" if lora_only else "q8_0")
     if outtype.lower() not in converter.OUTTYPES:
         raise UsageError(f"no output type {outtype!r}: choose from {', '.join(converter.OUTTYPES)}")
+    if lora_only and len(lora or []) != 1:
+        raise UsageError("--lora-only writes one adapter: name it with one --lora")
     checkpoint = converter.open_checkpoint(find_checkpoint(source, screen))
+    adapters = [open_lora(name, checkpoint, screen) for name in lora or []]
+    if lora_only:
+        target = output or Path(f"{adapters[0].name}-{outtype.lower()}.gguf")
+        result = converter.write_adapter(checkpoint, adapters[0], target, outtype=outtype.lower(), force=force)
+        report_conversion(result, list(result.checks), as_json, screen)
+        return
+    if adapters:
+        checkpoint = converter.merge(checkpoint, adapters)
     name, text = conversion_template(template, checkpoint)
     target = output or Path(f"{checkpoint.name}-{outtype.lower()}.gguf")
     with progress_bar(screen) as progress:
@@ -2484,6 +2503,22 @@ def convert(
             progress=progress,
         )
     checks = [*result.checks, *(check_conversion(result.output, Settings(verbose=verbose)) if check else [])]
+    report_conversion(result, checks, as_json, screen)
+
+
+def open_lora(name: str, checkpoint: Any, screen: Screen) -> Any:
+    """Open the LoRA adapter `name`, a folder or a hub id, with `:SCALE` behind it or without."""
+    folder, colon, tail = name.rpartition(":")
+    try:
+        scale = float(tail) if colon and not Path(name).expanduser().exists() else None
+    except ValueError:  # a drive's colon, or another one in a folder's name
+        scale = None
+    place = find_checkpoint(name if scale is None else folder, screen)
+    return part("convert").open_adapter(place, checkpoint, 1.0 if scale is None else scale)
+
+
+def report_conversion(result: Any, checks: list[str], as_json: bool, screen: Screen) -> None:
+    """Say what `convert` did, and what was checked."""
     document = {**asdict(result), "output": str(result.output), "checks": checks}
     if as_json:
         screen.json(document)

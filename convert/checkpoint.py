@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import llama as llama  # fills the registry
@@ -12,6 +13,7 @@ from .chat import read_templates
 from .config import Config
 from .errors import ConvertError, SourceNotFound, some
 from .folder import Folder
+from .patch import Patch
 from .shards import STORED_AS, Tensor, list_tensors
 from .vocabulary import Vocabulary, read_vocabulary
 
@@ -31,6 +33,8 @@ class Checkpoint:
     tied_head: Tensor | None  # a saved copy of the embedding, to be left out
     vocabulary: Vocabulary
     templates: dict[str, str]
+    patches: Mapping[str, Patch] = field(default_factory=dict)  # by tensor name, what adapters change
+    notes: tuple[str, ...] = ()  # what the user should know
 
     @property
     def architecture(self) -> str:
@@ -80,7 +84,7 @@ def _open(path: Path) -> Checkpoint:
     folder = Folder(path)
     if not folder.has("config.json"):
         if folder.has("adapter_config.json"):
-            raise ConvertError(f"{path}: a LoRA adapter, not a model: merge it into its base model, then convert that")
+            raise ConvertError(f"{path}: a LoRA adapter, not a model: convert its base model, with --lora {path}")
         raise SourceNotFound(f"{path}: no config.json in the folder, so it holds no Hugging Face checkpoint")
     if folder.has("hf_quant_config.json"):
         raise ConvertError("hf_quant_config.json: the weights are quantised already; convert the original checkpoint")

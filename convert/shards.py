@@ -95,7 +95,7 @@ def _shards_without_index(folder: Folder) -> list[str]:
     if shards:
         return shards
     if any(name.startswith("adapter_model") for name in names):
-        raise ConvertError("a LoRA adapter, not a model: merge it into its base model, then convert the merged folder")
+        raise ConvertError("a LoRA adapter, not a model: convert its base model, and give this folder with --lora")
     pickled = [name for name in names if name.endswith(PICKLED) and name != "training_args.bin"]
     if pickled:
         raise ConvertError(
@@ -170,3 +170,11 @@ def read_rows(file: BinaryIO, tensor: Tensor, first: int, count: int) -> Array:
     if got != data.nbytes:
         raise ConvertError(f"{tensor.shard}: shorter than it was a moment ago; is something else writing there?")
     return data
+
+
+def as_float32(rows: Array, dtype: str) -> Array:
+    """Return rows as stored in ``dtype`` (F32, F16 or BF16) as float32, which holds each of them exactly."""
+    if dtype == "BF16":
+        widened: Array = (rows.astype(np.uint32) << 16).view(np.float32)
+        return widened
+    return rows.astype(np.float32, copy=False)

@@ -91,7 +91,7 @@ def write_gguf(
     for planned in plan:  # the library takes the type from raw_dtype
         writer.add_tensor_info(planned.name, planned.shape, np.dtype(np.float32), planned.nbytes, planned.kind)
     check_space(output, sum(planned.nbytes for planned in plan))
-    checks = list(checkpoint.vocabulary.notes)
+    checks = [*checkpoint.vocabulary.notes, *checkpoint.notes]
     if check:
         checks.insert(0, prove_pre_tokenizer(checkpoint, pre))
     if "default" not in templates:
@@ -168,6 +168,7 @@ def _chunks(checkpoint: Checkpoint, planned: Planned) -> Iterator[Array]:
         yield encode(planned.name, planned.source, "F32", planned.kind)
         return
     tensor, rule = planned.source
+    patch = checkpoint.patches.get(tensor.name)
     rows = tensor.shape[0]
     transform = rule.transform(checkpoint.config, rows) if rule.transform else None
     unit = transform.unit if transform else 1
@@ -175,8 +176,10 @@ def _chunks(checkpoint: Checkpoint, planned: Planned) -> Iterator[Array]:
     step = max(1, CHUNK // row_bytes // unit) * unit
     with checkpoint.folder.open(tensor.shard) as shard:
         for first in range(0, rows, step):
-            data = read_rows(shard, tensor, first, min(step, rows - first))
-            yield encode(tensor.name, transform.apply(data) if transform else data, tensor.dtype, planned.kind)
+            data, dtype = read_rows(shard, tensor, first, min(step, rows - first)), tensor.dtype
+            if patch is not None:
+                data, dtype = patch.apply(data, dtype, first), "F32"
+            yield encode(tensor.name, transform.apply(data) if transform else data, dtype, planned.kind)
 
 
 def _tied_head_is_equal(checkpoint: Checkpoint) -> None:
