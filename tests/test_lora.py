@@ -66,6 +66,12 @@ MODULES = (QUERY, KEY, DOWN)
 TIED = {"tie_word_embeddings": True}
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every matrix come in several chunks, as real ones do."""
+    monkeypatch.setattr(writer, "CHUNK", 9000)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A tiny checkpoint."""
@@ -230,18 +236,15 @@ def test_several_adapters_add_up_each_with_its_scale(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
-def test_the_sum_is_rounded_once(outtype: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sum_is_rounded_once(outtype: str, folder: Path) -> None:
     base = random_weights(CONFIG)
     tensors = matrices(MODULES, base)
     lora = write_lora(folder.parent / "lora", tensors)
-    whole = weights_in(merged(folder, lora, outtype=outtype))
+    found = weights_in(merged(folder, lora, outtype=outtype))["blk.0.ffn_down.weight"]
     kind = gguf.GGMLQuantizationType[outtype.upper()]
     exact = by_hand(base, tensors, 2.0)[f"{DOWN}.weight"]
     wanted = gguf.quants.dequantize(gguf.quants.quantize(exact, kind), kind)
-    assert (whole["blk.0.ffn_down.weight"] == wanted).mean() > 0.99  # an ulp before rounding may be one step after
-    monkeypatch.setattr(writer, "CHUNK", 5000)
-    for name, values in weights_in(merged(folder, lora, outtype=outtype)).items():
-        assert np.abs(values - whole[name]).max() < 0.02, name
+    assert (found == wanted).mean() > 0.99  # where float32 differs in its last bit, the rounding may go the other way
 
 
 def test_an_embedding_and_a_head_can_be_adapted(folder: Path) -> None:
