@@ -17,7 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.gguf_writer import GGUFWriter
 
-from .checkpoint import EMBEDDING, HEAD, Checkpoint
+from .checkpoint import Checkpoint
 from .describe import write_head
 from .encode import OUTTYPES, choose_type, encode, encoded_size
 from .errors import CannotWrite, ConvertError, some
@@ -97,9 +97,8 @@ def _check_expressible(checkpoint: Checkpoint, adapter: Adapter) -> None:
         raise ConvertError(f"{adapter.name}: llama.cpp's adapters know no DoRA; {INSTEAD}")
     if any(pair.bias is not None for pair in pairs.values()):
         raise ConvertError(f"{adapter.name}: llama.cpp's adapters know no lora_bias; {INSTEAD}")
-    if HEAD not in checkpoint.piece.expected(checkpoint.config) and (
-        tied := [n for n in (EMBEDDING, HEAD) if n in pairs]
-    ):
+    tied = [name for name in (checkpoint.embedding, checkpoint.head) if name in pairs and checkpoint.tied]
+    if tied:
         raise ConvertError(
             f"{adapter.name} changes {some(tied)}, but the base model ties head and embedding, which llama.cpp cannot "
             f"tell apart in an adapter; {INSTEAD}"
@@ -112,7 +111,7 @@ def _plan(checkpoint: Checkpoint, adapter: Adapter, wanted: Type) -> Iterator[Ha
     """List the file's tensors in order: for each pair A, then B."""
     names = checkpoint.gguf_names()
     for source, pair in adapter.pairs.items():
-        a = tuple(reversed(pair.a.shape)) if source == EMBEDDING else pair.a.shape  # llama.cpp looks up its rows
+        a = tuple(reversed(pair.a.shape)) if pair.embedding else pair.a.shape  # llama.cpp looks up its rows
         for suffix, shape in ((".lora_a", a), (".lora_b", pair.b.shape)):
             yield Half(names[source] + suffix, shape, choose_type(names[source], shape, wanted), source)
 
@@ -142,7 +141,7 @@ def _numbers(checkpoint: Checkpoint, adapter: Adapter, half: Half) -> Array:
     tensor = pair.a if half.name.endswith(".lora_a") else pair.b
     numbers = read_numbers(adapter.folder, tensor, 0, tensor.shape[0])
     if tensor is pair.a:
-        return numbers.T if half.source == EMBEDDING else numbers
+        return numbers.T if pair.embedding else numbers
     if pair.strength != adapter.strength:
         numbers = numbers * np.float32(pair.strength / adapter.strength)
     rule = next(rule for own, rule in checkpoint.mapped if own.name == half.source)

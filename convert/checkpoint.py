@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from . import llama as llama  # fills the registry
@@ -61,6 +62,21 @@ class Checkpoint:
     def tokens(self) -> frozenset[str]:
         """The texts of its added and special tokens."""
         return self.vocabulary.marked
+
+    @cached_property
+    def embedding(self) -> str:
+        """The name of the embedding's tensor."""
+        return next(name for name, found in self.gguf_names().items() if found == "token_embd.weight")
+
+    @cached_property
+    def head(self) -> str:
+        """The name of the head's tensor, also where there is none because it is tied to the embedding."""
+        return next((name for name, found in self.gguf_names().items() if found == "output.weight"), HEAD)
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and embedding are one."""
+        return self.head not in self.piece.expected(self.config)
 
     def gguf_names(self) -> dict[str, str]:
         """Return the GGUF name of each tensor that will be in the file."""

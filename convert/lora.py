@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import EMBEDDING, HEAD, Checkpoint
+from .checkpoint import Checkpoint
 from .config import Config
 from .errors import ConvertError, SourceNotFound, some
 from .folder import Folder
@@ -31,6 +31,7 @@ class Pair:
     strength: float  # alpha, or with rsLoRA alpha * sqrt(rank): what is divided by the rank
     magnitude: Tensor | None  # DoRA's
     bias: Tensor | None  # added to the base model's bias with the same scale
+    embedding: bool  # the base model's matrix is stored the other way round: it is ``(B @ A).T`` that is added
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,13 @@ def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Adap
     tensors = {tensor.name: tensor for tensor in sorted(read_header(folder, WEIGHTS), key=lambda tensor: tensor.start)}
     parts, whole = _sort(tensors)
     config = checkpoint.config
-    if EMBEDDING in whole and whole[EMBEDDING].shape:
-        config = config.changed(vocab_size=whole[EMBEDDING].shape[0])
+    embedding = whole.get(checkpoint.embedding)
+    if embedding is not None and embedding.shape:
+        config = config.changed(vocab_size=embedding.shape[0])
     shapes = {name: shape for name, (_, shape) in checkpoint.piece.expected(config).items()}
-    shapes.setdefault(HEAD, shapes[EMBEDDING])  # a tied head is the embedding, until an adapter tells them apart
+    shapes.setdefault(
+        checkpoint.head, shapes[checkpoint.embedding]
+    )  # a tied head is the embedding, until an adapter tells them apart
     homeless = [name for name in whole if name not in shapes]
     homeless += [
         f"{module}.{part}" for module, found in parts.items() for part in found if f"{module}.weight" not in shapes
@@ -81,7 +85,10 @@ def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Adap
         raise ConvertError(f"{WEIGHTS}: {some(homeless)}: no place for this in the base model; is it another one's?")
     for name, tensor in whole.items():
         _check(tensor, shapes[name])
-    pairs = {f"{module}.weight": _pair(module, found, shapes, settings) for module, found in parts.items()}
+    pairs = {
+        f"{module}.weight": _pair(module, found, shapes, settings, f"{module}.weight" == checkpoint.embedding)
+        for module, found in parts.items()
+    }
     settings.check_contents(pairs, whole, [name for name in shapes if name.endswith(".bias")])
     whole = {name: tensor for name, tensor in whole.items() if not _unchanged(checkpoint, name, folder, tensor)}
     if not pairs and not whole:
@@ -148,9 +155,11 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
     return parts, whole
 
 
-def _pair(module: str, found: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]], settings: Settings) -> Pair:
+def _pair(
+    module: str, found: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]], settings: Settings, embedding: bool
+) -> Pair:
     """Put a module's matrices together. Raises ConvertError if one is missing, too many or of the wrong shape."""
-    name, embedding = f"{module}.weight", f"{module}.weight" == EMBEDDING
+    shape = shapes[f"{module}.weight"]
     a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
     wanted = {a, b}
     wanted |= {"lora_magnitude_vector"} if settings.dora else set()
@@ -162,10 +171,10 @@ def _pair(module: str, found: dict[str, Tensor], shapes: Mapping[str, tuple[int,
         )
     if surplus:
         raise ConvertError(f"{WEIGHTS}: {module} has {some(surplus)}, which {SETTINGS} does not announce")
-    if len(shapes[name]) != 2:
+    if len(shape) != 2:
         raise ConvertError(f"{WEIGHTS}: {module} is no matrix in the base model, so LoRA has no place there")
     rank, alpha = settings.rank_of(module), settings.alpha_of(module)
-    rows, columns = reversed(shapes[name]) if embedding else shapes[name]
+    rows, columns = reversed(shape) if embedding else shape
     _check(found[a], (rank, columns))
     _check(found[b], (rows, rank))
     magnitude, bias = found.get("lora_magnitude_vector"), found.get("lora_B.bias")
@@ -175,7 +184,7 @@ def _pair(module: str, found: dict[str, Tensor], shapes: Mapping[str, tuple[int,
         if f"{module}.bias" not in shapes:
             raise ConvertError(f"{WEIGHTS}: {module} has lora_B.bias, but the base model has no bias to add it to")
         _check(bias, (rows,))
-    return Pair(found[a], found[b], rank, alpha, settings.strength(alpha, rank), magnitude, bias)
+    return Pair(found[a], found[b], rank, alpha, settings.strength(alpha, rank), magnitude, bias, embedding)
 
 
 def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -189,7 +198,7 @@ def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
 def _unchanged(checkpoint: Checkpoint, name: str, folder: Folder, tensor: Tensor) -> bool:
     """Say whether a whole tensor of the adapter's is the base model's own, as PEFT often saves the embedding."""
     own = {own.name: own for own, _ in checkpoint.mapped}
-    base = own.get(name) or own[EMBEDDING]  # a tied head is the embedding
+    base = own.get(name) or own[checkpoint.embedding]  # a tied head is the embedding
     if base.shape != tensor.shape:
         return False
     step = max(1, 2**24 // max(1, base.nbytes // base.shape[0]))

@@ -10,7 +10,7 @@ import numpy as np
 
 from .architectures import Rule
 from .chat import read_templates
-from .checkpoint import EMBEDDING, HEAD, Checkpoint
+from .checkpoint import Checkpoint
 from .config import Config
 from .errors import ConvertError, some
 from .folder import Folder
@@ -71,7 +71,7 @@ def merge(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
     patches = {name: Patch(steps) for name, steps in _steps(adapters).items()}
     tokenizer = _tokenizer(adapters)
     folder = MergedFolder(checkpoint.folder, adapters, tokenizer.folder if tokenizer else None)
-    config = next((adapter.config for adapter in adapters if EMBEDDING in adapter.whole), checkpoint.config)
+    config = next((adapter.config for adapter in adapters if checkpoint.embedding in adapter.whole), checkpoint.config)
     notes = [note for adapter in adapters for note in adapter.notes]
     notes += [f"merged with {adapter.name}, {_count(adapter)}, scale {adapter.scale:g}" for adapter in adapters]
     if _tells_apart(checkpoint, whole, patches):
@@ -96,7 +96,7 @@ def merge(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
         folder=folder,
         config=config,
         mapped=mapped,
-        tied_head=None if EMBEDDING in whole else checkpoint.tied_head,
+        tied_head=None if checkpoint.embedding in whole else checkpoint.tied_head,
         vocabulary=vocabulary,
         templates=templates,
         patches=patches,
@@ -114,7 +114,7 @@ def _check_alone(adapter: Adapter, count: int) -> None:
     if any(pair.magnitude is not None for pair in adapter.pairs.values()):
         if count > 1 or adapter.scale != 1:
             raise ConvertError(f"{adapter.name}: a DoRA adapter sets the length of every row; merge it alone, unscaled")
-        if EMBEDDING in adapter.pairs:
+        if any(pair.embedding for pair in adapter.pairs.values()):
             raise ConvertError(
                 f"{adapter.name}: DoRA on the embedding goes by columns, which do not stream; merge it with PEFT "
                 "(merge_and_unload), save that, and convert the saved folder"
@@ -143,7 +143,7 @@ def _steps(adapters: Sequence[Adapter]) -> dict[str, list[Step]]:
     for adapter in adapters:
         for name, pair in adapter.pairs.items():
             scale = adapter.scale * pair.strength / pair.rank
-            change = LowRank(adapter.folder, pair.a, pair.b, scale, name == EMBEDDING, pair.magnitude)
+            change = LowRank(adapter.folder, pair.a, pair.b, scale, pair.embedding, pair.magnitude)
             steps.setdefault(name, []).append(change)
             if pair.bias is not None:
                 shift = Shift(adapter.folder, pair.bias, scale)
@@ -182,12 +182,13 @@ def _tells_apart(
     checkpoint: Checkpoint, whole: Mapping[str, tuple[Folder, Tensor]], patches: Mapping[str, Patch]
 ) -> bool:
     """Say whether a tied head and its embedding become different."""
-    if HEAD in checkpoint.piece.expected(checkpoint.config):
+    if not checkpoint.tied:
         return False
-    changed = {EMBEDDING, HEAD} & (whole.keys() | patches.keys())
-    if changed != {EMBEDDING, HEAD} or changed & patches.keys():
+    ends = {checkpoint.embedding, checkpoint.head}
+    changed = ends & (whole.keys() | patches.keys())
+    if changed != ends or changed & patches.keys():
         return bool(changed)
-    (first, embedding), (second, head) = whole[EMBEDDING], whole[HEAD]
+    (first, embedding), (second, head) = whole[checkpoint.embedding], whole[checkpoint.head]
     rows = range(0, embedding.shape[0], 4096)
     counts = [min(4096, embedding.shape[0] - row) for row in rows]
     return not all(
@@ -199,12 +200,12 @@ def _tells_apart(
 def _untie(checkpoint: Checkpoint, config: Config, whole: Mapping[str, tuple[Folder, Tensor]]) -> Config:
     """Return the configuration with a head of its own. Raises ConvertError if there can be none."""
     apart = config.changed(tie_word_embeddings=False)
-    if HEAD not in checkpoint.piece.expected(apart):
+    if checkpoint.head not in checkpoint.piece.expected(apart):
         raise ConvertError(
             f"{SETTINGS}: the adapter changes head or embedding alone, but in {checkpoint.architecture} they are one"
         )
     rows = config.integer("vocab_size")
-    if HEAD not in whole and rows != checkpoint.config.integer("vocab_size"):
+    if checkpoint.head not in whole and rows != checkpoint.config.integer("vocab_size"):
         raise ConvertError(
             f"{SETTINGS}: the adapter's embedding has {rows} rows and its head was not saved; train with "
             'modules_to_save=["embed_tokens", "lm_head"]'
@@ -215,7 +216,8 @@ def _untie(checkpoint: Checkpoint, config: Config, whole: Mapping[str, tuple[Fol
 def _with_head(checkpoint: Checkpoint, config: Config) -> list[tuple[Tensor, Rule]]:
     """Return the base model's tensors, and where ``config`` asks for a head that it lacks, its embedding as one."""
     expected = checkpoint.piece.expected(config)
-    if HEAD not in expected or any(own.name == HEAD for own, _ in checkpoint.mapped):
+    head = checkpoint.head
+    if head not in expected or any(own.name == head for own, _ in checkpoint.mapped):
         return checkpoint.mapped
-    embedding = next(own for own, _ in checkpoint.mapped if own.name == EMBEDDING)
-    return [(replace(embedding, name=HEAD), expected[HEAD][0]), *checkpoint.mapped]
+    embedding = next(own for own, _ in checkpoint.mapped if own.name == checkpoint.embedding)
+    return [(replace(embedding, name=head), expected[head][0]), *checkpoint.mapped]

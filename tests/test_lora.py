@@ -335,7 +335,9 @@ def test_an_adapter_may_bring_new_tokens_with_rows_and_a_tokenizer_of_its_own(ti
     wanted = by_hand(base, tensors, 2.0)
     more = np.full((3, 64), 0.25, np.float32)
     for module in (EMBEDDING, HEAD):
-        tensors[f"{module}.weight"] = np.concatenate([base.get(f"{module}.weight", base[f"{EMBEDDING}.weight"]), more])
+        tensors[f"{module}.weight"] = np.concatenate(
+            [2 * base.get(f"{module}.weight", base[f"{EMBEDDING}.weight"]), more]
+        )
         if f"{module}.weight" in base:
             wanted[f"{module}.weight"] = tensors[f"{module}.weight"]
     lora = write_lora(tmp_path / "lora", tensors, modules_to_save=[*(["lm_head"] if tied else []), "embed_tokens"])
