@@ -17,11 +17,12 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.gguf_writer import GGUFWriter
 
+from .architectures import Transform
 from .checkpoint import Checkpoint
 from .describe import write_head
 from .encode import OUTTYPES, choose_type, encode, encoded_size
 from .errors import CannotWrite, ConvertError, some
-from .lora import Adapter
+from .lora import Adapter, Pair
 from .lora_settings import SETTINGS
 from .metadata import read_metadata
 from .output import atomic, check_output, check_space
@@ -39,7 +40,8 @@ class Half:
     name: str
     shape: tuple[int, ...]
     kind: Type
-    source: str  # the base model's tensor, by its Hugging Face name
+    pair: Pair
+    transform: Transform | None  # of the base model's tensor, which is one of B's rows too
 
 
 def write_adapter(
@@ -67,7 +69,7 @@ def write_adapter(
     with atomic(output) as file:
         write_head(writer, file)
         for half in halves:
-            data = encode(half.name, _numbers(checkpoint, adapter, half), "F32", half.kind)
+            data = encode(half.name, _numbers(adapter, half), "F32", half.kind)
             file.write(np.ascontiguousarray(data).data.cast("B"))
             file.write(bytes(-data.nbytes % ALIGNMENT))
         size = file.tell()
@@ -110,10 +112,13 @@ def _check_expressible(checkpoint: Checkpoint, adapter: Adapter) -> None:
 def _plan(checkpoint: Checkpoint, adapter: Adapter, wanted: Type) -> Iterator[Half]:
     """List the file's tensors in order: for each pair A, then B."""
     names = checkpoint.gguf_names()
+    rules = {own.name: rule for own, rule in checkpoint.mapped}
     for source, pair in adapter.pairs.items():
-        a = tuple(reversed(pair.a.shape)) if pair.embedding else pair.a.shape  # llama.cpp looks up its rows
+        rule = rules[source]
+        transform = rule.transform(checkpoint.config, pair.b.shape[0]) if rule.transform else None
+        a = pair.a.shape[::-1] if pair.embedding else pair.a.shape  # llama.cpp looks up rows of the embedding's
         for suffix, shape in ((".lora_a", a), (".lora_b", pair.b.shape)):
-            yield Half(names[source] + suffix, shape, choose_type(names[source], shape, wanted), source)
+            yield Half(names[source] + suffix, shape, choose_type(names[source], shape, wanted), pair, transform)
 
 
 def _describe(checkpoint: Checkpoint, adapter: Adapter, halves: list[Half]) -> GGUFWriter:
@@ -135,15 +140,13 @@ def _describe(checkpoint: Checkpoint, adapter: Adapter, halves: list[Half]) -> G
     return writer
 
 
-def _numbers(checkpoint: Checkpoint, adapter: Adapter, half: Half) -> Array:
+def _numbers(adapter: Adapter, half: Half) -> Array:
     """Read one tensor as float32, turned into what llama.cpp expects."""
-    pair = adapter.pairs[half.source]
+    pair = half.pair
     tensor = pair.a if half.name.endswith(".lora_a") else pair.b
     numbers = read_numbers(adapter.folder, tensor, 0, tensor.shape[0])
     if tensor is pair.a:
         return numbers.T if pair.embedding else numbers
     if pair.strength != adapter.strength:
         numbers = numbers * np.float32(pair.strength / adapter.strength)
-    rule = next(rule for own, rule in checkpoint.mapped if own.name == half.source)
-    transform = rule.transform and rule.transform(checkpoint.config, len(numbers))
-    return transform.apply(numbers) if transform else numbers  # a reordering of the rows of B @ A is one of B's
+    return half.transform.apply(numbers) if half.transform else numbers  # a choice of rows of B @ A is one of B's

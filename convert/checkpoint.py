@@ -34,8 +34,8 @@ class Checkpoint:
     tied_head: Tensor | None  # a saved copy of the embedding, to be left out
     vocabulary: Vocabulary
     templates: dict[str, str]
-    patches: Mapping[str, Patch] = field(default_factory=dict)  # by tensor name, what adapters change
     notes: tuple[str, ...] = ()  # what the user should know
+    patches: Mapping[str, Patch] = field(default_factory=dict)  # by tensor name, what adapters change
 
     @property
     def architecture(self) -> str:

@@ -82,7 +82,7 @@ def matrices(modules: tuple[str, ...], base: Weights, ranks: dict[str, int] | No
     """Draw the matrices A and B for some modules, large enough to change what the model says."""
     draw, found = np.random.default_rng(seed), {}
     for module in modules:
-        rows, columns = base.get(f"{module}.weight", base[f"{EMBEDDING}.weight"]).shape
+        rows, columns = base[f"{module if f'{module}.weight' in base else EMBEDDING}.weight"].shape  # a tied head
         rank = (ranks or {}).get(module, RANK)
         a, b = (draw.normal(0, 0.15, shape).astype(np.float32) for shape in ((rank, columns), (rows, rank)))
         if module == EMBEDDING:

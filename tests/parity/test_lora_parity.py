@@ -205,7 +205,8 @@ def test_a_merge_in_half_precision_is_closer_to_float32_than_peft_s(dtype: torch
 
 
 def compare(reference: Reference, folder: Path, lora: Path, outtype: str = "f32") -> None:
-    """Convert one adapter with both converters and compare the files."""
+    """Convert one adapter, its base model on the hub, with both converters and compare the files."""
+    (lora / "README.md").write_text("---\nlicense: mit\nbase_model: someone/tiny\ntags:\n- lora\n---\n# An adapter\n")
     theirs, ours = lora.with_suffix(".theirs.gguf"), lora.with_suffix(".ours.gguf")
     arguments = [str(lora), "--base", str(folder), "--outfile", str(theirs), "--outtype", outtype]
     command = [sys.executable, "-c", DRIVER, str(reference.llama_cpp), *arguments]
@@ -230,9 +231,7 @@ def test_an_adapter_s_file_is_the_reference_converter_s_byte_for_byte(
     variant: str, reference: Reference, tmp_path: Path
 ) -> None:
     folder = make_checkpoint(tmp_path / "tiny", dtype="BF16")
-    lora = train(folder, tmp_path / "tiny-chat-lora", **PLAIN[variant])
-    (lora / "README.md").write_text("---\nlicense: mit\nbase_model: someone/tiny\ntags:\n- lora\n---\n# An adapter\n")
-    compare(reference, folder, lora)
+    compare(reference, folder, train(folder, tmp_path / "tiny-chat-lora", **PLAIN[variant]))
 
 
 @pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
