@@ -2467,8 +2467,17 @@ def convert(
         Path | None, option("-o", "--output", help="The GGUF to write. Default: NAME-OUTTYPE.gguf here.")
     ] = None,
     outtype: Annotated[
-        str, option("--outtype", help="f32, f16, bf16, q8_0, or any type of llama.cpp's: Q4_K_M, Q6_K, IQ4_XS, …")
-    ] = "q8_0",
+        str | None,
+        option(
+            "--outtype",
+            help="f32, f16, bf16, q8_0, or any type of llama.cpp's: Q4_K_M, Q6_K, IQ4_XS, … "
+            "Default: q8_0; of an adapter, f32.",
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None, option("--lora", help="A LoRA adapter of PEFT's to merge, DIR or DIR:SCALE; repeatable.")
+    ] = None,
+    lora_only: Annotated[bool, option("--lora-only", help="Write the adapter as a GGUF of its own instead.")] = False,
     template: Annotated[
         str, option("--template", help="A name or a file to carry as chat template; keep: the checkpoint's own.")
     ] = "auto",
@@ -2498,24 +2507,38 @@ def convert(
 
         metaalign-edge convert my-tuned-model --outtype Q4_K_M --template keep
 
+        metaalign-edge convert base-model --lora my-adapter -o my-model.gguf
+
         metaalign-edge convert my-model-f16.gguf --outtype Q6_K --dry-run
     """
     screen = Screen(quiet, verbose)
     converter = part("convert")
     try:
-        outtype = converter.canonical(outtype)
+        outtype = converter.canonical(outtype or ("f32" if lora_only else "q8_0"))
     except converter.ConvertError as error:
         raise UsageError(str(error)) from None
     types = (output_type, embedding_type, tuple(tensor_type or ()))
     options = converter.Options(imatrix, leave_output, *types, pure)
+    if lora_only and (len(lora or []) != 1 or dry_run or options):
+        raise UsageError("--lora-only writes one adapter: name it with one --lora, without --dry-run or quantisation")
     if is_gguf(source):
-        if pre is not None or template not in ("auto", "keep"):
-            raise UsageError(f"--pre and --template are for checkpoints: {source} is a GGUF file and keeps what it has")
+        if pre is not None or lora or template not in ("auto", "keep"):
+            raise UsageError(
+                f"--pre, --lora and --template are for checkpoints: {source} is a GGUF file and keeps what it has"
+            )
         target = output or Path(f"{stem_of(source)}-{outtype}.gguf")
         converter.check_output(target, force)
         plan = converter.plan_gguf(Path(source).expanduser(), outtype, options=options)
     else:
         checkpoint = converter.open_checkpoint(find_checkpoint(source, screen))
+        adapters = [open_lora(name, checkpoint, screen) for name in lora or []]
+        if lora_only:
+            target = output or Path(f"{adapters[0].name}-{outtype}.gguf")
+            result = converter.write_adapter(checkpoint, adapters[0], target, outtype=outtype, force=force)
+            report_conversion(result, as_json, screen)
+            return
+        if adapters:
+            checkpoint = converter.merge(checkpoint, adapters)
         target = output or Path(f"{Path(checkpoint.name).name}-{outtype}.gguf")
         converter.check_output(target, force)
         name, text = conversion_template(template, checkpoint)
@@ -2529,6 +2552,17 @@ def convert(
     with progress_bar(screen) as progress:
         result = converter.write_plan(plan, target, force=force, progress=progress, verify=verify)
     report_conversion(result, as_json, screen)
+
+
+def open_lora(name: str, checkpoint: Any, screen: Screen) -> Any:
+    """Open the LoRA adapter `name`, a folder or a hub id, with `:SCALE` behind it or without."""
+    folder, colon, tail = name.rpartition(":")
+    try:
+        scale = float(tail) if colon and not Path(name).expanduser().exists() else None
+    except ValueError:  # a drive's colon, or another one in a folder's name
+        scale = None
+    place = find_checkpoint(name if scale is None else folder, screen)
+    return part("convert").open_adapter(place, checkpoint, 1.0 if scale is None else scale)
 
 
 def is_gguf(source: str) -> bool:

@@ -5,13 +5,20 @@
     checkpoint = open_checkpoint(Path("my-model"))        # everything but the weights is read and checked
     write_gguf(checkpoint, Path("my-model.gguf"))         # the weights stream through
 
+    adapter = open_adapter(Path("my-lora"), checkpoint)
+    write_gguf(merge(checkpoint, [adapter]), Path("my-tuned-model.gguf"))
+    write_adapter(checkpoint, adapter, Path("my-lora.gguf"))
+
 An architecture is one small piece of data (``llama.py``), a pre-tokenizer one row of a table (``pretokenizers.py``).
 """
 
+from .adapter import write_adapter
 from .architectures import ARCHITECTURES
 from .checkpoint import Checkpoint, open_checkpoint
 from .encode import OUTTYPES as _OUTTYPES
 from .errors import CannotWrite, ConvertError, OutputExists, SourceNotFound
+from .lora import Adapter, open_adapter
+from .merge import merge
 from .output import check_output
 from .prove import prove_pre_tokenizer
 from .quantize import Options, canonical
@@ -22,6 +29,7 @@ OUTTYPES = tuple(_OUTTYPES)
 __all__ = [
     "ARCHITECTURES",
     "OUTTYPES",
+    "Adapter",
     "CannotWrite",
     "Checkpoint",
     "Conversion",
@@ -32,11 +40,14 @@ __all__ = [
     "SourceNotFound",
     "canonical",
     "check_output",
+    "merge",
+    "open_adapter",
     "open_checkpoint",
     "peak_mb",
     "plan_checkpoint",
     "plan_gguf",
     "prove_pre_tokenizer",
+    "write_adapter",
     "write_gguf",
     "write_plan",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from . import pieces as pieces  # fills the registry
@@ -12,6 +14,7 @@ from .chat import read_templates
 from .config import Config
 from .errors import ConvertError, SourceNotFound, some
 from .folder import Folder
+from .patch import Patch
 from .shards import STORED_AS, Tensor, list_tensors
 from .vocabulary import Vocabulary, read_vocabulary
 
@@ -42,7 +45,8 @@ class Checkpoint:
     tied_head: Tensor | None  # a saved copy of the embedding, to be left out
     vocabulary: Vocabulary
     templates: dict[str, str]
-    notes: tuple[str, ...] = ()  # what the user should know about the architecture
+    notes: tuple[str, ...] = ()  # what the user should know
+    patches: Mapping[str, Patch] = field(default_factory=dict)  # by tensor name, what adapters change
 
     @property
     def architecture(self) -> str:
@@ -70,6 +74,21 @@ class Checkpoint:
         """The texts of its added and special tokens."""
         return self.vocabulary.marked
 
+    @cached_property
+    def embedding(self) -> str:
+        """The name of the embedding's tensor."""
+        return next(output.tensor.name for output in self.outputs() if output.name == "token_embd.weight")
+
+    @cached_property
+    def head(self) -> str:
+        """The name of the head's tensor, also where there is none because it is tied to the embedding."""
+        return next((output.tensor.name for output in self.outputs() if output.name == "output.weight"), HEAD)
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and embedding are one."""
+        return self.head not in self.piece.expected(self.config)
+
     def outputs(self) -> list[Output]:
         """Return the tensors of the file that are read from the checkpoint, in the order of the file."""
         names = self.piece.gguf_names(self.config.integer("num_hidden_layers"))
@@ -77,7 +96,7 @@ class Checkpoint:
         found = []
         for tensor, rule in self.mapped:
             if not rule.parts:
-                name = str(names.get_name(canonical(tensor.name), (".weight", ".bias")))
+                name = str(names.get_name(tensor.name, (".weight", ".bias")))
                 transform = rule.transform(self.config, tensor.shape[0]) if rule.transform else None
                 found.append(Output(name, tensor.shape, tensor, transform))
             for part in rule.parts:
@@ -108,7 +127,7 @@ def _open(path: Path) -> Checkpoint:
     folder = Folder(path)
     if not folder.has("config.json"):
         if folder.has("adapter_config.json"):
-            raise ConvertError(f"{path}: a LoRA adapter, not a model: merge it into its base model, then convert that")
+            raise ConvertError(f"{path}: a LoRA adapter, not a model: convert its base model, with --lora {path}")
         raise SourceNotFound(f"{path}: no config.json in the folder, so it holds no Hugging Face checkpoint")
     if folder.has("hf_quant_config.json"):
         raise ConvertError("hf_quant_config.json: the weights are quantised already; convert the original checkpoint")
@@ -137,7 +156,8 @@ def _map(
     tensors: dict[str, Tensor], expected: dict[str, tuple[Rule, tuple[int, ...]]], config: Config
 ) -> tuple[list[tuple[Tensor, Rule]], Tensor | None]:
     """Match what is there with what must be there, exactly. Raises ConvertError naming what is amiss."""
-    kept = {canonical(name): tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}
+    named = (replace(tensor, name=canonical(tensor.name)) for tensor in tensors.values())
+    kept = {tensor.name: tensor for tensor in named if not tensor.name.endswith(IGNORED)}
     tied_head = kept.pop(HEAD, None) if HEAD not in expected else None
     missing = [name for name in expected if name not in kept]
     if missing:

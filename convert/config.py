@@ -49,6 +49,10 @@ class Config:
         if "sliding_window" in values:
             self._values["sliding_window"] = values["sliding_window"]
 
+    def changed(self, **values: Any) -> Config:
+        """Return the same configuration with some other ``values``."""
+        return Config({**self._values, **values}, {})
+
     def get(self, name: str) -> Any:
         """Return the raw value of ``name``, None if it has none."""
         return self._values.get(name)

@@ -41,12 +41,13 @@ LISTS = {
     "license", "tags", "pipeline_tag", "language", "languages", "base_model", "base_models", "base_model_sources",
     "dataset", "datasets", "dataset_sources",
 }  # fmt: skip  # the keys of a model card that may hold more than one text
+PATH = re.compile(r"(base_model:(\w+:)?)?(~?/|\.\.?/|[A-Za-z]:\\)")  # as it is, or in a tag
 # A name like this switches on rules in llama.cpp that look up Phi-3's own tokens and fail without them.
 PHI3 = re.compile(r"phi-?3", re.IGNORECASE)
 
 
 def read_metadata(folder: Folder, parameters: int) -> gguf.Metadata:
-    """Collect what is known about a model of so many parameters."""
+    """Collect what is known about a model of so many parameters; of an adapter, the number comes negative."""
     params = {"_name_or_path": folder.hub_id} if folder.hub_id else {}
     guess = gguf.Metadata.apply_metadata_heuristic
     try:
@@ -55,7 +56,8 @@ def read_metadata(folder: Folder, parameters: int) -> gguf.Metadata:
         metadata = guess(gguf.Metadata(), {}, params, Path(folder.name), parameters)
     _only_texts(metadata)
     metadata.name = PHI3.sub("Phi 3", metadata.name or folder.name)
-    metadata.size_label = metadata.size_label or gguf.size_label(parameters, parameters, 0, 0)
+    if parameters > 0:
+        metadata.size_label = metadata.size_label or gguf.size_label(parameters, parameters, 0, 0)
     return metadata
 
 
@@ -75,14 +77,20 @@ def _model_card(folder: Folder) -> dict[str, Any]:
         return {}
     if not isinstance(card, dict):
         return {}
-    return {key: _entries(value) for key, value in card.items() if key in LISTS or not isinstance(value, (dict, list))}
+    kept = {key: value for key, value in card.items() if key in LISTS or not isinstance(value, (dict, list))}
+    return {key: _entries(value) for key, value in kept.items() if not _is_path(value)}
 
 
 def _entries(value: Any) -> Any:
     """Turn what stands in a list and is neither text nor object into text, as the heuristics expect."""
     if not isinstance(value, list):
         return value
-    return [item if isinstance(item, (str, dict)) else str(item) for item in value]
+    return [item if isinstance(item, (str, dict)) else str(item) for item in value if not _is_path(item)]
+
+
+def _is_path(value: Any) -> bool:
+    """Say whether this is a path on somebody's disk, which training programs write where a hub id belongs."""
+    return isinstance(value, str) and PATH.match(value) is not None
 
 
 def read_sampling(folder: Folder) -> Iterator[tuple[str, int | float | str]]:

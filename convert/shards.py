@@ -97,7 +97,7 @@ def _shards_without_index(folder: Folder) -> list[str]:
     if shards:
         return shards
     if any(name.startswith("adapter_model") for name in names):
-        raise ConvertError("a LoRA adapter, not a model: merge it into its base model, then convert the merged folder")
+        raise ConvertError("a LoRA adapter, not a model: convert its base model, and give this folder with --lora")
     pickled = [name for name in names if name.endswith(PICKLED) and name != "training_args.bin"]
     if pickled:
         raise ConvertError(

@@ -23,13 +23,14 @@ from gguf import GGMLQuantizationType as Type
 
 from .architectures import Transform
 from .chat import templates_to_write
-from .checkpoint import EMBEDDING, Checkpoint
+from .checkpoint import Checkpoint
 from .container import ALIGNMENT, Entry, pack_head, padded, read_head
 from .describe import TEMPLATE_KEY, describe, write_head
 from .encode import HALF_LIMIT, OUTTYPES, WIDE, Encoded, choose_type, encode
 from .errors import CannotWrite, ConvertError, some
 from .ggml import encoded_size, to_float32
 from .output import atomic, check_output, check_space
+from .patch import Patch
 from .pretokenizers import NAME, TABLE
 from .prove import prove_pre_tokenizer
 from .quantize import Options, canonical, quantized
@@ -74,6 +75,7 @@ class Stored:
 
     files: Files
     tensor: Tensor
+    patch: Patch | None  # what adapters change
     transform: Transform | None
 
     @property
@@ -97,18 +99,15 @@ class Stored:
         return self.transform.unit if self.transform else 1
 
     def read(self, first: int, count: int) -> tuple[Array, str]:
-        """Read rows and transform them."""
-        rows, dtype = stored_rows(self.files, self.tensor, first, count)
+        """Read rows, patch them, and transform them."""
+        rows, dtype = read_rows(self.files, self.tensor, first, count), self.tensor.dtype
+        if self.patch is not None:
+            rows, dtype = self.patch.apply(rows, dtype, first), "F32"
         if self.transform is None:
             return rows, dtype
         if self.transform.arithmetic and dtype == "BF16":
             rows, dtype = to_float32(rows, dtype), "F32"
         return self.transform.apply(rows), dtype
-
-
-def stored_rows(files: Files, tensor: Tensor, first: int, count: int) -> tuple[Array, str]:
-    """Return rows of a checkpoint's tensor as transformers has them, and their type: the one place that reads them."""
-    return read_rows(files, tensor, first, count), tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -315,7 +314,8 @@ def plan_tensors(checkpoint: Checkpoint, outtype: str | None, files: Files) -> l
     for output in checkpoint.outputs():
         wanted = OUTTYPES[outtype][0] if outtype else Type[output.tensor.dtype]
         kind = choose_type(output.name, output.shape, wanted)
-        plan.append(Planned(output.name, output.shape, kind, Stored(files, output.tensor, output.transform)))
+        source = Stored(files, output.tensor, checkpoint.patches.get(output.tensor.name), output.transform)
+        plan.append(Planned(output.name, output.shape, kind, source))
     return plan
 
 
@@ -522,7 +522,7 @@ def _tied_head_is_equal(checkpoint: Checkpoint) -> tuple[str, ...]:
     head = checkpoint.tied_head
     if head is None:
         return ()
-    embedding = next(tensor for tensor, _ in checkpoint.mapped if tensor.name == EMBEDDING)
+    embedding = next(tensor for tensor, _ in checkpoint.mapped if tensor.name == checkpoint.embedding)
     count = max(1, CHUNK // max(1, embedding.nbytes // embedding.shape[0]))
     with Files(checkpoint.folder.open) as files:
         for row in range(0, head.shape[0], count):

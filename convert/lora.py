@@ -1,0 +1,212 @@
+"""A LoRA adapter's folder, as PEFT writes it: every tensor in it has its place in the base model."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import Checkpoint, canonical
+from .config import Config
+from .errors import ConvertError, SourceNotFound, some
+from .folder import Folder
+from .ggml import to_float32
+from .lora_settings import SETTINGS, WEIGHTS, Settings
+from .shards import PICKLED, STORED_AS, Files, Tensor, read_header, read_rows
+
+PREFIX = "base_model.model."
+PART = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The matrices that change one of the base model's: ``alpha * B @ A``, over the rank or its root."""
+
+    a: Tensor
+    b: Tensor
+    rank: int
+    alpha: float
+    strength: float  # alpha, or with rsLoRA alpha * sqrt(rank): what is divided by the rank
+    magnitude: Tensor | None  # DoRA's
+    bias: Tensor | None  # added to the base model's bias with the same scale
+    embedding: bool  # the base model's matrix is stored the other way round: it is ``(B @ A).T`` that is added
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter that fits its base model. Names are those of the base model's tensors."""
+
+    folder: Folder
+    scale: float  # the user's, 1 for the adapter as it was trained
+    alpha: float
+    strength: float  # of every pair that no pattern changes
+    pairs: Mapping[str, Pair]
+    whole: Mapping[str, Tensor]  # tensors that stand in for those of the base model, and differ from them
+    config: Config  # the base model's, with the number of rows that the adapter's own embedding has
+    invocation: tuple[int, ...]  # tokens that switch an activated LoRA (aLoRA) on
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The adapter's name: the folder's, or the last part of the hub's id."""
+        return label(self.folder)
+
+
+def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Adapter:
+    """Open the PEFT adapter in the folder ``path`` and check it against its base model, ``checkpoint``.
+
+    scale: what its change is multiplied by when it is merged.
+
+    Raises SourceNotFound if there is none, ConvertError if it is damaged, does not fit, or computes what LoRA does not.
+    """
+    if not math.isfinite(scale) or scale == 0:
+        raise ConvertError(
+            f"{path}: the scale {scale:g} is no use; give a number such as 0.5, or leave the adapter out"
+        )
+    folder = _folder(path)
+    settings = Settings(folder.json(SETTINGS))
+    tensors = {tensor.name: tensor for tensor in sorted(read_header(folder, WEIGHTS), key=lambda tensor: tensor.start)}
+    parts, whole = _sort(tensors)
+    config = checkpoint.config
+    embedding = whole.get(checkpoint.embedding)
+    if embedding is not None and embedding.shape:
+        config = config.changed(vocab_size=embedding.shape[0])
+    shapes = {name: shape for name, (_, shape) in checkpoint.piece.expected(config).items()}
+    shapes.setdefault(
+        checkpoint.head, shapes[checkpoint.embedding]
+    )  # a tied head is the embedding, until an adapter tells them apart
+    homeless = [name for name in whole if name not in shapes]
+    homeless += [
+        f"{module}.{part}" for module, found in parts.items() for part in found if f"{module}.weight" not in shapes
+    ]
+    if homeless:
+        raise ConvertError(f"{WEIGHTS}: {some(homeless)}: no place for this in the base model; is it another one's?")
+    for name, tensor in whole.items():
+        _check(tensor, shapes[name])
+    pairs = {
+        f"{module}.weight": _pair(module, found, shapes, settings, f"{module}.weight" == checkpoint.embedding)
+        for module, found in parts.items()
+    }
+    settings.check_contents(pairs, whole, [name for name in shapes if name.endswith(".bias")])
+    whole = {name: tensor for name, tensor in whole.items() if not _unchanged(checkpoint, name, folder, tensor)}
+    if not pairs and not whole:
+        raise ConvertError(f"{WEIGHTS}: nothing in it changes the base model")
+    return Adapter(
+        folder=folder,
+        scale=scale,
+        alpha=settings.alpha,
+        strength=settings.strength(settings.alpha, settings.rank),
+        pairs=pairs,
+        whole=whole,
+        config=config,
+        invocation=settings.invocation,
+        notes=settings.notes(label(folder)),
+    )
+
+
+def label(folder: Folder) -> str:
+    """Return a folder's name, or the last part of its hub id."""
+    return (folder.hub_id or folder.name).rpartition("/")[2]
+
+
+def _folder(path: Path) -> Folder:
+    """Open the folder and make sure that it holds an adapter in safetensors."""
+    if not os.path.isdir(path):
+        raise SourceNotFound(f"{path}: no such folder; give the one that holds {SETTINGS}")
+    folder = Folder(path)
+    if not folder.has(SETTINGS):
+        if folder.has("config.json"):
+            raise ConvertError(f"{path}: a whole model, not a LoRA adapter (no {SETTINGS})")
+        raise SourceNotFound(f"{path}: no {SETTINGS} in the folder, so it holds no LoRA adapter of PEFT's")
+    if not folder.has(WEIGHTS):
+        pickled = [name for name in folder.names() if name.startswith("adapter_model") and name.endswith(PICKLED)]
+        if pickled:
+            raise ConvertError(
+                f"{pickled[0]}: pickled weights can run any code when read, so they never are; load the adapter with "
+                "PEFT and save it again (save_pretrained), which writes safetensors"
+            )
+        raise ConvertError(f"{path}: no {WEIGHTS} in the folder; download the adapter again")
+    return folder
+
+
+def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Sort the adapter's tensors into LoRA's parts, module -> part -> tensor, and whole tensors of the base model's."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(PREFIX):
+            raise ConvertError(
+                f"{WEIGHTS}: {name} does not begin with {PREFIX}, as PEFT names tensors; save it with PEFT"
+            )
+        if tensor.dtype not in STORED_AS:
+            raise ConvertError(
+                f"{WEIGHTS}: {name} is stored as {tensor.dtype}; save the adapter in float32 or bfloat16"
+            )
+        inner = canonical(name.removeprefix(PREFIX))
+        match = PART.fullmatch(inner)
+        owner, key = (
+            (parts.setdefault(match[1], {}), match[2]) if match else (whole, inner.replace(".base_layer.", "."))
+        )
+        if key in owner:
+            raise ConvertError(f"{WEIGHTS}: {name} stands there twice, under two spellings; save the adapter again")
+        owner[key] = tensor
+    return parts, whole
+
+
+def _pair(
+    module: str, found: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]], settings: Settings, embedding: bool
+) -> Pair:
+    """Put a module's matrices together. Raises ConvertError if one is missing, too many or of the wrong shape."""
+    shape = shapes[f"{module}.weight"]
+    a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    wanted = {a, b}
+    wanted |= {"lora_magnitude_vector"} if settings.dora else set()
+    wanted |= {"lora_B.bias"} if settings.lora_bias and not embedding else set()
+    missing, surplus = sorted(wanted - found.keys()), sorted(found.keys() - wanted)
+    if missing:
+        raise ConvertError(
+            f"{WEIGHTS}: {module} lacks {some(missing)}; save the adapter again, gathered on one machine"
+        )
+    if surplus:
+        raise ConvertError(f"{WEIGHTS}: {module} has {some(surplus)}, which {SETTINGS} does not announce")
+    if len(shape) != 2:
+        raise ConvertError(f"{WEIGHTS}: {module} is no matrix in the base model, so LoRA has no place there")
+    rank, alpha = settings.rank_of(module), settings.alpha_of(module)
+    rows, columns = reversed(shape) if embedding else shape
+    _check(found[a], (rank, columns))
+    _check(found[b], (rows, rank))
+    magnitude, bias = found.get("lora_magnitude_vector"), found.get("lora_B.bias")
+    if magnitude is not None:
+        _check(magnitude, (rows,))
+    if bias is not None:
+        if f"{module}.bias" not in shapes:
+            raise ConvertError(f"{WEIGHTS}: {module} has lora_B.bias, but the base model has no bias to add it to")
+        _check(bias, (rows,))
+    return Pair(found[a], found[b], rank, alpha, settings.strength(alpha, rank), magnitude, bias, embedding)
+
+
+def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ConvertError(
+            f"{WEIGHTS}: {tensor.name} has the shape {list(tensor.shape)}, but the base model and {SETTINGS} "
+            f"ask for {list(shape)}; is it another model's?"
+        )
+
+
+def _unchanged(checkpoint: Checkpoint, name: str, folder: Folder, tensor: Tensor) -> bool:
+    """Say whether a whole tensor of the adapter's is the base model's own, as PEFT often saves the embedding."""
+    own = {own.name: own for own, _ in checkpoint.mapped}
+    base = own.get(name) or own[checkpoint.embedding]  # a tied head is the embedding
+    if base.shape != tensor.shape:
+        return False
+    step = max(1, 2**24 // max(1, base.nbytes // base.shape[0]))
+    with Files(checkpoint.folder.open) as first, Files(folder.open) as second:
+        for row in range(0, base.shape[0], step):
+            count = min(step, base.shape[0] - row)
+            ours, theirs = read_rows(first, base, row, count), read_rows(second, tensor, row, count)
+            if (to_float32(ours, base.dtype) != to_float32(theirs, tensor.dtype)).any():
+                return False
+    return True

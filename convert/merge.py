@@ -1,0 +1,223 @@
+"""A checkpoint with LoRA adapters merged in, still unread: the weights are patched as they stream through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import BinaryIO
+
+import numpy as np
+
+from .architectures import Rule
+from .chat import read_templates
+from .checkpoint import Checkpoint
+from .config import Config
+from .errors import ConvertError, some
+from .folder import Folder
+from .lora import Adapter, label
+from .lora_settings import SETTINGS
+from .patch import LowRank, Patch, Shift, Step, read_numbers
+from .shards import Tensor
+from .vocabulary import read_vocabulary
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")
+TOKENIZER = {*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+
+
+class MergedFolder(Folder):
+    """The base model's folder, with the tokenizer of an adapter that brings one, and adapters' tensors beside it."""
+
+    def __init__(self, base: Folder, adapters: Sequence[Adapter], tokenizer: Folder | None) -> None:
+        """Lay the adapters' files over the ``base``."""
+        super().__init__(base.root)
+        self.name = "-".join([label(base), *(adapter.name for adapter in adapters)])
+        self.hub_id = None
+        self._base, self._tokenizer = base, tokenizer
+        self._beside: dict[str, tuple[Folder, str]] = {}
+
+    def add(self, tensor: Tensor, folder: Folder) -> Tensor:
+        """Make a ``tensor`` of another folder readable here; return it under the name that its file has here."""
+        shard = f"{folder.name}/{tensor.shard}"
+        self._beside[shard] = (folder, tensor.shard)
+        return replace(tensor, shard=shard)
+
+    def has(self, name: str) -> bool:
+        """Say whether there is a file ``name``."""
+        folder, name = self._find(name)
+        return folder.has(name)
+
+    def open(self, name: str) -> BinaryIO:
+        """Open ``name``, wherever it lies. Raises ConvertError."""
+        folder, name = self._find(name)
+        return folder.open(name)
+
+    def _find(self, name: str) -> tuple[Folder, str]:
+        if name in TOKENIZER and self._tokenizer is not None:  # all of it or nothing: a mixture fits no model
+            return self._tokenizer, name
+        return self._beside.get(name, (self._base, name))
+
+
+def merge(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
+    """Return ``checkpoint`` with the ``adapters`` merged in: ``W + scale * B @ A``, in float32, for each of them.
+
+    Whole tensors of an adapter replace the base model's. Where an adapter changes the embedding or the head of a model
+    that ties them, the two are told apart. A tokenizer in an adapter's folder replaces the base model's.
+
+    Raises ConvertError where adapters contradict each other, and for what cannot be merged.
+    """
+    for adapter in adapters:
+        _check_alone(adapter, len(adapters))
+    whole = _whole_tensors(adapters)
+    patches = {name: Patch(steps) for name, steps in _steps(adapters).items()}
+    tokenizer = _tokenizer(adapters)
+    folder = MergedFolder(checkpoint.folder, adapters, tokenizer.folder if tokenizer else None)
+    config = next((adapter.config for adapter in adapters if checkpoint.embedding in adapter.whole), checkpoint.config)
+    notes = [note for adapter in adapters for note in adapter.notes]
+    notes += [f"merged with {adapter.name}, {_count(adapter)}, scale {adapter.scale:g}" for adapter in adapters]
+    if _tells_apart(checkpoint, whole, patches):
+        config = _untie(checkpoint, config, whole)
+        notes.append("the head is no longer tied to the embedding: an adapter changes one of them alone")
+    else:
+        whole = {name: found for name, found in whole.items() if name in checkpoint.piece.expected(config)}
+    mapped = [(own, rule) for own, rule in _with_head(checkpoint, config) if own.name not in whole]
+    expected = checkpoint.piece.expected(config)
+    mapped += [
+        (replace(folder.add(tensor, owner), name=name), expected[name][0]) for name, (owner, tensor) in whole.items()
+    ]
+    rows = config.integer("vocab_size")
+    vocabulary, templates = checkpoint.vocabulary, checkpoint.templates
+    if tokenizer or rows != checkpoint.config.integer("vocab_size"):
+        vocabulary = read_vocabulary(folder, rows, folder.json("config.json"))
+    if tokenizer:
+        templates = read_templates(tokenizer.folder) or templates
+        notes.append(f"the vocabulary is that of {tokenizer.name}")
+    return replace(
+        checkpoint,
+        folder=folder,
+        config=config,
+        mapped=mapped,
+        tied_head=None if checkpoint.embedding in whole else checkpoint.tied_head,
+        vocabulary=vocabulary,
+        templates=templates,
+        patches=patches,
+        notes=(*checkpoint.notes, *notes),
+    )
+
+
+def _check_alone(adapter: Adapter, count: int) -> None:
+    """Refuse what has a meaning only for an adapter by itself, or none when merged."""
+    if adapter.invocation:
+        raise ConvertError(
+            f"{adapter.name}: an activated LoRA (alora_invocation_tokens) works only after its invocation, so it "
+            "cannot be merged; convert it by itself with --lora-only"
+        )
+    if any(pair.magnitude is not None for pair in adapter.pairs.values()):
+        if count > 1 or adapter.scale != 1:
+            raise ConvertError(f"{adapter.name}: a DoRA adapter sets the length of every row; merge it alone, unscaled")
+        if any(pair.embedding for pair in adapter.pairs.values()):
+            raise ConvertError(
+                f"{adapter.name}: DoRA on the embedding goes by columns, which do not stream; merge it with PEFT "
+                "(merge_and_unload), save that, and convert the saved folder"
+            )
+    if adapter.whole and adapter.scale != 1:
+        raise ConvertError(
+            f"{adapter.name}: it replaces {some(list(adapter.whole))}, which has no half-way; leave the scale out"
+        )
+
+
+def _whole_tensors(adapters: Sequence[Adapter]) -> dict[str, tuple[Folder, Tensor]]:
+    """Collect the tensors that stand in for the base model's. Raises ConvertError if two adapters claim one."""
+    whole: dict[str, tuple[Folder, Tensor]] = {}
+    for adapter in adapters:
+        for name, tensor in adapter.whole.items():
+            for other in adapters:
+                if other is not adapter and (name in other.whole or name in other.pairs):
+                    raise ConvertError(f"{adapter.name} replaces {name}, and {other.name} changes it; leave one out")
+            whole[name] = (adapter.folder, tensor)
+    return whole
+
+
+def _steps(adapters: Sequence[Adapter]) -> dict[str, list[Step]]:
+    """Turn the adapters' pairs into steps, by tensor name."""
+    steps: dict[str, list[Step]] = {}
+    for adapter in adapters:
+        for name, pair in adapter.pairs.items():
+            scale = adapter.scale * pair.strength / pair.rank
+            change = LowRank(adapter.folder, pair.a, pair.b, scale, pair.embedding, pair.magnitude)
+            steps.setdefault(name, []).append(change)
+            if pair.bias is not None:
+                shift = Shift(adapter.folder, pair.bias, scale)
+                steps.setdefault(name.replace(".weight", ".bias"), []).append(shift)
+    return steps
+
+
+def _count(adapter: Adapter) -> str:
+    replaced = f" and replaces {len(adapter.whole)}" if adapter.whole else ""
+    return f"which changes {len(adapter.pairs)} tensors{replaced}"
+
+
+def _tokenizer(adapters: Sequence[Adapter]) -> Adapter | None:
+    """Find the adapter that brings a tokenizer. Raises ConvertError if several do and they are not the same."""
+    bringing = [adapter for adapter in adapters if any(adapter.folder.has(name) for name in VOCABULARIES)]
+    if not bringing:
+        return None
+    first = bringing[0]
+    for other in bringing[1:]:
+        for name in sorted(TOKENIZER):
+            if _content(first.folder, name) != _content(other.folder, name):
+                raise ConvertError(
+                    f"{first.name} and {other.name} bring different tokenizers ({name}); remove one from its folder"
+                )
+    return first
+
+
+def _content(folder: Folder, name: str) -> bytes | None:
+    return folder.bytes(name, 2**28) if folder.has(name) else None
+
+
+# -- the head, which many models tie to the embedding -----------------------------------------------------------------
+
+
+def _tells_apart(
+    checkpoint: Checkpoint, whole: Mapping[str, tuple[Folder, Tensor]], patches: Mapping[str, Patch]
+) -> bool:
+    """Say whether a tied head and its embedding become different."""
+    if not checkpoint.tied:
+        return False
+    ends = {checkpoint.embedding, checkpoint.head}
+    changed = ends & (whole.keys() | patches.keys())
+    if changed != ends or changed & patches.keys():
+        return bool(changed)
+    (first, embedding), (second, head) = whole[checkpoint.embedding], whole[checkpoint.head]
+    rows = range(0, embedding.shape[0], 4096)
+    counts = [min(4096, embedding.shape[0] - row) for row in rows]
+    return not all(
+        np.array_equal(read_numbers(first, embedding, row, count), read_numbers(second, head, row, count))
+        for row, count in zip(rows, counts, strict=True)
+    )
+
+
+def _untie(checkpoint: Checkpoint, config: Config, whole: Mapping[str, tuple[Folder, Tensor]]) -> Config:
+    """Return the configuration with a head of its own. Raises ConvertError if there can be none."""
+    apart = config.changed(tie_word_embeddings=False)
+    if checkpoint.head not in checkpoint.piece.expected(apart):
+        raise ConvertError(
+            f"{SETTINGS}: the adapter changes head or embedding alone, but in {checkpoint.architecture} they are one"
+        )
+    rows = config.integer("vocab_size")
+    if checkpoint.head not in whole and rows != checkpoint.config.integer("vocab_size"):
+        raise ConvertError(
+            f"{SETTINGS}: the adapter's embedding has {rows} rows and its head was not saved; train with "
+            'modules_to_save=["embed_tokens", "lm_head"]'
+        )
+    return apart
+
+
+def _with_head(checkpoint: Checkpoint, config: Config) -> list[tuple[Tensor, Rule]]:
+    """Return the base model's tensors, and where ``config`` asks for a head that it lacks, its embedding as one."""
+    expected = checkpoint.piece.expected(config)
+    head = checkpoint.head
+    if head not in expected or any(own.name == head for own, _ in checkpoint.mapped):
+        return checkpoint.mapped
+    embedding = next(own for own, _ in checkpoint.mapped if own.name == checkpoint.embedding)
+    return [(replace(embedding, name=head), expected[head][0]), *checkpoint.mapped]

@@ -1,0 +1,111 @@
+"""What an adapter adds to a tensor, computed for some rows at a time, in float32.
+
+The adapter's own matrices are read when they are needed: an adapter may be larger than the memory should be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from .errors import ConvertError
+from .folder import Folder
+from .ggml import to_float32
+from .shards import STORED_AS, Array, Files, Tensor, read_rows
+
+
+class Step(Protocol):
+    """One change to a tensor."""
+
+    def apply(self, rows: Array, first: int) -> Array:
+        """Return ``rows``, which begin at row ``first`` of the tensor and are float32, as changed."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """All changes to one tensor, one after another."""
+
+    steps: Sequence[Step]
+
+    def apply(self, rows: Array, dtype: str, first: int) -> Array:
+        """Return rows as stored in ``dtype``, which begin at row ``first`` of the tensor, changed and in float32."""
+        numbers = to_float32(rows, dtype)
+        for step in self.steps:
+            numbers = step.apply(numbers, first)
+        return numbers
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``W + scale * B @ A``, and with DoRA each row then stretched to its ``magnitude``.
+
+    Shapes: W rows x columns; A rank x columns, B rows x rank; of an embedding, whose matrix is stored the other way
+    round, A rank x rows and B columns x rank.
+    """
+
+    folder: Folder
+    a: Tensor
+    b: Tensor
+    scale: float
+    embedding: bool = False
+    magnitude: Tensor | None = None
+
+    def apply(self, rows: Array, first: int) -> Array:
+        """Return the float32 ``rows`` from row ``first`` on with the adapter merged in. Raises ConvertError."""
+        count = len(rows)
+        if self.embedding:
+            left = read_columns(self.folder, self.a, first, count).T
+            right = read_numbers(self.folder, self.b, 0, self.b.shape[0]).T
+        else:
+            left = read_numbers(self.folder, self.b, first, count)
+            right = read_numbers(self.folder, self.a, 0, self.a.shape[0])
+        changed: Array = left @ right
+        changed *= np.float32(self.scale)
+        changed += rows
+        if self.magnitude is not None:
+            length = np.sqrt(np.einsum("ij,ij->i", changed, changed))
+            if not length.all():
+                raise ConvertError(f"{self.magnitude.name}: DoRA would divide by the length of a row that is all zeros")
+            changed *= (read_numbers(self.folder, self.magnitude, first, count) / length)[:, None]
+        return changed
+
+
+@dataclass(frozen=True)
+class Shift:
+    """``bias + scale * values``."""
+
+    folder: Folder
+    values: Tensor
+    scale: float
+
+    def apply(self, rows: Array, first: int) -> Array:
+        """Return the float32 ``rows`` from ``first`` on, shifted. Raises ConvertError."""
+        shifted: Array = rows + np.float32(self.scale) * read_numbers(self.folder, self.values, first, len(rows))
+        return shifted
+
+
+def read_numbers(folder: Folder, tensor: Tensor, first: int, count: int) -> Array:
+    """Read ``count`` rows as float32. Raises ConvertError for NaN and infinity."""
+    with Files(folder.open) as files:
+        return _finite(tensor, to_float32(read_rows(files, tensor, first, count), tensor.dtype))
+
+
+def read_columns(folder: Folder, tensor: Tensor, first: int, count: int) -> Array:
+    """Read ``count`` columns of a matrix as float32, without the others. Raises ConvertError for NaN and infinity."""
+    rows, columns = tensor.shape
+    item = STORED_AS[tensor.dtype].itemsize
+    with Files(folder.open) as files:
+        parts = (
+            replace(tensor, shape=(count,), start=tensor.start + (row * columns + first) * item) for row in range(rows)
+        )
+        stored = np.stack([read_rows(files, part, 0, count) for part in parts])
+    return _finite(tensor, to_float32(stored, tensor.dtype))
+
+
+def _finite(tensor: Tensor, numbers: Array) -> Array:
+    if not np.isfinite(numbers).all():
+        raise ConvertError(f"{tensor.shard}: {tensor.name} holds NaN or infinity; the training of the adapter failed")
+    return numbers
