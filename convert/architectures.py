@@ -16,6 +16,7 @@ import gguf
 from .config import Config
 from .errors import ConvertError, some
 from .shards import Array
+from .vocabulary import PLAIN, VocabularyRules
 
 Pair = tuple[str, "int | float | str"]  # a GGUF key below the architecture's name, and its value
 
@@ -70,6 +71,7 @@ class Architecture:
     sizes: Callable[[Config], Mapping[str, int]]  # what the names in the shapes mean
     guards: tuple[Callable[[Config], None], ...]  # each refuses what GGUF cannot express
     extra: Callable[[Config], Iterable[tuple[str, Array]]] = lambda config: ()  # tensors made from the configuration
+    vocabulary: VocabularyRules = PLAIN  # what its vocabularies do otherwise than most
 
     def expected(self, config: Config) -> dict[str, tuple[Rule, tuple[int, ...]]]:
         """Say which tensors the checkpoint must hold: name -> its rule and shape."""

@@ -90,7 +90,7 @@ def _open(path: Path) -> Checkpoint:
         _check_range(*pair)
     expected = piece.expected(config)
     mapped, tied_head = _map(list_tensors(folder), expected, config)
-    vocabulary = read_vocabulary(folder, config.integer("vocab_size"), raw)
+    vocabulary = read_vocabulary(folder, config.integer("vocab_size"), raw, piece.vocabulary)
     return Checkpoint(folder, piece, config, mapped, tied_head, vocabulary, read_templates(folder))
 
 

@@ -24,6 +24,7 @@ from .architectures import (
 from .config import Config
 from .errors import ConvertError
 from .shards import Array
+from .vocabulary import VocabularyRules
 
 
 def sizes(config: Config) -> dict[str, int]:
@@ -128,6 +129,8 @@ def own_head(config: Config) -> bool:
 
 
 LAYER = "model.layers.{}."
+# The rows of Code Llama with infilling, and of Granite and SmolLM; llama.cpp's converter knows them by these numbers.
+RULES = VocabularyRules(space_prefix="settings first", eot_by_rows={32016: 32010}, no_bos_rows=frozenset({49152}))
 
 LLAMA = register(
     Architecture(
@@ -188,5 +191,6 @@ LLAMA = register(
         sizes=sizes,
         guards=(refuse_quantized, refuse_experts, refuse_activation("silu", "swish"), refuse_window),
         extra=rope_frequencies,
+        vocabulary=RULES,
     )
 )

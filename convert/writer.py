@@ -19,8 +19,7 @@ from .describe import describe, write_head
 from .encode import OUTTYPES, choose_type, encode, encoded_size
 from .errors import CannotWrite, ConvertError
 from .output import atomic, check_output, check_space
-from .pretokenizers import NAME, TABLE
-from .prove import prove_pre_tokenizer
+from .prove import choose_pre_tokenizer, prove_pre_tokenizer
 from .shards import Array, Tensor, read_rows
 
 CHUNK = 16 * 2**20  # bytes of source that are in memory at a time
@@ -84,7 +83,7 @@ def write_gguf(
         raise ConvertError(f"outtype {outtype!r} is not one of {', '.join(OUTTYPES)}")
     check_output(output, force)
     _not_its_own_source(checkpoint, output)
-    pre = pre_tokenizer(checkpoint, pre)
+    pre = choose_pre_tokenizer(checkpoint, pre)
     templates = templates_to_write(checkpoint.templates, chat_template)
     plan = plan_tensors(checkpoint, outtype)
     writer = describe(checkpoint, outtype, pre, templates, template_name)
@@ -118,21 +117,6 @@ def _template_word(checkpoint: Checkpoint, templates: Mapping[str, str], name: s
     if "default" not in templates:
         return None
     return name or ("keep" if templates["default"] == checkpoint.chat_template else "custom")
-
-
-def pre_tokenizer(checkpoint: Checkpoint, given: str | None) -> str:
-    """Return llama.cpp's name for the checkpoint's pre-tokenizer, ``given`` or found. Raises ConvertError."""
-    if given is not None:
-        if not NAME.fullmatch(given):
-            raise ConvertError(f"pre {given!r} is no name of a pre-tokenizer, such as {TABLE[0].name}")
-        return given
-    signature = checkpoint.vocabulary.signature
-    if signature.row is None:
-        raise ConvertError(
-            f"tokenizer.json: llama.cpp's name for this pre-tokenizer is not known: {signature}; "
-            "if you know one that splits alike, name it (pre)"
-        )
-    return signature.row.name
 
 
 def plan_tensors(checkpoint: Checkpoint, outtype: str) -> list[Planned]:
