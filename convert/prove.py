@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint
 from .describe import add_vocabulary, write_head
 from .errors import ConvertError, some
 from .pretokenizers import DISTINCT, NAME, SENTENCEPIECE_PRE, TABLE
-from .vocabulary import TOKENIZER_LIMIT
+from .vocabulary import TOKENIZER_LIMIT, Vocabulary
 
 # Each text is here for a rule that some pre-tokenizer has: contractions, digits, spaces, signs, scripts.
 TEXTS = (
@@ -190,14 +190,19 @@ def added_tokens(checkpoint: Checkpoint) -> list[str]:
 def _vocabulary_file(checkpoint: Checkpoint, pre: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="metaalign-edge-") as folder:
         path = Path(folder) / "vocabulary.gguf"
-        writer = GGUFWriter(None, checkpoint.architecture)
-        add_vocabulary(writer, checkpoint.vocabulary, pre, {})
         try:
-            with path.open("wb") as file:
-                write_head(writer, file)
+            write_vocabulary(path, checkpoint.architecture, checkpoint.vocabulary, pre)
         except OSError as error:
             raise ConvertError(f"{folder}: cannot be written ({error.strerror}); try --no-check") from None
         yield path
+
+
+def write_vocabulary(path: Path, architecture: str, vocabulary: Vocabulary, pre: str) -> None:
+    """Write a GGUF file of nothing but a vocabulary. Raises OSError, and ConvertError if GGUF cannot hold it."""
+    writer = GGUFWriter(None, architecture)
+    add_vocabulary(writer, vocabulary, pre, {})
+    with path.open("wb") as file:
+        write_head(writer, file)
 
 
 def tokenize_with_llama(path: Path, texts: Sequence[str]) -> list[list[int]]:
