@@ -18,6 +18,7 @@ import gguf
 from .config import Config
 from .errors import ConvertError, some
 from .shards import Array
+from .vocabulary import PLAIN, VocabularyRules
 
 Value = int | float | str | bool | list[bool]
 Pair = tuple[str, Value]  # a GGUF key below the architecture's name, and its value
@@ -89,6 +90,7 @@ class Architecture:
     guards: tuple[Guard, ...]
     extra: Callable[[Config], Iterable[tuple[str, Array]]] = lambda config: ()  # tensors made from the configuration
     first: Computed = Computed(lambda config: ())  # keys that the reference writes before all others
+    vocabulary: VocabularyRules = PLAIN  # what its vocabularies do otherwise than most
 
     def expected(self, config: Config) -> dict[str, tuple[Rule, tuple[int, ...]]]:
         """Say which tensors the checkpoint must hold: name -> its rule and shape."""

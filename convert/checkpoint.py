@@ -143,7 +143,7 @@ def _open(path: Path) -> Checkpoint:
         if others:
             notes = (*notes, f"only the language model is converted: {len(others)} tensors that see are left out")
     mapped, tied_head = _map(tensors, expected, config)
-    vocabulary = read_vocabulary(folder, config.integer("vocab_size"), raw)
+    vocabulary = read_vocabulary(folder, config.integer("vocab_size"), raw, piece.vocabulary)
     return Checkpoint(folder, piece, config, mapped, tied_head, vocabulary, read_templates(folder), notes)
 
 

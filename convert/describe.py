@@ -15,9 +15,9 @@ from .container import Packer
 from .encode import OUTTYPES
 from .errors import ConvertError
 from .metadata import read_metadata, read_sampling
+from .vocabulary import Vocabulary
 
 TEMPLATE_KEY = "metaalign.template"  # the template's name, for programs that know the three-tier dialog
-LATER_STOPS = ("eot", "eom")  # GGUF's places for end tokens beyond the first
 
 
 def describe(
@@ -37,7 +37,7 @@ def describe(
         for name, value in key.pairs(checkpoint.config):
             _add(writer, f"{checkpoint.architecture}.{name}", value, writer.add_uint32)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_vocabulary(writer, checkpoint, pre, templates)
+    add_vocabulary(writer, checkpoint.vocabulary, pre, templates)
     if template_name:
         writer.add_string(TEMPLATE_KEY, template_name)
     return writer
@@ -57,29 +57,42 @@ def _add(writer: GGUFWriter, name: str, value: Value, add_int: Callable[[str, in
         add_int(name, value)
 
 
-def add_vocabulary(writer: GGUFWriter, checkpoint: Checkpoint, pre: str, templates: Mapping[str, str]) -> None:
+def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, pre: str, templates: Mapping[str, str]) -> None:
     """Add the tokenizer's keys, and the chat templates among them."""
-    vocabulary = checkpoint.vocabulary
     special = vocabulary.special
-    if vocabulary.add_prefix_space is not None:
-        writer.add_add_space_prefix(vocabulary.add_prefix_space)
-    writer.add_tokenizer_model("gpt2")
+    _add_space_prefix(writer, vocabulary, "first")
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary.tokens)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
     writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
+    _add_space_prefix(writer, vocabulary, "middle")
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
     for role, number in special.ids.items():
         if role != "cls":  # the one role that GGUF has no key for
             getattr(writer, f"add_{role}_token_id")(number)
-    for role in ("bos", "eos", "sep"):
-        if role in special.adds:
-            getattr(writer, f"add_add_{role}_token")(special.adds[role])
+    _add_what_is_added(writer, special.adds)
     _add_templates(writer, templates)
-    for role in ("bos", "eos"):  # said even where no file says it: each pre-tokenizer has a default of its own
-        if role not in special.adds:
-            getattr(writer, f"add_add_{role}_token")(False)
-    for role, number in zip(LATER_STOPS, special.extra_stops, strict=False):
+    if special.eot is not None:
+        writer.add_eot_token_id(special.eot)
+    _add_what_is_added(writer, special.unsaid)
+    _add_space_prefix(writer, vocabulary, "last")
+    for role, number in special.extra_stops.items():
         getattr(writer, f"add_{role}_token_id")(number)
+
+
+def _add_space_prefix(writer: GGUFWriter, vocabulary: Vocabulary, place: str) -> None:
+    """Add the key in the one place where the architecture has it."""
+    if vocabulary.space_prefix is not None and vocabulary.space_prefix[0] == place:
+        writer.add_add_space_prefix(vocabulary.space_prefix[1])
+
+
+def _add_what_is_added(writer: GGUFWriter, adds: Mapping[str, bool]) -> None:
+    for role, value in adds.items():
+        if role in ("bos", "eos", "sep"):  # the roles that GGUF has such keys for
+            getattr(writer, f"add_add_{role}_token")(value)
 
 
 def _add_templates(writer: GGUFWriter, templates: Mapping[str, str]) -> None:

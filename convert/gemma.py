@@ -7,6 +7,7 @@ from that in a config.json is refused.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from .architectures import (
     FILE_TYPE,
@@ -42,6 +43,7 @@ from .blocks import (
 )
 from .config import Config
 from .errors import ConvertError
+from .vocabulary import VocabularyRules
 
 DEFAULTS = {
     "rms_norm_eps": 1e-6,
@@ -50,6 +52,7 @@ DEFAULTS = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
+RULES = VocabularyRules(space_prefix="never")
 GELU = "gelu_pytorch_tanh"
 PLAIN = (CONTEXT, EMBEDDING, BLOCKS, FEED_FORWARD, HEADS, KV_HEADS, NORM_EPS, HEAD_SIZES, FILE_TYPE)
 AROUND = norms(  # a norm before and after attention, and before and after feed-forward
@@ -111,6 +114,7 @@ GEMMA = register(
             refuse_rope("default"),
             refuse_theta(10000),
         ),
+        vocabulary=replace(RULES, eot=107),
     )
 )
 
@@ -145,6 +149,7 @@ GEMMA2 = register(
             refuse_rope("default"),
             refuse_theta(10000),
         ),
+        vocabulary=RULES,
     )
 )
 
@@ -185,5 +190,6 @@ GEMMA3 = register(
             refuse_layers(6),
             refuse_rope("default", "linear", layered=True),
         ),
+        vocabulary=RULES,
     )
 )

@@ -16,6 +16,7 @@ from .blocks import (
     rope_frequencies,
     sizes,
 )
+from .llama import RULES
 
 GRANITE = register(
     Architecture(
@@ -44,5 +45,6 @@ GRANITE = register(
         sizes=sizes,
         guards=(SILU, refuse_other_head_size, refuse_rope("default", "linear", "yarn", "llama3")),
         extra=rope_frequencies,
+        vocabulary=RULES,
     )
 )

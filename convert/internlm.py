@@ -20,6 +20,7 @@ from .architectures import (
 from .blocks import LAYER, general, kv_head_count, pair_up, sizes
 from .config import Config
 from .shards import Array
+from .vocabulary import VocabularyRules
 
 
 def fused_sizes(config: Config) -> dict[str, int]:
@@ -87,5 +88,6 @@ INTERNLM2 = register(
             refuse_tied,
             refuse_rope("default", "linear", "dynamic"),
         ),
+        vocabulary=VocabularyRules(space_prefix="model", unused="[UNUSED", end="<|im_end|>"),
     )
 )

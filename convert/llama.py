@@ -17,7 +17,10 @@ from .blocks import (
     sizes,
     switch,
 )
+from .vocabulary import VocabularyRules
 
+# The rows of Code Llama with infilling, and of Granite and SmolLM; llama.cpp's converter knows them by these numbers.
+RULES = VocabularyRules(space_prefix="settings first", eot_by_rows={32016: 32010}, no_bos_rows=frozenset({49152}))
 DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu", "rope_theta": 10000.0}
 
 LLAMA = register(
@@ -33,6 +36,7 @@ LLAMA = register(
         sizes=sizes,
         guards=(SILU, refuse_window, refuse_rope("default", "linear", "yarn", "llama3")),
         extra=rope_frequencies,
+        vocabulary=RULES,
     )
 )
 
@@ -44,5 +48,6 @@ INTERNLM3 = register(
         tensors=(*ends(), *BEFORE, *attention(True, switch("qkv_bias"), switch("bias")), *feed_forward(switch("bias"))),
         sizes=sizes,
         guards=(SILU, refuse_rope("default", "linear", "dynamic")),
+        vocabulary=VocabularyRules(space_prefix="settings", end="<|im_end|>"),
     )
 )

@@ -23,6 +23,7 @@ from .blocks import BEFORE, BLOCKS, CONTEXT, EMBEDDING, FEED_FORWARD, HEADS, KV_
 from .config import Config
 from .errors import ConvertError
 from .shards import Array
+from .vocabulary import VocabularyRules
 
 TRAINED = Key("rope.scaling.original_context_length", "u32", ("original_max_position_embeddings",))
 
@@ -115,5 +116,6 @@ PHI3 = register(
             mention_window,
         ),
         extra=rope_factors,
+        vocabulary=VocabularyRules(by_looks=False),
     )
 )

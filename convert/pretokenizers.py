@@ -16,9 +16,11 @@ from typing import Any
 from .errors import ConvertError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # what llama.cpp's names look like
+SENTENCEPIECE_PRE = "default"  # what the key holds for SentencePiece, which splits nothing beforehand
 # Contractions in any case, and the other way in which files spell them.
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SAME = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+SPELLINGS = {SAME: CONTRACTIONS, "\r": r"\r", "\n": r"\n", r"\p{N}{1}|": r"\p{N}|"}  # of the same, in files
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 MARKED_WORDS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
@@ -58,17 +60,50 @@ def split(regex: str) -> str:
     return f"split({regex})"
 
 
-TABLE = (
-    PreTokenizer("gpt-2", ("bytes(words)",)),
-    PreTokenizer("gpt-2", (split(GPT2_WORDS), "bytes")),
-    PreTokenizer("smollm", ("digits(each)", "bytes(words)")),
-    PreTokenizer("llama-bpe", (split(cl100k(WORDS, r"\p{N}{1,3}")), "bytes"), ignore_merges=True),
-    PreTokenizer("dbrx", (split(cl100k(WORDS, r"\p{N}{1,3}")), "bytes")),
-    PreTokenizer("qwen2", (split(cl100k(WORDS, r"\p{N}")), "bytes")),
-    PreTokenizer("qwen35", (split(cl100k(MARKED_WORDS, r"\p{N}", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*")), "bytes")),
-    PreTokenizer("gpt-4o", (split(o200k(CONTRACTIONS + "?", r"\p{N}{1,3}")), "bytes"), approximate=APPROXIMATE),
-    PreTokenizer("tekken", (split(o200k("", r"\p{N}")), "bytes"), ignore_merges=True, approximate=APPROXIMATE),
+BYTES, BYTE_WORDS, EACH_DIGIT = "bytes", "bytes(words)", "digits(each)"
+HAN_AND_KANA = "[一-龥぀-ゟ゠-ヿ]+"
+DEEPSEEK_WORDS = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+    r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
 )
+DEEPSEEK_CODER = tuple(map(split, (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+")))
+BLOOM = " ?[^(\\s|[.,!?…。，、।۔،])]+"
+BAILING = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+EXAONE_MOE = (
+    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|"
+    r"\s+(?!\S)|\s+"
+)
+STEPPED_SPACES = "".join(rf"\s{{{2**power}}}(?!\S)|" for power in range(9, 1, -1)) + r"\s{1,2}(?!\S)|\s{1}"
+JAIS2 = f"{CONTRACTIONS}|{WORDS}|\\p{{N}}{{1,3}}|{SIGNS}|\\s*[\\r\\n]+|{STEPPED_SPACES}"
+
+TABLE = (
+    PreTokenizer("gpt-2", (BYTE_WORDS,)),
+    PreTokenizer("gpt-2", (split(GPT2_WORDS), BYTES)),
+    PreTokenizer("smollm", (EACH_DIGIT, BYTE_WORDS)),
+    PreTokenizer("llama-bpe", (split(cl100k(WORDS, r"\p{N}{1,3}")), BYTES), ignore_merges=True),
+    PreTokenizer("dbrx", (split(cl100k(WORDS, r"\p{N}{1,3}")), BYTES)),
+    PreTokenizer("qwen2", (split(cl100k(WORDS, r"\p{N}")), BYTES)),
+    PreTokenizer("qwen35", (split(cl100k(MARKED_WORDS, r"\p{N}", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*")), BYTES)),
+    PreTokenizer("gpt-4o", (split(o200k(CONTRACTIONS + "?", r"\p{N}{1,3}")), BYTES), approximate=APPROXIMATE),
+    PreTokenizer("tekken", (split(o200k("", r"\p{N}")), BYTES), ignore_merges=True, approximate=APPROXIMATE),
+    PreTokenizer(
+        "deepseek-v3", (split(r"\p{N}{1,3}"), split(HAN_AND_KANA), split(f"{DEEPSEEK_WORDS}|{SPACES}"), BYTES)
+    ),
+    PreTokenizer("deepseek-coder", (*DEEPSEEK_CODER, EACH_DIGIT, BYTES)),
+    PreTokenizer("seed-coder", (split(cl100k(WORDS, r"\p{N}", r" ?[^\s\p{L}\p{N}\r\n]+")), BYTES)),
+    PreTokenizer("bailingmoe", (split(BAILING), BYTES)),
+    PreTokenizer("minicpm5", (split(r"\p{N}{1,3}"), split(cl100k(WORDS, r"\p{N}+")), BYTES), ignore_merges=True),
+    PreTokenizer("poro-chat", (split(BLOOM), BYTES)),
+    PreTokenizer("viking", (split(BLOOM), EACH_DIGIT, BYTES)),
+    PreTokenizer("exaone-moe", (split(EXAONE_MOE), BYTES)),
+    PreTokenizer("jais-2", (split(JAIS2), BYTES)),
+)
+# One name of each way in which llama.cpp splits byte-level text, to be tried where the table knows no name.
+DISTINCT = (
+    *dict.fromkeys(row.name for row in TABLE),
+    "deepseek-llm", "falcon", "youtu", "ufakzeka", "laguna", "afmoe", "superbpe", "spark2_5", "kimi-k2", "chameleon",
+    "tiny_aya", "granite-embed-multi-97m",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,7 +154,8 @@ def _split(step: Mapping[str, Any]) -> str:
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
     if not isinstance(regex, str):
         return f"split by {pattern}"
-    regex = regex.replace(SAME, CONTRACTIONS)
+    for spelling, ours in SPELLINGS.items():
+        regex = regex.replace(spelling, ours)
     # "isolated" cuts around every match; "removed" + "invert" keeps the matches only, which for expressions that match
     # everything is the same
     everything = regex.endswith(r"|\s+")

@@ -1,22 +1,25 @@
 """The proof that llama.cpp will split text as the checkpoint's own tokenizer does.
 
-The vocabulary alone is written to a temporary GGUF file, llama.cpp loads it, and its tokens for some forty texts are
-compared with those of the ``tokenizers`` library, where both are installed.
+The vocabulary alone is written to a temporary GGUF file, llama.cpp loads it, and its tokens for some forty texts, for
+the chat template's own and for the added tokens are compared with those of the ``tokenizers`` library, where both are
+installed.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .container import Packer
 from .describe import add_vocabulary, write_head
-from .errors import ConvertError
-from .vocabulary import TOKENIZER_LIMIT
+from .errors import ConvertError, some
+from .pretokenizers import DISTINCT, NAME, SENTENCEPIECE_PRE, TABLE
+from .vocabulary import TOKENIZER_LIMIT, Vocabulary
 
 # Each text is here for a rule that some pre-tokenizer has: contractions, digits, spaces, signs, scripts.
 TEXTS = (
@@ -36,6 +39,9 @@ TEXTS = (
     "I'm sure they'll say we've won, don't you'd think it's what you're after?",
     "I'M SURE THEY'LL SAY WE'VE WON, DON'T YOU'D THINK IT'S WHAT YOU'RE AFTER?",
     "'s 't 're 've 'm 'll 'd 'S 'LL ' s",
+    "'sure 'tis 'twas 'dark 'members 'llama 'reason 'version Türkiye'den",
+    "Wait!!!\n\nWhat?\r\n;\n\n\n\nend",
+    "a       b              c",
     "1 12 123 1234 12345 123456 1234567 12345678",
     "3.14159, 2,718, 1e-5, 0x1F, 50%, $4.99, №7",
     "x2 a1b22c333 v1.2.3 2024-02-29 12:30",
@@ -64,56 +70,142 @@ TEXTS = (
 )
 
 APPROXIMATELY = 4  # texts that may differ where the table says that llama.cpp only comes close
+ADDED_TOKENS = 200  # at most so many are tried
+LINE = 1000  # characters; long ones would take some of llama.cpp's expressions deep into recursion
+MISSING = "not tried out: {} is not installed"
+
+
+def choose_pre_tokenizer(checkpoint: Checkpoint, given: str | None) -> str:
+    """Return llama.cpp's name for the checkpoint's pre-tokenizer: ``given``, or found.
+
+    It is found in the table, or else by trying: of all the ways in which llama.cpp splits text, exactly one must give
+    the tokens that tokenizer.json gives, on every text. Raises ConvertError.
+    """
+    vocabulary = checkpoint.vocabulary
+    if given is not None and not NAME.fullmatch(given):
+        raise ConvertError(f"pre {given!r} is no name of a pre-tokenizer, such as {TABLE[0].name}")
+    if vocabulary.signature is None:
+        if given is not None:
+            raise ConvertError(f"pre {given!r}: a SentencePiece vocabulary has no pre-tokenizer; leave it out")
+        return SENTENCEPIECE_PRE
+    if given is not None:
+        return given
+    row = vocabulary.signature.row
+    if row is not None:
+        return row.name
+    unknown = f"tokenizer.json: llama.cpp's name for this pre-tokenizer is not known: {vocabulary.signature}"
+    remedy = "if you know one that splits alike, name it with --pre NAME"
+    try:
+        proof = _Proof(checkpoint)
+    except ImportError as error:
+        raise ConvertError(f"{unknown}; {error.name}, which would find it by trying, is not installed") from None
+    equal = [name for name in DISTINCT if not proof.differences(name)]
+    if len(equal) != 1:
+        found = f"{some(equal, 40)} split alike on all that was tried" if equal else "none of its own splits alike"
+        raise ConvertError(f"{unknown}; {found}; {remedy}")
+    return equal[0]
 
 
 def prove_pre_tokenizer(checkpoint: Checkpoint, pre: str) -> str:
-    """Compare llama.cpp, given the pre-tokenizer ``pre``, with the tokenizer itself on TEXTS.
+    """Compare llama.cpp, given the pre-tokenizer ``pre``, with the tokenizer itself.
 
-    Returns a sentence on what was found; raises ConvertError if they differ where the table does not say so.
+    They must agree on TEXTS, on the lines of the chat template, and on the added tokens. Returns a sentence on what was
+    found; raises ConvertError if they differ where nothing known explains it.
     """
+    vocabulary = checkpoint.vocabulary
+    byte_level = vocabulary.signature is not None
+    subject = f"pre-tokenizer {pre}" if byte_level else "SentencePiece vocabulary"
     try:
-        import llama_cpp  # noqa: F401
-        import tokenizers
+        if not checkpoint.folder.has("tokenizer.json"):
+            with _vocabulary_file(checkpoint, pre) as path:
+                tokenize_with_llama(path, [])
+            return f"{subject} loads, not tried out: there is no tokenizer.json to compare it with"
+        proof = _Proof(checkpoint)
     except ImportError as error:
-        return f"pre-tokenizer {pre} found by its structure, not tried out: {error.name} is not installed"
-    data = checkpoint.folder.bytes("tokenizer.json", TOKENIZER_LIMIT)
-    try:
-        reference = tokenizers.Tokenizer.from_buffer(data)
-        wanted = [reference.encode(text, add_special_tokens=False).ids for text in TEXTS]
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a panic in the library is no Exception
-        raise ConvertError(f"tokenizer.json: the tokenizers library cannot use it ({error})") from None
-    with _vocabulary_file(checkpoint, pre) as path:
-        found = tokenize_with_llama(path, TEXTS)
-    wrong = [text for text, ours, theirs in zip(TEXTS, found, wanted, strict=True) if ours != theirs]
-    row = checkpoint.vocabulary.signature.row
+        found = f"{subject} found by its structure" if byte_level else subject
+        return f"{found}, {MISSING.format(error.name)}"
+    wrong, count = proof.differences(pre), len(proof.texts)
+    row = vocabulary.signature.row if vocabulary.signature else None
     limits = row.approximate if row is not None and row.name == pre else ""
     if len(wrong) > (APPROXIMATELY if limits else 0):
+        remedy = "name another one with --pre" if byte_level else "take the tokenizer's files from the base model"
         raise ConvertError(
-            f"pre-tokenizer {pre}: llama.cpp splits {len(wrong)} of {len(TEXTS)} texts otherwise than tokenizer.json, "
-            f"{wrong[0]!r} among them; name another one (pre), or go without the proof (--no-check)"
+            f"{subject}: llama.cpp splits {len(wrong)} of {count} texts otherwise than tokenizer.json, "
+            f"{wrong[0]!r} among them; {remedy}, or go without the proof (--no-check)"
         )
-    same = f"pre-tokenizer {pre}: {len(TEXTS) - len(wrong)} of {len(TEXTS)} texts become the same tokens"
-    return f"{same}; llama.cpp differs on {limits}" if wrong else same
+    same = f"{subject}: {count - len(wrong)} of {count} texts become the same tokens"
+    if wrong:
+        return f"{same}; llama.cpp differs on {limits}"
+    return f"{same}; texts that begin with a space were left out" if proof.left_out else same
+
+
+class _Proof:
+    """What tokenizer.json makes of the texts, to be compared with what llama.cpp makes of them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Tokenize with the tokenizers library. Raises ImportError without it or llama_cpp, ConvertError."""
+        import llama_cpp  # noqa: F401
+        import tokenizers
+
+        self.checkpoint = checkpoint
+        data = checkpoint.folder.bytes("tokenizer.json", TOKENIZER_LIMIT)
+        texts = [*TEXTS, *template_lines(checkpoint)]
+        # before a text that begins with one, llama.cpp puts a space and the newer tokenizer.json none
+        self.left_out = checkpoint.vocabulary.signature is None and b'"Metaspace"' in data
+        self.texts = [text for text in texts if not (self.left_out and text.startswith(" "))]
+        self.texts += added_tokens(checkpoint)
+        try:
+            reference = tokenizers.Tokenizer.from_buffer(data)
+            self.wanted = [reference.encode(text, add_special_tokens=False).ids for text in self.texts]
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic in the library is no Exception
+            raise ConvertError(f"tokenizer.json: the tokenizers library cannot use it ({error})") from None
+
+    def differences(self, pre: str) -> list[str]:
+        """Return the texts of which llama.cpp makes other tokens, given the pre-tokenizer ``pre``."""
+        with _vocabulary_file(self.checkpoint, pre) as path:
+            found = tokenize_with_llama(path, self.texts)
+        return [text for text, ours, theirs in zip(self.texts, found, self.wanted, strict=True) if ours != theirs]
+
+
+def template_lines(checkpoint: Checkpoint) -> list[str]:
+    """Return what stands between the added tokens in the chat template's source: lines like those it will render."""
+    source = checkpoint.chat_template or ""
+    marked = sorted((text for text in checkpoint.tokens if text in source), key=len, reverse=True)
+    parts = re.split("|".join(map(re.escape, marked)), source) if marked else [source]
+    lines = [line[:LINE] for part in parts for line in part.splitlines(keepends=True)]
+    return list(dict.fromkeys(line for line in lines if line.strip()))
+
+
+def added_tokens(checkpoint: Checkpoint) -> list[str]:
+    """Return some of the added tokens, those of the chat template first; not those that take spaces for something."""
+    source = checkpoint.chat_template or ""
+    plain = [text for text in checkpoint.tokens if text.strip() == text and "▁" not in text]
+    return sorted(plain, key=lambda text: (text not in source, text))[:ADDED_TOKENS]
 
 
 @contextmanager
 def _vocabulary_file(checkpoint: Checkpoint, pre: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="metaalign-edge-") as folder:
         path = Path(folder) / "vocabulary.gguf"
-        writer = Packer(None, checkpoint.architecture)
-        add_vocabulary(writer, checkpoint, pre, {})
         try:
-            with path.open("wb") as file:
-                write_head(writer, file)
+            write_vocabulary(path, checkpoint.architecture, checkpoint.vocabulary, pre)
         except OSError as error:
             raise ConvertError(f"{folder}: cannot be written ({error.strerror}); try --no-check") from None
         yield path
 
 
-def tokenize_with_llama(path: Path, texts: tuple[str, ...]) -> list[list[int]]:
-    """Tokenize with llama.cpp, loading nothing but the vocabulary. Raises ConvertError if it will not load."""
+def write_vocabulary(path: Path, architecture: str, vocabulary: Vocabulary, pre: str) -> None:
+    """Write a GGUF file of nothing but a vocabulary. Raises OSError, and ConvertError if GGUF cannot hold it."""
+    writer = Packer(None, architecture)
+    add_vocabulary(writer, vocabulary, pre, {})
+    with path.open("wb") as file:
+        write_head(writer, file)
+
+
+def tokenize_with_llama(path: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Tokenize with llama.cpp, special tokens too, loading nothing but the vocabulary. Raises ConvertError."""
     import llama_cpp
 
     log = logging.getLogger("llama-cpp-python")  # llama.cpp's log goes through here
@@ -131,7 +223,7 @@ def tokenize_with_llama(path: Path, texts: tuple[str, ...]) -> list[list[int]]:
             for text in texts:
                 data = text.encode("utf-8")
                 ids = (llama_cpp.llama_token * (len(data) + 8))()
-                count = llama_cpp.llama_tokenize(vocabulary, data, len(data), ids, len(ids), False, False)
+                count = llama_cpp.llama_tokenize(vocabulary, data, len(data), ids, len(ids), False, True)
                 found.append(list(ids[: max(count, 0)]))
             return found
         finally:

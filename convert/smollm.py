@@ -6,6 +6,7 @@ from .architectures import SILU, Architecture, refuse_rope, refuse_set, register
 from .blocks import BEFORE, LLAMA_KEYS, attention, ends, feed_forward, general, sizes
 from .config import Config
 from .errors import ConvertError
+from .llama import RULES
 
 PERIOD = 4  # llama.cpp has it built in
 
@@ -44,5 +45,6 @@ SMOLLM3 = register(
             refuse_other_rope_layers,
             refuse_rope("default", "linear", "yarn"),
         ),
+        vocabulary=RULES,
     )
 )

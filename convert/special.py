@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConvertError
+from .tokens import added_in_tokenizer
 
+LATER_STOPS = ("eot", "eom")  # GGUF's places for end tokens beyond the first
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # Texts at which llama.cpp stops by itself, whatever else a vocabulary says (llama-vocab.cpp).
 STOPS = {
@@ -25,7 +27,7 @@ STOPS = {
 class Files:
     """What the checkpoint's files say, each a parsed JSON object."""
 
-    tokenizer: Mapping[str, Any]  # tokenizer.json
+    tokenizer: Mapping[str, Any]  # tokenizer.json, empty if there is none
     settings: Mapping[str, Any]  # tokenizer_config.json
     names: Mapping[str, str]  # role -> text, see ``named``
     config: Mapping[str, Any]  # config.json
@@ -38,7 +40,10 @@ class Special:
 
     ids: dict[str, int] = field(default_factory=dict)
     adds: dict[str, bool] = field(default_factory=dict)
-    extra_stops: list[int] = field(default_factory=list)  # that neither ``ids`` nor STOPS covers
+    unsaid: dict[str, bool] = field(default_factory=dict)  # what is added, where no file says it
+    eot: int | None = None  # the end of a turn, by a rule of the architecture
+    extra_stops: dict[str, int] = field(default_factory=dict)  # end tokens that nothing above and no STOPS covers
+    adds_nothing: bool = False  # tokenizer.json says that no token goes before a text
 
 
 def named(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -52,34 +57,48 @@ def named(settings: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def find_special(files: Files, ids: Mapping[str, int], tokens: list[str], control: set[int]) -> Special:
+def find_special(
+    files: Files,
+    ids: Mapping[str, int],
+    tokens: list[str],
+    control: set[int],
+    end: str | None = None,
+    eot: int | None = None,
+) -> Special:
     """Work out the special tokens. ``ids`` maps token texts to ids, ``control`` holds the ids of control tokens.
 
-    Raises ConvertError where nothing fits.
+    end: a token that ends an answer whatever the files say, where the vocabulary has it. eot: the id of the end of a
+    turn, likewise. Raises ConvertError where nothing fits.
     """
-    special, names = Special(), dict(files.names)
+    special, names = Special(eot=eot), dict(files.names)
     for role, stand_in in (("bos", "cls"), ("eos", "sep")):
         if role not in names and stand_in in names:
             names[role] = names[stand_in]
     _what_is_added(files.tokenizer, names, special)
+    added = {entry.text: entry.number for entry in reversed(added_in_tokenizer(files.tokenizer))}
     for role in ROLES:
         flag = files.settings.get(f"add_{role}_token")
         if isinstance(flag, bool):
             special.adds.setdefault(role, flag)  # tokenizer.json has the last word
         if role in names:
-            if names[role] in ids:
-                special.ids[role] = ids[names[role]]
+            # the two that matter are found anywhere, the rest only where llama.cpp's converter looks for them
+            known = ids if role in ("bos", "eos") else added
+            if names[role] in known:
+                special.ids[role] = known[names[role]]
             elif role in ("bos", "eos"):
-                raise ConvertError(
-                    f"tokenizer_config.json: {role}_token {names[role]!r} is not in the vocabulary of tokenizer.json"
-                )
+                raise ConvertError(f"tokenizer_config.json: {role}_token {names[role]!r} is not in the vocabulary")
+    text_config = files.config.get("text_config")
     for role in ROLES:
         value = files.config.get(f"{role}_token_id")
+        if value is None and isinstance(text_config, dict):
+            value = text_config.get(f"{role}_token_id")
         if role not in special.ids and type(value) is int:
             if 0 <= value < len(tokens):
                 special.ids[role] = value
             elif role in ("bos", "eos"):
                 raise ConvertError(f"config.json: {role}_token_id {value} is no id of this vocabulary of {len(tokens)}")
+    if end is not None and end in ids:
+        special.ids["eos"] = ids[end]
     _stops(files, tokens, control, special)
     if special.adds.get("bos") and "bos" not in special.ids:
         raise ConvertError("tokenizer_config.json: add_bos_token is set, but no file says which token that is")
@@ -101,9 +120,11 @@ def _stops(files: Files, tokens: list[str], control: set[int], special: Special)
         special.ids["eos"] = stops[0]
     # an ordinary word among them is the leftover default of a configuration class, not a decision
     extra = [stop for stop in dict.fromkeys(stops) if stop in control and tokens[stop] not in STOPS]
-    special.extra_stops = [stop for stop in extra if stop != special.ids["eos"]]
-    if len(special.extra_stops) > 2:
-        raise ConvertError(f"{name}: {len(special.extra_stops) + 1} end tokens, but GGUF has room for three")
+    extra = [stop for stop in extra if stop not in (special.ids["eos"], special.eot)]
+    places = [place for place in LATER_STOPS if place != "eot" or special.eot is None]
+    if len(extra) > len(places):
+        raise ConvertError(f"{name}: {len(extra) + 3 - len(places)} end tokens, but GGUF has room for three")
+    special.extra_stops = dict(zip(places, extra, strict=False))
 
 
 def _what_is_added(tokenizer: Mapping[str, Any], names: dict[str, str], special: Special) -> None:
@@ -119,6 +140,7 @@ def _what_is_added(tokenizer: Mapping[str, Any], names: dict[str, str], special:
             special.adds.setdefault("eos", False)
         elif kind == "TemplateProcessing":
             before, after = _around(step.get("single"))
+            special.adds_nothing = not before
             for role, found in (("bos", before), ("eos", after)):
                 if not found:
                     continue
@@ -128,8 +150,30 @@ def _what_is_added(tokenizer: Mapping[str, Any], names: dict[str, str], special:
                         f"{role}_token there, {names[role]}"
                     )
                 special.adds[role] = True
+            between = _between(step.get("pair"), before, after)
+            if between:
+                ends = (names.get("sep"), names.get("eos"))
+                adds = any(text in ends for text in between[1:2]) or (between[0] in ends and not after)
+                special.adds["sep"] = adds
+                if adds and "sep" not in names and "eos" in names:
+                    names["sep"] = names["eos"]
         else:
             raise ConvertError(f"tokenizer.json: the post-processor {kind!r} has no counterpart in llama.cpp")
+
+
+def _between(template: Any, before: list[str], after: list[str]) -> list[str]:
+    """Return the special tokens between two texts in a template such as ``[<s>, A, <s>, B]``."""
+    pieces = [piece for piece in template if isinstance(piece, dict)] if isinstance(template, list) else []
+    texts = []
+    for piece in pieces:
+        token = piece.get("SpecialToken")
+        texts.append(token.get("id") if isinstance(token, dict) else None)
+    inner = texts[len(before) if texts[: len(before)] == before else 0 :]
+    if after and inner[-len(after) :] == after:
+        inner = inner[: -len(after)]
+    if len(inner) < 3 or inner[0] is not None or inner[-1] is not None:
+        return []
+    return [text for text in inner[1:-1] if isinstance(text, str)]
 
 
 def _around(template: Any) -> tuple[list[str], list[str]]:

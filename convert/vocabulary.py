@@ -1,137 +1,156 @@
-"""The vocabulary out of tokenizer.json itself: no tokenizer library, and none of its versions, comes between."""
+"""The vocabulary out of the checkpoint's own files: no tokenizer library, and none of its versions, comes between.
+
+Which kind it is, the files say, never the name of a class: tokenizer.model if it is SentencePiece's, else
+tokenizer.json.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from gguf import TokenType
 
-from .errors import ConvertError, some
+from .bpe import check_model, read_byte_level, read_sentencepiece_style, refuse_broken
+from .errors import ConvertError
 from .folder import MB, Folder
 from .pretokenizers import Signature, signature
+from .sentencepiece import parse_model, read_pieces
 from .special import Files, Special, find_special, named
+from .tokens import Token, Tokens
 
 TOKENIZER_LIMIT = 200 * MB
-NOT_YET = (
-    "{}: {} vocabularies are not supported yet (byte-level BPE is); llama.cpp's own convert_hf_to_gguf.py may know it"
-)
-NEVER_NORMAL = {"<pad>", "<mask>", "<2mass>", "[@BOS@]"}  # control tokens that some models forget to mark
+REMEDY = "write one with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"  # what GGUF calls the two kinds
+SPACE_BY_DEFAULT = {SENTENCEPIECE: True, BYTE_LEVEL: False}  # what llama.cpp does before a text unless told
+
+
+@dataclass(frozen=True)
+class VocabularyRules:
+    """What an architecture's vocabulary does otherwise than the rest: llama.cpp's converter has a method for each."""
+
+    # Where the key add_space_prefix goes, and what it says: as tokenizer_config.json has it, before all others or
+    # after the tokens; as tokenizer.model has it, after the tokens; false, at the end; or only where it must be said.
+    space_prefix: Literal["settings first", "settings", "model", "never", "unsaid"] = "unsaid"
+    by_looks: bool = True  # added tokens that look like control tokens are taken for such, marked or not
+    unused: str | None = None  # how SentencePiece pieces begin that are not in use
+    end: str | None = None  # ends an answer, whatever the files say, where the vocabulary has it
+    eot: int | None = None  # the id of the end of a turn
+    eot_by_rows: Mapping[int, int] | None = None  # the same, for models with so many rows
+    no_bos_rows: frozenset[int] = frozenset()  # models with so many rows begin without bos, whatever the files say
+    beyond: frozenset[str] = frozenset()  # tokens that have no row in the embedding, and are left out
+
+
+PLAIN = VocabularyRules()
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A byte-level BPE vocabulary, checked and complete: one token for every row of the embedding."""
+    """A vocabulary, checked and complete: one token for every row of the embedding."""
 
+    model: str  # SENTENCEPIECE or BYTE_LEVEL
     tokens: list[str]
     types: list[int]
-    merges: list[str]
-    signature: Signature
+    scores: list[float] | None  # SentencePiece's only
+    merges: list[str] | None  # byte-level BPE's only
+    signature: Signature | None  # byte-level BPE's only
     special: Special
     marked: frozenset[str]  # the texts of added and special tokens
-    add_prefix_space: bool | None  # tokenizer_config.json's word on it
+    space_prefix: tuple[Literal["first", "middle", "last"], bool] | None  # place among the keys, and value
     notes: tuple[str, ...]
 
 
-def read_vocabulary(folder: Folder, rows: int, config: Mapping[str, Any]) -> Vocabulary:
-    """Read the vocabulary for an embedding of ``rows`` rows. Raises ConvertError."""
-    tokenizer = _tokenizer_json(folder)
+@dataclass(frozen=True)
+class _Read:
+    """What one of the three routes found."""
+
+    model: str
+    tokens: Tokens
+    notes: list[str]
+    space_prefix: bool
+    merges: list[str] | None = None
+    signature: Signature | None = None
+
+
+def read_vocabulary(
+    folder: Folder,
+    rows: int,
+    config: Mapping[str, Any],
+    rules: VocabularyRules = PLAIN,
+) -> Vocabulary:
+    """Read the vocabulary for an embedding of ``rows`` rows, by an architecture's rules. Raises ConvertError."""
     settings = folder.json("tokenizer_config.json")
+    tokenizer = folder.json("tokenizer.json", TOKENIZER_LIMIT)
     names = {**named(folder.json("special_tokens_map.json")), **named(settings)}
-    model = tokenizer["model"]
-    ids = _base(model)
-    added = _added(tokenizer, settings, ids)
-    _fits(ids, rows)
-    lists = (_texts(settings.get(key)) for key in ("additional_special_tokens", "extra_special_tokens"))
-    marked = {text for texts in (names.values(), *lists) for text in texts} & ids.keys()
-    tokens, types = _rows(ids, added, marked, rows)
-    control = {number for number, kind in enumerate(types) if kind == TokenType.CONTROL}
+    read = _read(folder, tokenizer, settings, names, rules)
+    table = read.tokens.lay_out(rows, rules.beyond)
+    if read.model == SENTENCEPIECE:
+        _has_every_byte(read.tokens.source, table)
+    tokens = [token.text for token in table]
+    control = {number for number, token in enumerate(table) if token.kind == TokenType.CONTROL}
+    ids = {text: number for text, number in read.tokens.ids.items() if number < rows}
     files = Files(tokenizer, settings, names, config, folder.json("generation_config.json"))
-    prefix = settings.get("add_prefix_space")
+    special = find_special(files, ids, tokens, control, rules.end, (rules.eot_by_rows or {}).get(rows, rules.eot))
+    _say_what_is_added(special, read.model, rows in rules.no_bos_rows)
     return Vocabulary(
+        model=read.model,
         tokens=tokens,
-        types=types,
-        merges=_merges(model, ids),
-        signature=signature(tokenizer),
-        special=find_special(files, ids, tokens, control),
-        marked=frozenset(added) | marked,
-        add_prefix_space=prefix if isinstance(prefix, bool) else None,
-        notes=tuple(_notes(tokenizer)),
+        types=[int(token.kind) for token in table],
+        scores=[token.score for token in table] if read.model == SENTENCEPIECE else None,
+        merges=read.merges,
+        signature=read.signature,
+        special=special,
+        marked=frozenset(read.tokens.marked & ids.keys()),
+        space_prefix=_space_prefix(rules, settings, read),
+        notes=tuple(read.notes),
     )
 
 
-def _tokenizer_json(folder: Folder) -> dict[str, Any]:
-    """Read tokenizer.json and make sure that it is byte-level BPE."""
-    if not folder.has("tokenizer.json"):
-        if folder.has("tokenizer.model"):
-            raise ConvertError(NOT_YET.format("tokenizer.model", "SentencePiece"))
+def _read(
+    folder: Folder,
+    tokenizer: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    names: Mapping[str, str],
+    rules: VocabularyRules,
+) -> _Read:
+    """Choose the route by what the files are, and take it."""
+    notes: list[str] = []
+    if folder.has("tokenizer.model"):
+        pieces = parse_model(folder.bytes("tokenizer.model", TOKENIZER_LIMIT))
+        if pieces is not None:
+            if tokenizer and _byte_level(tokenizer):
+                raise ConvertError(
+                    "tokenizer.model is SentencePiece's, tokenizer.json byte-level: remove the one that is not this "
+                    "model's"
+                )
+            tokens, notes = read_pieces(pieces, folder, settings, tokenizer, rules.by_looks, rules.unused)
+            return _Read(SENTENCEPIECE, tokens, notes, pieces.space_prefix)
+        if not tokenizer:
+            raise ConvertError(f"tokenizer.model: not SentencePiece's, and tokenizer.json is missing; {REMEDY}")
+        notes.append("tokenizer.model is not SentencePiece's and was passed over")
+    if not tokenizer:
+        if folder.has("tekken.json"):
+            raise ConvertError("tekken.json: only Mistral's own programs read it; take tokenizer.json from the hub")
+        raise ConvertError(f"tokenizer.json is missing; {REMEDY}")
+    model = check_model(tokenizer)
+    lists = (_texts(settings.get(key)) for key in ("additional_special_tokens", "extra_special_tokens"))
+    special = {text for texts in (names.values(), *lists) for text in texts}
+    if _byte_level(tokenizer):
+        tokens, merges, more = read_byte_level(tokenizer, settings, special)
+        return _Read(BYTE_LEVEL, tokens, notes + more, False, merges, signature(tokenizer))
+    refuse_broken(model["vocab"])
+    if model.get("byte_fallback") is not True:
         raise ConvertError(
-            "tokenizer.json is missing; write one with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            "tokenizer.json: BPE that is neither byte-level nor SentencePiece's (no byte_fallback); llama.cpp has no "
+            "tokenizer for it"
         )
-    tokenizer = folder.json("tokenizer.json", TOKENIZER_LIMIT)
-    model = tokenizer.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), (dict, list)):
-        raise ConvertError("tokenizer.json: no model with a vocab in it; download the file again")
-    kind = model.get("type", "BPE")  # older files leave it out
-    if kind != "BPE" or not isinstance(model["vocab"], dict):
-        raise ConvertError(NOT_YET.format("tokenizer.json", kind))
-    byte_level = any("bytes" in part for part in signature(tokenizer).parts)
-    if not byte_level:
-        if any(token.startswith("Ġ") for token in model["vocab"]):
-            raise ConvertError(
-                "tokenizer.json: a byte-level vocabulary without its byte-level pre-tokenizer, as some versions of "
-                "transformers wrongly save it; take tokenizer.json from the base model"
-            )
-        raise ConvertError(NOT_YET.format("tokenizer.json", "SentencePiece-style BPE"))
-    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-        if model.get(key):
-            raise ConvertError(f"tokenizer.json: {key} {model[key]!r} has no counterpart in llama.cpp")
-    return tokenizer
+    tokens, prefix, more = read_sentencepiece_style(tokenizer, settings, special, rules.by_looks)
+    return _Read(SENTENCEPIECE, tokens, notes + more, prefix)
 
 
-def _base(model: Mapping[str, Any]) -> dict[str, int]:
-    ids = {}
-    for entry in model["vocab"].items():
-        token, number = _check_token(*entry)
-        ids[token] = number
-    return ids
-
-
-def _check_token(token: Any, number: Any) -> tuple[str, int]:
-    if not isinstance(token, str):
-        raise ConvertError(f"tokenizer.json: token {number!r} is {token!r}, not a text")
-    if type(number) is not int or number < 0:
-        raise ConvertError(f"tokenizer.json: token {token!r} has the id {number!r}, not a whole number from 0")
-    if not token or "\0" in token:  # llama.cpp reads tokens as C strings, and aborts when two are the same
-        raise ConvertError(f"tokenizer.json: token {number} is {token!r}, which GGUF cannot hold")
-    if not token.isascii():
-        try:
-            token.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ConvertError(f"tokenizer.json: token {number} ({token!r}) is not valid Unicode") from None
-    return token, number
-
-
-def _added(tokenizer: Mapping[str, Any], settings: Mapping[str, Any], ids: dict[str, int]) -> dict[str, bool]:
-    """Put the added tokens into ``ids``; return each one's text and whether it is special."""
-    entries = tokenizer.get("added_tokens") or []
-    decoder = settings.get("added_tokens_decoder") or {}
-    if not isinstance(entries, list) or not isinstance(decoder, dict):
-        raise ConvertError("tokenizer.json: added_tokens is not a list")
-    entries = list(entries)
-    for number, entry in decoder.items():  # transformers 4 kept a second list here
-        if isinstance(entry, dict) and number.isdecimal():
-            entries.append({**entry, "id": int(number)})
-    added: dict[str, bool] = {}
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise ConvertError("tokenizer.json: an added token is not an object")
-        text, number = _check_token(entry.get("content"), entry.get("id"))
-        if ids.setdefault(text, number) != number:
-            raise ConvertError(f"tokenizer.json: the token {text!r} has two ids, {ids[text]} and {number}")
-        added[text] = added.get(text, False) or entry.get("special") is True
-    return added
+def _byte_level(tokenizer: Mapping[str, Any]) -> bool:
+    return any("bytes" in part for part in signature(tokenizer).parts)
 
 
 def _texts(value: Any) -> list[str]:
@@ -141,80 +160,41 @@ def _texts(value: Any) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
-def _fits(ids: Mapping[str, int], rows: int) -> None:
-    outside = [f"{text!r} ({number})" for text, number in ids.items() if number >= rows]
-    if outside:
+def _has_every_byte(source: str, table: list[Token]) -> None:
+    """Refuse a vocabulary without byte tokens: a letter that it lacks would make llama.cpp end the process."""
+    texts = {token.text for token in table}
+    missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in texts and (byte > 127 or chr(byte) not in texts)]
+    if missing:
         raise ConvertError(
-            f"tokenizer.json: {some(outside)} beyond the {rows} rows of the embedding; was the model saved before "
-            "resize_token_embeddings?"
+            f"{source}: no token <0x{missing[0]:02X}>, one of {len(missing)} bytes without any; llama.cpp needs them "
+            "for the letters that the vocabulary lacks (SentencePiece's byte_fallback)"
         )
 
 
-def _rows(
-    ids: Mapping[str, int], added: Mapping[str, bool], marked: set[str], rows: int
-) -> tuple[list[str], list[int]]:
-    """Lay the tokens out by id, fill the holes, and give each its type."""
-    by_id: dict[int, str] = {}
-    for text, number in ids.items():
-        if number in by_id:
-            raise ConvertError(f"tokenizer.json: the tokens {by_id[number]!r} and {text!r} have the same id {number}")
-        by_id[number] = text
-    tokens, types = [], []
-    for number in range(rows):
-        text = by_id.get(number, f"[PAD{number}]")
-        if number not in by_id:
-            kind = TokenType.UNUSED
-        elif added.get(text) or text in marked or (text in added and looks_special(text)):
-            kind = TokenType.CONTROL
-        elif text in added:
-            kind, text = TokenType.USER_DEFINED, text.replace("▁", " ")
-        else:
-            kind = TokenType.NORMAL
-        tokens.append(text)
-        types.append(int(kind))
-    if len(set(tokens)) != rows:
-        seen: dict[str, int] = {}
-        number, first = next((n, seen[t]) for n, t in enumerate(tokens) if seen.setdefault(t, n) != n)
-        raise ConvertError(f"tokenizer.json: tokens {first} and {number} would both be {tokens[number]!r} in GGUF")
-    return tokens, types
+def _say_what_is_added(special: Special, model: str, no_bos: bool) -> None:
+    """Fill in what no file says, for each of llama.cpp's tokenizers has a default of its own."""
+    if "bos" not in special.adds:
+        by_default = model == SENTENCEPIECE and not special.adds_nothing and "bos" in special.ids
+        special.unsaid["bos"] = by_default and not no_bos
+    elif no_bos:
+        special.adds["bos"] = False
+    if "eos" not in special.adds:
+        special.unsaid["eos"] = False
 
 
-def looks_special(text: str) -> bool:
-    """Say whether an added token is plainly a control token, marked as one or not."""
-    brackets = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
-    return text in NEVER_NORMAL or any(text.startswith(a) and text.endswith(b) for a, b in brackets)
-
-
-def _merges(model: Mapping[str, Any], ids: Mapping[str, int]) -> list[str]:
-    """Return the merges as GGUF writes them, "left right"; both spellings of tokenizer.json are read."""
-    entries = model.get("merges")
-    if not isinstance(entries, list) or not entries:
-        raise ConvertError("tokenizer.json: no merges in it")
-    merges = []
-    for number, entry in enumerate(entries):
-        pair = entry.split(" ") if isinstance(entry, str) else entry
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
-            raise ConvertError(f"tokenizer.json: merge {number} is {entry!r}, not a pair")
-        left, right = pair
-        if left not in ids or right not in ids or left + right not in ids:
-            raise ConvertError(f"tokenizer.json: merge {number}, {left!r} + {right!r}, uses a token that is not there")
-        if "\n" in left + right:  # llama.cpp aborts on one
-            raise ConvertError(f"tokenizer.json: merge {number} holds a line break, which is not byte-level BPE")
-        merges.append(f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}")
-    return merges
-
-
-def _notes(tokenizer: Mapping[str, Any]) -> list[str]:
-    """Refuse a normaliser that llama.cpp has no counterpart for; note what it does otherwise and mostly harmlessly."""
-    steps = [tokenizer["normalizer"]] if tokenizer.get("normalizer") else []
-    if steps and isinstance(steps[0], dict) and isinstance(steps[0].get("normalizers"), list):
-        steps = steps[0]["normalizers"]
-    kinds = [step.get("type") if isinstance(step, dict) else None for step in steps]
-    if any(kind != "NFC" for kind in kinds):
-        raise ConvertError(f"tokenizer.json: the normalizer {kinds[0]!r} has no counterpart in llama.cpp")
-    notes = ["llama.cpp does not compose Unicode (NFC): decomposed text becomes other tokens"] if kinds else []
-    added = tokenizer.get("added_tokens") or []
-    greedy = [repr(token["content"]) for token in added if token.get("lstrip") or token.get("rstrip")]
-    if greedy:
-        notes.append(f"llama.cpp keeps the spaces beside {some(greedy)}, which transformers drops")
-    return notes
+def _space_prefix(
+    rules: VocabularyRules, settings: Mapping[str, Any], read: _Read
+) -> tuple[Literal["first", "middle", "last"], bool] | None:
+    """Return where the key add_space_prefix goes and its value, None where llama.cpp's default is right."""
+    given = settings.get("add_prefix_space")
+    if rules.space_prefix == "never":
+        return "last", False
+    if rules.space_prefix == "model":
+        return "middle", read.space_prefix
+    if rules.space_prefix != "unsaid" and isinstance(given, bool):
+        # tokenizer.json does what it does, whatever the settings of a class may say
+        value = given if read.tokens.source == "tokenizer.model" or read.model == BYTE_LEVEL else read.space_prefix
+        return "first" if rules.space_prefix == "settings first" else "middle", value
+    if read.space_prefix != SPACE_BY_DEFAULT[read.model]:
+        return "last", read.space_prefix
+    return None

@@ -31,8 +31,7 @@ from .errors import CannotWrite, ConvertError, some
 from .ggml import encoded_size, to_float32
 from .output import atomic, check_output, check_space
 from .patch import Patch
-from .pretokenizers import NAME, TABLE
-from .prove import prove_pre_tokenizer
+from .prove import choose_pre_tokenizer, prove_pre_tokenizer
 from .quantize import Options, canonical, quantized
 from .shards import STORED_AS, Array, Files, Tensor, read_rows
 
@@ -249,7 +248,7 @@ def plan_checkpoint(
     Raises ConvertError.
     """
     outtype = canonical(outtype)
-    pre = pre_tokenizer(checkpoint, pre)
+    pre = choose_pre_tokenizer(checkpoint, pre)
     templates = templates_to_write(checkpoint.templates, chat_template)
     files = Files(checkpoint.folder.open)
     direct = outtype in OUTTYPES and not options
@@ -286,21 +285,6 @@ def _template_word(checkpoint: Checkpoint, templates: Mapping[str, str], name: s
     if "default" not in templates:
         return None
     return name or ("keep" if templates["default"] == checkpoint.chat_template else "custom")
-
-
-def pre_tokenizer(checkpoint: Checkpoint, given: str | None) -> str:
-    """Return llama.cpp's name for the checkpoint's pre-tokenizer, ``given`` or found. Raises ConvertError."""
-    if given is not None:
-        if not NAME.fullmatch(given):
-            raise ConvertError(f"pre {given!r} is no name of a pre-tokenizer, such as {TABLE[0].name}")
-        return given
-    signature = checkpoint.vocabulary.signature
-    if signature.row is None:
-        raise ConvertError(
-            f"tokenizer.json: llama.cpp's name for this pre-tokenizer is not known: {signature}; "
-            "if you know one that splits alike, name it (pre)"
-        )
-    return signature.row.name
 
 
 def plan_tensors(checkpoint: Checkpoint, outtype: str | None, files: Files) -> list[Planned]:

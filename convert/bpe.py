@@ -1,0 +1,193 @@
+"""tokenizer.json: byte-level BPE, and SentencePiece's BPE as the tokenizers library writes it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from gguf import TokenType
+
+from .errors import ConvertError, some
+from .tokens import (
+    Added,
+    Token,
+    Tokens,
+    added_in_settings,
+    added_in_tokenizer,
+    check_token,
+    ids_of,
+    looks_special,
+)
+
+SOURCE = "tokenizer.json"
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREFIX = {"type": "Prepend", "prepend": "▁"}
+UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+BYTE_LEVEL_SHARE = 0.05  # of tokens that begin with the letter for a space: about half do, or else next to none
+UNSUPPORTED = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
+
+
+def check_model(tokenizer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the model out of a parsed tokenizer.json if it is BPE. Raises ConvertError."""
+    model = tokenizer.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), (dict, list)):
+        raise ConvertError(f"{SOURCE}: no model with a vocab in it; download the file again")
+    kind = model.get("type", "BPE")  # older files leave it out
+    if kind != "BPE" or not isinstance(model["vocab"], dict):
+        raise ConvertError(
+            f"{SOURCE}: a {kind} vocabulary, but llama.cpp has only byte-level and SentencePiece's BPE for this "
+            "architecture; its own convert_hf_to_gguf.py may know more"
+        )
+    for key in UNSUPPORTED:
+        if model.get(key):
+            raise ConvertError(f"{SOURCE}: {key} {model[key]!r} has no counterpart in llama.cpp")
+    return model
+
+
+def refuse_broken(vocab: Mapping[str, Any]) -> None:
+    """Refuse a byte-level vocabulary that has lost its pre-tokenizer. Raises ConvertError."""
+    if sum(token.startswith("Ġ") for token in vocab) > BYTE_LEVEL_SHARE * len(vocab):
+        raise ConvertError(
+            f"{SOURCE}: a byte-level vocabulary without its byte-level pre-tokenizer, as some versions of "
+            "transformers wrongly save it; take tokenizer.json from the base model"
+        )
+
+
+def read_byte_level(
+    tokenizer: Mapping[str, Any], settings: Mapping[str, Any], named: set[str]
+) -> tuple[Tokens, list[str], list[str]]:
+    """Return the tokens of byte-level BPE, its merges, and what the user should know. Raises ConvertError.
+
+    named: texts that the checkpoint calls special tokens.
+    """
+    model = check_model(tokenizer)
+    by_id, ids, added, marked = _by_id(model, tokenizer, settings, named)
+    merges = _merges(model, ids)
+    for number, (left, right) in enumerate(merges):
+        if "\n" in left + right:  # llama.cpp aborts on one
+            raise ConvertError(f"{SOURCE}: merge {number} holds a line break, which is not byte-level BPE")
+    kinds = [step.get("type") for step in _steps(tokenizer.get("normalizer"), "normalizers")]
+    if any(kind != "NFC" for kind in kinds):
+        raise ConvertError(f"{SOURCE}: the normalizer {kinds[0]!r} has no counterpart in llama.cpp")
+    notes = ["llama.cpp does not compose Unicode (NFC): decomposed text becomes other tokens"] if kinds else []
+    tokens = Tokens(SOURCE, by_id, ids, frozenset(marked | {entry.text for entry in added}))
+    pairs = [f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}" for left, right in merges]
+    return tokens, pairs, notes + _greedy(tokenizer)
+
+
+def read_sentencepiece_style(
+    tokenizer: Mapping[str, Any], settings: Mapping[str, Any], named: set[str], by_looks: bool
+) -> tuple[Tokens, bool, list[str]]:
+    """Return the tokens of SentencePiece's BPE, whether a space comes before the text, and what the user should know.
+
+    The file has merges where tokenizer.model has scores. A piece's score is the place of the first merge that makes it,
+    negated: what is merged first scores highest. Raises ConvertError.
+    """
+    model = check_model(tokenizer)
+    prefix, notes = _spaces(tokenizer)
+    by_id, ids, added, marked = _by_id(model, tokenizer, settings, named, by_looks)
+    merges = _merges(model, ids)
+    places: dict[str, int] = {}
+    for place, (left, right) in enumerate(merges):
+        places.setdefault(left + right, place)
+    last = -float(len(merges))  # below every merge: what no merge makes is not to be merged before the rest
+    unknown = model.get("unk_token")
+    for number, token in by_id.items():
+        kind = token.kind
+        if kind == TokenType.NORMAL and token.text == unknown:
+            kind = TokenType.UNKNOWN
+        elif kind == TokenType.NORMAL and BYTE.fullmatch(token.text):
+            kind = TokenType.BYTE
+        score = -float(places[token.text]) if kind == TokenType.NORMAL and token.text in places else last
+        by_id[number] = Token(token.text, kind, score)
+    tokens = Tokens(SOURCE, by_id, ids, frozenset(marked | {entry.text for entry in added}), last)
+    return tokens, prefix, notes + _greedy(tokenizer)
+
+
+def _by_id(
+    model: Mapping[str, Any],
+    tokenizer: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    named: set[str],
+    by_looks: bool = True,
+) -> tuple[dict[int, Token], dict[str, int], list[Added], set[str]]:
+    """Return tokens by id, ids by text, the added tokens, and the named texts that there are."""
+    added = added_in_tokenizer(tokenizer) + added_in_settings(settings)
+    base = [check_token(SOURCE, *entry) for entry in model["vocab"].items()]
+    ids = ids_of(SOURCE, [*base, *((entry.text, entry.number) for entry in added)])
+    marked = named & ids.keys()
+    special = {entry.text for entry in added if entry.special} | marked
+    texts = {entry.text for entry in added}
+    by_id: dict[int, Token] = {}
+    for text, number in ids.items():
+        if number in by_id:
+            raise ConvertError(f"{SOURCE}: the tokens {by_id[number].text!r} and {text!r} have the same id {number}")
+        if text in texts or text in special:
+            control = text in special or (by_looks and looks_special(text))
+            by_id[number] = Added(text, number, control).token(control)
+        else:
+            by_id[number] = Token(text, TokenType.NORMAL)
+    return by_id, ids, added, marked
+
+
+def _merges(model: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Return the merges as pairs; both spellings of tokenizer.json are read."""
+    entries = model.get("merges")
+    if not isinstance(entries, list) or not entries:
+        raise ConvertError(f"{SOURCE}: no merges in it")
+    merges = []
+    for number, entry in enumerate(entries):
+        pair = entry.split(" ") if isinstance(entry, str) else entry
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
+            raise ConvertError(f"{SOURCE}: merge {number} is {entry!r}, not a pair")
+        left, right = pair
+        if left not in ids or right not in ids or left + right not in ids:
+            raise ConvertError(f"{SOURCE}: merge {number}, {left!r} + {right!r}, uses a token that is not there")
+        merges.append((left, right))
+    return merges
+
+
+def _spaces(tokenizer: Mapping[str, Any]) -> tuple[bool, list[str]]:
+    """Say whether a space comes before the text, and refuse what llama.cpp's SentencePiece tokenizer cannot do."""
+    prefix, notes = False, []
+    for step in _steps(tokenizer.get("normalizer"), "normalizers"):
+        if step == PREFIX:
+            prefix = True
+        elif step.get("type") in UNICODE_FORMS:
+            notes.append(f"llama.cpp does not normalise Unicode ({step['type']}): such text becomes other tokens")
+        elif step != SPACE:
+            raise ConvertError(f"{SOURCE}: the normalizer {step.get('type')!r} has no counterpart in llama.cpp")
+    for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") == "Metaspace" and step.get("replacement", "▁") == "▁":
+            scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+            prefix = prefix or scheme != "never"
+            if scheme == "first":
+                notes.append(
+                    "llama.cpp puts a space before text that follows a special token, too, not only before the first"
+                )
+        elif step.get("type") != "Split" or step.get("pattern") != {"String": " "}:
+            raise ConvertError(
+                f"{SOURCE}: the pre-tokenizer {step.get('type')!r} has no counterpart in llama.cpp's SentencePiece "
+                "tokenizer"
+            )
+    return prefix, notes
+
+
+def _steps(step: Any, inner: str) -> list[Mapping[str, Any]]:
+    """Return the steps of a normalizer or pre-tokenizer, alone or in sequence."""
+    if step is None:
+        return []
+    if not isinstance(step, dict):
+        raise ConvertError(f"{SOURCE}: {step!r} is no step of a tokenizer")
+    if step.get("type") == "Sequence" and isinstance(step.get(inner), list):
+        return [one for part in step[inner] for one in _steps(part, inner)]
+    return [step]
+
+
+def _greedy(tokenizer: Mapping[str, Any]) -> list[str]:
+    """Say which tokens take the spaces beside them, which llama.cpp's do not."""
+    added = tokenizer.get("added_tokens") or []
+    greedy = [repr(token["content"]) for token in added if token.get("lstrip") or token.get("rstrip")]
+    return [f"llama.cpp keeps the spaces beside {some(greedy)}, which transformers drops"] if greedy else []

@@ -1,0 +1,133 @@
+"""Tokens by id: what every kind of vocabulary comes down to, and what llama.cpp would not survive."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import TokenType
+
+from .errors import ConvertError, some
+
+NEVER_NORMAL = {"<pad>", "<mask>", "<2mass>", "[@BOS@]"}  # control tokens that some models forget to mark
+BRACKETS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))  # around texts that are plainly control tokens
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token as GGUF has it."""
+
+    text: str
+    kind: TokenType
+    score: float = 0.0  # the higher, the sooner its parts are merged; byte-level BPE has none
+
+
+@dataclass(frozen=True)
+class Added:
+    """A token that stands outside the model proper."""
+
+    text: str
+    number: int
+    special: bool
+
+    def token(self, control: bool, score: float = 0.0) -> Token:
+        """Return it as GGUF has it: user-defined tokens with real spaces, for llama.cpp looks for them in the text."""
+        if control:
+            return Token(self.text, TokenType.CONTROL, score)
+        return Token(self.text.replace("▁", " "), TokenType.USER_DEFINED, score)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A vocabulary without its holes filled: what is known of it before the embedding's rows come in."""
+
+    source: str  # the file it is from, for messages
+    by_id: Mapping[int, Token]
+    ids: Mapping[str, int]  # by the text that the checkpoint's files use
+    marked: frozenset[str]  # the texts of added and special tokens
+    hole: float = 0.0  # the score of a row that no token has
+
+    def lay_out(self, rows: int, beyond: Collection[str] = ()) -> list[Token]:
+        """Return a token for each of the embedding's ``rows``, with ``[PADi]`` in the holes.
+
+        A token beyond the rows is an error unless its text is among ``beyond``, and so are two of the same text: on
+        those, llama.cpp ends the whole process.
+        """
+        outside = [f"{text!r} ({number})" for text, number in self.ids.items() if number >= rows and text not in beyond]
+        if outside:
+            raise ConvertError(
+                f"{self.source}: {some(outside)} beyond the {rows} rows of the embedding; was the model saved before "
+                "resize_token_embeddings?"
+            )
+        table = []
+        for number in range(rows):
+            table.append(self.by_id.get(number) or Token(f"[PAD{number}]", TokenType.UNUSED, self.hole))
+        if len({token.text for token in table}) != rows:
+            seen: dict[str, int] = {}
+            number, first = next(
+                (n, seen[token.text]) for n, token in enumerate(table) if seen.setdefault(token.text, n) != n
+            )
+            raise ConvertError(
+                f"{self.source}: tokens {first} and {number} would both be {table[number].text!r} in GGUF"
+            )
+        return table
+
+
+def check_token(source: str, text: Any, number: Any) -> tuple[str, int]:
+    """Return a token's text and id, if they are a text that GGUF can hold and an id. Raises ConvertError."""
+    if not isinstance(text, str):
+        raise ConvertError(f"{source}: token {number!r} is {text!r}, not a text")
+    if type(number) is not int or number < 0:
+        raise ConvertError(f"{source}: token {text!r} has the id {number!r}, not a whole number from 0")
+    if not text or "\0" in text:  # llama.cpp reads tokens as C strings, and aborts when two are the same
+        raise ConvertError(f"{source}: token {number} is {text!r}, which GGUF cannot hold")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ConvertError(f"{source}: token {number} ({text!r}) is not valid Unicode") from None
+    return text, number
+
+
+def looks_special(text: str) -> bool:
+    """Say whether an added token is plainly a control token, marked as one or not."""
+    return text in NEVER_NORMAL or any(text.startswith(a) and text.endswith(b) for a, b in BRACKETS)
+
+
+def added_in_settings(settings: Mapping[str, Any]) -> list[Added]:
+    """Read the added tokens that transformers 4 listed in tokenizer_config.json. Raises ConvertError."""
+    source = "tokenizer_config.json"
+    decoder = settings.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ConvertError(f"{source}: added_tokens_decoder is not an object")
+    found = []
+    for number, entry in decoder.items():
+        if not isinstance(entry, dict) or not number.isdecimal() or len(number) > 10:
+            raise ConvertError(f"{source}: {number!r} in added_tokens_decoder is no token")
+        found.append(_added(source, entry, int(number)))
+    return found
+
+
+def added_in_tokenizer(tokenizer: Mapping[str, Any]) -> list[Added]:
+    """Read the added tokens out of a parsed tokenizer.json. Raises ConvertError."""
+    entries = tokenizer.get("added_tokens") or []
+    if not isinstance(entries, list):
+        raise ConvertError("tokenizer.json: added_tokens is not a list")
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise ConvertError("tokenizer.json: an added token is not an object")
+    return [_added("tokenizer.json", entry, entry.get("id")) for entry in entries]
+
+
+def _added(source: str, entry: Mapping[str, Any], number: Any) -> Added:
+    return Added(*check_token(source, entry.get("content"), number), entry.get("special") is True)
+
+
+def ids_of(source: str, pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Map texts to ids. Raises ConvertError if a text has two."""
+    ids: dict[str, int] = {}
+    for text, number in pairs:
+        if ids.setdefault(text, number) != number:
+            raise ConvertError(f"{source}: the token {text!r} has two ids, {ids[text]} and {number}")
+    return ids
