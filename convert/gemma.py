@@ -190,6 +190,6 @@ GEMMA3 = register(
             refuse_layers(6),
             refuse_rope("default", "linear", layered=True),
         ),
-        vocabulary=RULES,
+        vocabulary=replace(RULES, beyond=frozenset({"<image_soft_token>"})),
     )
 )

@@ -88,6 +88,6 @@ INTERNLM2 = register(
             refuse_tied,
             refuse_rope("default", "linear", "dynamic"),
         ),
-        vocabulary=VocabularyRules(space_prefix="model", unused="[UNUSED", end="<|im_end|>"),
+        vocabulary=VocabularyRules(space_prefix="model", by_looks=False, unused="[UNUSED", end="<|im_end|>"),
     )
 )

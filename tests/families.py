@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoints import CONFIG, draw_weights, write_json, write_weights
+from checkpoints import CONFIG, draw_weights, edit_json, write_json, write_tokenizer, write_weights
+from metaalign_edge_convert import OUTTYPES, open_checkpoint, write_gguf
 from metaalign_edge_convert.architectures import find
+from vocabularies import GEMMA as GEMMA_STYLE
+from vocabularies import LEGACY, write_sentencepiece
 
 Json = dict[str, Any]
 LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
@@ -83,6 +88,8 @@ FAMILIES: dict[str, tuple[str, Json]] = {
     "InternLM2ForCausalLM": ("internlm2", {"head_dim": None}),
     "InternLM3ForCausalLM": ("internlm3", {"head_dim": 32, "qkv_bias": False, "bias": False}),
 }
+GOLDEN = Path(__file__).with_name("golden.json")  # digests; tests/parity says that they are the reference's
+SENTENCEPIECE = ("Gemma", "Phi3", "InternLM")  # how the classes begin that have such vocabularies
 NOT_IN_TRANSFORMERS = ("InternLM2ForCausalLM", "InternLM3ForCausalLM")  # their code comes with their weights
 
 
@@ -117,9 +124,43 @@ def weights(config: Json, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def make_family(folder: Path, name: str, *, dtype: str = "F32", old: bool = True, **changes: Any) -> Path:
-    """Write configuration and weights, without a tokenizer: in one file, or as transformers 5 does, in shards."""
+    """Write a checkpoint of the class ``name``: in one file, as transformers 4 did, or as 5 does, in shards."""
     config = configuration(name, **changes)
     folder.mkdir(parents=True)
     write_json(folder / "config.json", older(config) if old else config)
     write_weights(folder, weights(config), dtype, shards=1 if old else 3)
+    give_tokenizer(folder, name)
     return folder
+
+
+def give_tokenizer(folder: Path, name: str) -> None:
+    """Write a tokenizer of the kind that the class ``name`` has."""
+    if not name.startswith(SENTENCEPIECE):
+        write_tokenizer(folder)
+        return
+    write_sentencepiece(folder, style=GEMMA_STYLE if name.startswith("Gemma") else LEGACY)
+    edit_json(folder / "tokenizer_config.json", add_bos_token=True, add_eos_token=False)
+
+
+def digest(path: Path) -> str:
+    """Return what tells one file from another."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def golden_folders(root: Path, name: str) -> Iterator[Path]:
+    """Make the checkpoints of the class ``name`` whose conversions are known: every dtype, saved in both ways."""
+    for dtype in ("F32", "F16", "BF16"):
+        for old in (True, False):
+            yield make_family(root / f"tiny-{'old' if old else 'new'}-{dtype}", name, dtype=dtype, old=old)
+
+
+def golden_digests(root: Path, name: str) -> dict[str, str]:
+    """Convert the golden checkpoints of the class ``name`` to every type; return the digests."""
+    found = {}
+    for folder in golden_folders(root, name):
+        checkpoint = open_checkpoint(folder)
+        for outtype in OUTTYPES:
+            output = folder.parent / f"{folder.name}-{outtype}.gguf"
+            write_gguf(checkpoint, output, outtype=outtype, check=False)
+            found[f"{folder.name}-{outtype}"] = digest(output)
+    return found

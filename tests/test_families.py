@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 from checkpoints import CONFIG, edit_json, random_weights, write_json, write_tokenizer, write_weights
-from families import FAMILIES, configuration, make_family
+from families import FAMILIES, GOLDEN, configuration, give_tokenizer, golden_digests, make_family
 from metaalign_edge_convert import ARCHITECTURES, ConvertError, open_checkpoint, write_gguf
 from safetensors.numpy import load_file
 
@@ -37,7 +38,6 @@ def test_llama_cpp_runs_what_comes_out(name: str, tmp_path: Path) -> None:
     old, new = (make_family(tmp_path / kind, name, dtype="BF16", old=kind == "old") for kind in ("old", "new"))
     outputs = []
     for folder in (old, new):
-        write_tokenizer(folder)
         outputs.append(tmp_path / f"{folder.name}.gguf")
         done = write_gguf(open_checkpoint(folder), outputs[-1], outtype="f32")
         assert done.architecture == ARCHITECTURES[name].name
@@ -45,6 +45,11 @@ def test_llama_cpp_runs_what_comes_out(name: str, tmp_path: Path) -> None:
     assert np.isfinite(scores).all()
     assert scores.std() > 0
     assert np.array_equal(scores, logits(outputs[1]))  # the same model, saved twice
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_byte_is_as_it_was_when_it_was_compared_with_the_reference(name: str, tmp_path: Path) -> None:
+    assert golden_digests(tmp_path, name) == json.loads(GOLDEN.read_text())[name]
 
 
 def test_internlm2_is_llama_with_its_projections_interleaved(tmp_path: Path) -> None:
@@ -96,8 +101,8 @@ def test_of_a_model_that_sees_the_language_model_is_converted(tmp_path: Path) ->
     text = configuration("Gemma3ForCausalLM")
     top = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "vision_config": {}}
     write_json(nested / "config.json", {**top, "text_config": text})
+    give_tokenizer(nested, "Gemma3ForCausalLM")
     for folder in (plain, nested):
-        write_tokenizer(folder)
         write_gguf(open_checkpoint(folder), folder.with_suffix(".gguf"), outtype="f16")
     checkpoint = open_checkpoint(nested)
     assert checkpoint.notes == ("only the language model is converted: 2 tensors that see are left out",)
@@ -160,7 +165,6 @@ REFUSED = {
 def test_what_llama_cpp_would_compute_otherwise_is_refused(case: str, tmp_path: Path) -> None:
     name, changes, message = REFUSED[case]
     folder = make_family(tmp_path / "tiny", name, old=False)
-    write_tokenizer(folder)
     edit_json(folder / "config.json", **changes)
     with pytest.raises(ConvertError, match=message):
         open_checkpoint(folder)
@@ -168,12 +172,10 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(case: str, tmp_path: 
 
 def test_a_window_that_llama_cpp_ignores_is_mentioned(tmp_path: Path) -> None:
     folder = make_family(tmp_path / "tiny", "Phi3ForCausalLM", sliding_window=32)
-    write_tokenizer(folder)
     assert "not to the last 32 tokens only" in open_checkpoint(folder).notes[0]
 
 
 def test_dynamic_rope_is_the_default_within_the_context_and_mentioned(tmp_path: Path) -> None:
     folder = make_family(tmp_path / "tiny", "InternLM2ForCausalLM")
     edit_json(folder / "config.json", rope_scaling={"type": "dynamic", "factor": 2.0})
-    write_tokenizer(folder)
     assert "'dynamic' stretches beyond" in open_checkpoint(folder).notes[0]

@@ -19,6 +19,7 @@ DRIVER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import convert_hf_to_gguf
+exec(sys.argv[2])
 for source, output, outtype in json.load(sys.stdin):
     sys.argv = ["convert", source, "--outfile", output, "--outtype", outtype]
     convert_hf_to_gguf.main()
@@ -32,9 +33,12 @@ class Reference:
         """Take the folder of the unpacked source package."""
         self.llama_cpp = root / "vendor" / "llama.cpp"
 
-    def convert(self, jobs: list[tuple[Path, Path, str]]) -> None:
-        """Convert (source, output, outtype) after one another in one process, for torch is slow to load."""
-        command = [sys.executable, "-c", DRIVER, str(self.llama_cpp)]
+    def convert(self, jobs: list[tuple[Path, Path, str]], setup: str = "") -> None:
+        """Convert (source, output, outtype) after one another in one process, for torch is slow to load.
+
+        setup: Python to run first.
+        """
+        command = [sys.executable, "-c", DRIVER, str(self.llama_cpp), setup]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         text = json.dumps([[str(source), str(output), outtype] for source, output, outtype in jobs])
         done = subprocess.run(command, input=text, text=True, capture_output=True, env=environment, check=False)

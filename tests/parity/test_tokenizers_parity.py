@@ -16,13 +16,13 @@ import gguf
 import pytest
 import sentencepiece
 from checkpoints import CONFIG, edit_json, write_json
+from metaalign_edge_convert import ARCHITECTURES
 from metaalign_edge_convert.chat import read_templates
 from metaalign_edge_convert.describe import add_vocabulary, write_head
 from metaalign_edge_convert.folder import Folder
-from metaalign_edge_convert.llama import RULES as LLAMA
 from metaalign_edge_convert.pretokenizers import DEEPSEEK_CODER, GPT2_WORDS, SENTENCEPIECE_PRE, TABLE
 from metaalign_edge_convert.prove import TEXTS, tokenize_with_llama, write_vocabulary
-from metaalign_edge_convert.vocabulary import Vocabulary, VocabularyRules, read_vocabulary
+from metaalign_edge_convert.vocabulary import Vocabulary, read_vocabulary
 from tokenizers import Tokenizer
 from transformers import GemmaTokenizer, LlamaTokenizer
 from vocabularies import FLAGS, GEMMA, LEGACY, METASPACE, merges_of, model_proto, spm_tokenizer
@@ -32,24 +32,17 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-RULES = {
-    "LlamaForCausalLM": LLAMA,
-    "GraniteForCausalLM": LLAMA,
-    "Qwen2ForCausalLM": VocabularyRules(),
-    "GemmaForCausalLM": VocabularyRules(space_prefix="never", eot=107),
-    "Gemma2ForCausalLM": VocabularyRules(space_prefix="never"),
-    "Gemma3ForCausalLM": VocabularyRules(space_prefix="never", beyond=frozenset({"<image_soft_token>"})),
-    "Phi3ForCausalLM": VocabularyRules(by_looks=False),
-    "InternLM2ForCausalLM": VocabularyRules(space_prefix="model", by_looks=False, unused="[UNUSED", end="<|im_end|>"),
-    "InternLM3ForCausalLM": VocabularyRules(space_prefix="settings", end="<|im_end|>"),
-}
+SENTENCEPIECE = (  # classes whose vocabularies the reference reads from tokenizer.model
+    *("LlamaForCausalLM", "GraniteForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM"),
+    *("Gemma3ForCausalLM", "Phi3ForCausalLM", "InternLM2ForCausalLM", "InternLM3ForCausalLM"),
+)
 SHELL = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None, "decoder": None}
 
 
 def vocabulary_of(folder: Path, rows: int, name: str = "LlamaForCausalLM") -> Vocabulary:
     """Read a folder's vocabulary as the class ``name`` does."""
     config = json.loads((folder / "config.json").read_text())
-    return read_vocabulary(Folder(folder), rows, config, RULES[name])
+    return read_vocabulary(Folder(folder), rows, config, ARCHITECTURES[name].vocabulary)
 
 
 def as_gguf(folder: Path, rows: int, name: str = "LlamaForCausalLM") -> Path:
@@ -366,7 +359,7 @@ def settings(**changes: Any) -> Any:
 
 
 CASES: dict[str, tuple[str, int, Any]] = {
-    **{name: (name, 4096, plain) for name in RULES},
+    **{name: (name, 4096, plain) for name in SENTENCEPIECE},
     "no tokenizer.json": ("LlamaForCausalLM", 4096, fewer_files),
     "added_tokens.json": ("LlamaForCausalLM", 4096, older_lists),
     "space": ("LlamaForCausalLM", 4096, settings(add_prefix_space=True)),
