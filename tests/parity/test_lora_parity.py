@@ -109,6 +109,7 @@ MERGED_ONLY: dict[str, tuple[Json, Json]] = {  # what llama.cpp's adapters canno
     "norms-to-save": ({"modules_to_save": ["norm", "input_layernorm"]}, {}),
     "all-biases": ({"bias": "all"}, {"attention_bias": True}),
     "lora-biases": ({"bias": "lora_only", "target_modules": ["q_proj", "o_proj"]}, {"attention_bias": True}),
+    "tokens": ({"trainable_token_indices": {"embed_tokens": [6, 77], "lm_head": [5]}}, {}),
     "lora-bias": ({"lora_bias": True, "target_modules": ["q_proj", "v_proj"]}, {"attention_bias": True}),
 }
 TIED: dict[str, Json] = {
@@ -117,6 +118,9 @@ TIED: dict[str, Json] = {
     "both": {"target_modules": ["embed_tokens", "lm_head"]},
     "both-tied": {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
     "embedding-saved": {"modules_to_save": ["embed_tokens"]},
+    "tokens": {"trainable_token_indices": [77, 6, 300]},
+    "tokens-of-both": {"trainable_token_indices": {"embed_tokens": [6], "lm_head": [5, 7]}},
+    "tokens-tied": {"trainable_token_indices": [77, 6], "ensure_weight_tying": True},
     "both-saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "both-saved-tied": {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
 }
@@ -160,14 +164,18 @@ def test_a_tied_model_becomes_what_was_trained(variant: str, tmp_path: Path) -> 
     close(logits(convert_merged(folder, (lora, 1.0))), peft_logits(folder, lora, merged=False), 1e-4)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_vocabulary_that_grew_is_what_peft_merges(tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"trainable_token_indices": [ROWS, 6]}], ids=["all-rows", "some-rows"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_vocabulary_that_grew_is_what_peft_merges(tied: bool, settings: Json, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "tiny", tie_word_embeddings=tied)
     model = base_model(folder)
     model.resize_token_embeddings(ROWS + 4)
-    saved = get_peft_model(
-        model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    )
+    settings = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False, **settings}
+    saved = get_peft_model(model, LoraConfig(**settings))
+    with torch.no_grad():
+        for name, parameter in saved.named_parameters():
+            if "trainable_tokens" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
     saved.save_pretrained(tmp_path / "lora")  # with the embeddings, for they have another size than the base model's
     found = logits(convert_merged(folder, (tmp_path / "lora", 1.0)))
     assert found.shape[1] == ROWS + 4
