@@ -88,9 +88,8 @@ def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Adap
     if embedding is not None and embedding.shape:
         config = config.changed(vocab_size=embedding.shape[0])
     shapes = {name: shape for name, (_, shape) in checkpoint.piece.expected(config).items()}
-    shapes.setdefault(
-        checkpoint.head, shapes[checkpoint.embedding]
-    )  # a tied head is the embedding, until an adapter tells them apart
+    # a tied head is the embedding, until an adapter tells them apart
+    shapes.setdefault(checkpoint.head, shapes[checkpoint.embedding])
     homeless = [name for name in whole if name not in shapes]
     homeless += [
         f"{module}.{part}" for module, found in parts.items() for part in found if f"{module}.weight" not in shapes
