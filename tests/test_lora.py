@@ -25,6 +25,7 @@ from checkpoints import (
     write_tokenizer,
     write_weights,
 )
+from families import FAMILIES, configuration, make_family, weights
 from llama_cpp import Llama
 from metaalign_edge_convert import (
     CannotWrite,
@@ -222,6 +223,25 @@ def test_merging_and_laying_over_compute_the_same_function(variant: str, folder:
     beside = logits(without, alone(folder, lora))
     assert np.abs(logits(found) - beside).max() < 1e-5
     assert np.abs(logits(without) - beside).max() > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_architecture_can_be_adapted(family: str, tmp_path: Path) -> None:
+    folder = make_family(tmp_path / "tiny", family)
+    write_tokenizer(folder)
+    checkpoint = open_checkpoint(folder)
+    base = weights(configuration(family))
+    ends = {checkpoint.embedding} | ({checkpoint.head} if checkpoint.tied else set())
+    modules = [name.removesuffix(".weight") for name, values in base.items() if values.ndim == 2 and name not in ends]
+    tensors = {name: values / 2 for name, values in matrices(tuple(modules), base).items()}
+    lora = write_lora(tmp_path / "lora", tensors)
+    found = merged(folder, lora)
+    same_weights(found, converted(folder, by_hand(base, tensors, 2.0)))
+    without = base_gguf(folder)
+    beside, ours = logits(without, alone(folder, lora)), logits(found)
+    limit = 1e-5 if configuration(family).get("hidden_act") == "silu" else 1e-3  # GELU is a table of float16 in ggml
+    assert np.abs(ours - beside).max() < limit * max(1, np.abs(ours).max())
+    assert np.abs(logits(without) - beside).max() > 0.01
 
 
 def test_several_adapters_add_up_each_with_its_scale(folder: Path) -> None:
