@@ -96,8 +96,8 @@ def _check_expressible(checkpoint: Checkpoint, adapter: Adapter) -> None:
         raise ConvertError(
             f"{adapter.name}: a scale belongs to the run (llama.cpp's --lora-scaled), not into the adapter"
         )
-    if adapter.whole:
-        raise ConvertError(f"{adapter.name} replaces {some(list(adapter.whole))}, which no adapter can; {INSTEAD}")
+    if replaced := [*adapter.whole, *adapter.rows]:
+        raise ConvertError(f"{adapter.name} replaces {some(replaced)} or rows of it, which no adapter can; {INSTEAD}")
     if any(pair.magnitude is not None for pair in pairs.values()):
         raise ConvertError(f"{adapter.name}: llama.cpp's adapters know no DoRA; {INSTEAD}")
     if any(pair.bias is not None for pair in pairs.values()):

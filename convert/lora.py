@@ -13,12 +13,16 @@ from .checkpoint import Checkpoint, canonical
 from .config import Config
 from .errors import ConvertError, SourceNotFound, some
 from .folder import Folder
-from .ggml import to_float32
-from .lora_settings import SETTINGS, WEIGHTS, Settings
-from .shards import PICKLED, STORED_AS, Files, Tensor, read_header, read_rows
+from .lora_settings import INSTEAD, SETTINGS, WEIGHTS, Settings
+from .patch import same_numbers
+from .shards import PICKLED, STORED_AS, Tensor, read_header
 
 PREFIX = "base_model.model."
-PART = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?")
+ROWS = "token_adapter.trainable_tokens_delta"
+PART = re.compile(
+    rf"(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector|{re.escape(ROWS)})(?:\.weight)?"
+)
+BASE = re.compile(r"(?:\.token_adapter)?\.base_layer(?=\.)")  # what PEFT puts into the names of tensors that it wraps
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,14 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows that stand in for some of the embedding's or the head's."""
+
+    tokens: tuple[int, ...]
+    values: Tensor  # a row for each of the tokens
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A LoRA adapter that fits its base model. Names are those of the base model's tensors."""
 
@@ -44,6 +56,7 @@ class Adapter:
     alpha: float
     strength: float  # of every pair that no pattern changes
     pairs: Mapping[str, Pair]
+    rows: Mapping[str, Rows]
     whole: Mapping[str, Tensor]  # tensors that stand in for those of the base model, and differ from them
     config: Config  # the base model's, with the number of rows that the adapter's own embedding has
     invocation: tuple[int, ...]  # tokens that switch an activated LoRA (aLoRA) on
@@ -75,9 +88,8 @@ def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Adap
     if embedding is not None and embedding.shape:
         config = config.changed(vocab_size=embedding.shape[0])
     shapes = {name: shape for name, (_, shape) in checkpoint.piece.expected(config).items()}
-    shapes.setdefault(
-        checkpoint.head, shapes[checkpoint.embedding]
-    )  # a tied head is the embedding, until an adapter tells them apart
+    # a tied head is the embedding, until an adapter tells them apart
+    shapes.setdefault(checkpoint.head, shapes[checkpoint.embedding])
     homeless = [name for name in whole if name not in shapes]
     homeless += [
         f"{module}.{part}" for module, found in parts.items() for part in found if f"{module}.weight" not in shapes
@@ -86,13 +98,16 @@ def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Adap
         raise ConvertError(f"{WEIGHTS}: {some(homeless)}: no place for this in the base model; is it another one's?")
     for name, tensor in whole.items():
         _check(tensor, shapes[name])
+    rows = {
+        f"{module}.weight": _rows(module, parts, shapes, settings) for module in list(parts) if ROWS in parts[module]
+    }
     pairs = {
         f"{module}.weight": _pair(module, found, shapes, settings, f"{module}.weight" == checkpoint.embedding)
         for module, found in parts.items()
     }
-    settings.check_contents(pairs, whole, [name for name in shapes if name.endswith(".bias")])
+    settings.check_contents(pairs, rows, whole, [name for name in shapes if name.endswith(".bias")])
     whole = {name: tensor for name, tensor in whole.items() if not _unchanged(checkpoint, name, folder, tensor)}
-    if not pairs and not whole:
+    if not pairs and not rows and not whole:
         raise ConvertError(f"{WEIGHTS}: nothing in it changes the base model")
     return Adapter(
         folder=folder,
@@ -100,6 +115,7 @@ def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Adap
         alpha=settings.alpha,
         strength=settings.strength(settings.alpha, settings.rank),
         pairs=pairs,
+        rows=rows,
         whole=whole,
         config=config,
         invocation=settings.invocation,
@@ -147,9 +163,7 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
             )
         inner = canonical(name.removeprefix(PREFIX))
         match = PART.fullmatch(inner)
-        owner, key = (
-            (parts.setdefault(match[1], {}), match[2]) if match else (whole, inner.replace(".base_layer.", "."))
-        )
+        owner, key = (parts.setdefault(match[1], {}), match[2]) if match else (whole, BASE.sub("", inner))
         if key in owner:
             raise ConvertError(f"{WEIGHTS}: {name} stands there twice, under two spellings; save the adapter again")
         owner[key] = tensor
@@ -188,6 +202,21 @@ def _pair(
     return Pair(found[a], found[b], rank, alpha, settings.strength(alpha, rank), magnitude, bias, embedding)
 
 
+def _rows(
+    module: str, parts: dict[str, dict[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], settings: Settings
+) -> Rows:
+    """Take a module's trained rows out of ``parts``. Raises ConvertError."""
+    values, tokens = parts[module].pop(ROWS), settings.tokens_of(module)
+    if parts[module]:
+        raise ConvertError(f"{WEIGHTS}: {module} has {ROWS} and LoRA's matrices too; {INSTEAD}")
+    del parts[module]
+    count, *columns = shapes[f"{module}.weight"]
+    _check(values, (len(tokens), *columns))
+    if len(set(tokens)) < len(tokens) or max(tokens, default=0) >= count:
+        raise ConvertError(f"{SETTINGS}: trainable_token_indices names a token twice, or one beyond the {count} rows")
+    return Rows(tokens, values)
+
+
 def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise ConvertError(
@@ -200,13 +229,4 @@ def _unchanged(checkpoint: Checkpoint, name: str, folder: Folder, tensor: Tensor
     """Say whether a whole tensor of the adapter's is the base model's own, as PEFT often saves the embedding."""
     own = {own.name: own for own, _ in checkpoint.mapped}
     base = own.get(name) or own[checkpoint.embedding]  # a tied head is the embedding
-    if base.shape != tensor.shape:
-        return False
-    step = max(1, 2**24 // max(1, base.nbytes // base.shape[0]))
-    with Files(checkpoint.folder.open) as first, Files(folder.open) as second:
-        for row in range(0, base.shape[0], step):
-            count = min(step, base.shape[0] - row)
-            ours, theirs = read_rows(first, base, row, count), read_rows(second, tensor, row, count)
-            if (to_float32(ours, base.dtype) != to_float32(theirs, tensor.dtype)).any():
-                return False
-    return True
+    return same_numbers(checkpoint.folder, base, folder, tensor)

@@ -13,7 +13,8 @@ SETTINGS = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 READ = {
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "lora_bias",
-    "modules_to_save", "init_lora_weights", "alora_invocation_tokens", "base_model_name_or_path",
+    "modules_to_save", "init_lora_weights", "alora_invocation_tokens", "trainable_token_indices",
+    "base_model_name_or_path",
 }  # fmt: skip
 # Keys that training needed, or that only say again what the tensors' names and shapes do. PEFT itself turns
 # fan_in_fan_out off wherever weights are stored as here, outputs first.
@@ -57,7 +58,7 @@ class Settings:
         self.dora, self.rslora, self.lora_bias = (self._flag(key) for key in ("use_dora", "use_rslora", "lora_bias"))
         self._ranks: Patterns[int] = self._pattern("rank_pattern", self._rank)
         self._alphas: Patterns[float] = self._pattern("alpha_pattern", self._alpha)
-        self.invocation = self._tokens("alora_invocation_tokens")
+        self.invocation = self._tokens("alora_invocation_tokens", values.get("alora_invocation_tokens"))
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module's adapter."""
@@ -71,8 +72,17 @@ class Settings:
         """Return what, divided by the rank, scales ``B @ A``: rsLoRA divides alpha by the rank's root instead."""
         return alpha * math.sqrt(rank) if self.rslora else alpha
 
-    def check_contents(self, pairs: Collection[str], whole: Collection[str], biases: Iterable[str]) -> None:
-        """Make sure that everything is there that was trained; all three hold tensor names. Raises ConvertError."""
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """Return the tokens whose rows alone were trained in the embedding or the head that ``module`` is."""
+        value = self._values.get("trainable_token_indices")
+        if isinstance(value, dict):  # by module name; a list goes for the embedding, and for a head tied to it
+            value = next((item for name, item in value.items() if f".{module}".endswith(f".{name}")), None)
+        return self._tokens("trainable_token_indices", value)
+
+    def check_contents(
+        self, pairs: Collection[str], rows: Collection[str], whole: Collection[str], biases: Iterable[str]
+    ) -> None:
+        """Make sure that everything is there that was trained; all four hold tensor names. Raises ConvertError."""
         saved = self._values.get("modules_to_save") or []
         if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
             raise ConvertError(f"{SETTINGS}: modules_to_save is {saved!r}, not a list of names")
@@ -84,6 +94,8 @@ class Settings:
         if trained != "none":
             wanted = [name for name in biases if trained == "all" or name.replace(".bias", ".weight") in pairs]
             missing += [name for name in wanted if name not in whole]
+        if self._values.get("trainable_token_indices") and not rows:
+            missing.append("trainable_tokens_delta")
         if missing:
             raise ConvertError(f"{WEIGHTS} lacks {some(missing)}, which {SETTINGS} says was trained; save it again")
 
@@ -110,8 +122,9 @@ class Settings:
             raise ConvertError(f"{SETTINGS}: {key} is {value!r}, not true or false")
         return bool(value)
 
-    def _tokens(self, key: str) -> tuple[int, ...]:
-        value = self._values.get(key) or []
+    def _tokens(self, key: str, value: Any) -> tuple[int, ...]:
+        if value is None:
+            return ()
         if not isinstance(value, list) or not all(type(token) is int and 0 <= token < 2**31 for token in value):
             raise ConvertError(f"{SETTINGS}: {key} is {value!r}, not a list of token ids")
         return tuple(value)

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import BinaryIO
 
-import numpy as np
-
 from .architectures import Rule
 from .chat import read_templates
 from .checkpoint import Checkpoint
@@ -16,7 +14,7 @@ from .errors import ConvertError, some
 from .folder import Folder
 from .lora import Adapter, label
 from .lora_settings import SETTINGS
-from .patch import LowRank, Patch, Shift, Step, read_numbers
+from .patch import LowRank, Patch, Replaced, Shift, Step, same_numbers
 from .shards import Tensor
 from .vocabulary import read_vocabulary
 
@@ -68,17 +66,18 @@ def merge(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
     for adapter in adapters:
         _check_alone(adapter, len(adapters))
     whole = _whole_tensors(adapters)
-    patches = {name: Patch(steps) for name, steps in _steps(adapters).items()}
+    steps = _steps(checkpoint, adapters)
     tokenizer = _tokenizer(adapters)
     folder = MergedFolder(checkpoint.folder, adapters, tokenizer.folder if tokenizer else None)
     config = next((adapter.config for adapter in adapters if checkpoint.embedding in adapter.whole), checkpoint.config)
     notes = [note for adapter in adapters for note in adapter.notes]
     notes += [f"merged with {adapter.name}, {_count(adapter)}, scale {adapter.scale:g}" for adapter in adapters]
-    if _tells_apart(checkpoint, whole, patches):
+    if checkpoint.tied and _tells_apart(checkpoint, adapters, whole):
         config = _untie(checkpoint, config, whole)
         notes.append("the head is no longer tied to the embedding: an adapter changes one of them alone")
-    else:
-        whole = {name: found for name, found in whole.items() if name in checkpoint.piece.expected(config)}
+    elif checkpoint.tied:
+        for changes in (whole, steps):
+            changes.pop(checkpoint.head, None)
     mapped = [(own, rule) for own, rule in _with_head(checkpoint, config) if own.name not in whole]
     expected = checkpoint.piece.expected(config)
     mapped += [
@@ -99,7 +98,7 @@ def merge(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
         tied_head=None if checkpoint.embedding in whole else checkpoint.tied_head,
         vocabulary=vocabulary,
         templates=templates,
-        patches=patches,
+        patches={name: Patch(found) for name, found in steps.items()},
         notes=(*checkpoint.notes, *notes),
     )
 
@@ -119,28 +118,31 @@ def _check_alone(adapter: Adapter, count: int) -> None:
                 f"{adapter.name}: DoRA on the embedding goes by columns, which do not stream; merge it with PEFT "
                 "(merge_and_unload), save that, and convert the saved folder"
             )
-    if adapter.whole and adapter.scale != 1:
-        raise ConvertError(
-            f"{adapter.name}: it replaces {some(list(adapter.whole))}, which has no half-way; leave the scale out"
-        )
+    if (replaced := [*adapter.whole, *adapter.rows]) and adapter.scale != 1:
+        raise ConvertError(f"{adapter.name}: it replaces {some(replaced)}, which has no half-way; leave the scale out")
 
 
 def _whole_tensors(adapters: Sequence[Adapter]) -> dict[str, tuple[Folder, Tensor]]:
     """Collect the tensors that stand in for the base model's. Raises ConvertError if two adapters claim one."""
     whole: dict[str, tuple[Folder, Tensor]] = {}
     for adapter in adapters:
-        for name, tensor in adapter.whole.items():
+        for name in (*adapter.whole, *adapter.rows):
             for other in adapters:
-                if other is not adapter and (name in other.whole or name in other.pairs):
+                if other is not adapter and name in (*other.whole, *other.rows, *other.pairs):
                     raise ConvertError(f"{adapter.name} replaces {name}, and {other.name} changes it; leave one out")
-            whole[name] = (adapter.folder, tensor)
+        whole |= {name: (adapter.folder, tensor) for name, tensor in adapter.whole.items()}
     return whole
 
 
-def _steps(adapters: Sequence[Adapter]) -> dict[str, list[Step]]:
-    """Turn the adapters' pairs into steps, by tensor name."""
+def _steps(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, list[Step]]:
+    """Turn the adapters' pairs and rows into steps, by tensor name."""
     steps: dict[str, list[Step]] = {}
     for adapter in adapters:
+        rows = dict(adapter.rows)
+        if checkpoint.tied and checkpoint.embedding in rows:  # PEFT trains them for both
+            rows.setdefault(checkpoint.head, rows[checkpoint.embedding])
+        for name, found in rows.items():
+            steps.setdefault(name, []).append(Replaced(adapter.folder, found.values, found.tokens))
         for name, pair in adapter.pairs.items():
             scale = adapter.scale * pair.strength / pair.rank
             change = LowRank(adapter.folder, pair.a, pair.b, scale, pair.embedding, pair.magnitude)
@@ -153,7 +155,7 @@ def _steps(adapters: Sequence[Adapter]) -> dict[str, list[Step]]:
 
 def _count(adapter: Adapter) -> str:
     replaced = f" and replaces {len(adapter.whole)}" if adapter.whole else ""
-    return f"which changes {len(adapter.pairs)} tensors{replaced}"
+    return f"which changes {len(adapter.pairs) + len(adapter.rows)} tensors{replaced}"
 
 
 def _tokenizer(adapters: Sequence[Adapter]) -> Adapter | None:
@@ -179,22 +181,21 @@ def _content(folder: Folder, name: str) -> bytes | None:
 
 
 def _tells_apart(
-    checkpoint: Checkpoint, whole: Mapping[str, tuple[Folder, Tensor]], patches: Mapping[str, Patch]
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], whole: Mapping[str, tuple[Folder, Tensor]]
 ) -> bool:
     """Say whether a tied head and its embedding become different."""
-    if not checkpoint.tied:
-        return False
-    ends = {checkpoint.embedding, checkpoint.head}
-    changed = ends & (whole.keys() | patches.keys())
-    if changed != ends or changed & patches.keys():
-        return bool(changed)
-    (first, embedding), (second, head) = whole[checkpoint.embedding], whole[checkpoint.head]
-    rows = range(0, embedding.shape[0], 4096)
-    counts = [min(4096, embedding.shape[0] - row) for row in rows]
-    return not all(
-        np.array_equal(read_numbers(first, embedding, row, count), read_numbers(second, head, row, count))
-        for row, count in zip(rows, counts, strict=True)
-    )
+    embedding, head = checkpoint.embedding, checkpoint.head
+    for adapter in adapters:
+        if embedding in adapter.pairs or head in adapter.pairs:
+            return True
+        rows, others = adapter.rows.get(embedding), adapter.rows.get(head)
+        if others is not None:
+            same = rows is not None and rows.tokens == others.tokens
+            if rows is None or not (same and same_numbers(adapter.folder, rows.values, adapter.folder, others.values)):
+                return True
+    if embedding in whole and head in whole:
+        return not same_numbers(*whole[embedding], *whole[head])
+    return embedding in whole or head in whole
 
 
 def _untie(checkpoint: Checkpoint, config: Config, whole: Mapping[str, tuple[Folder, Tensor]]) -> Config:

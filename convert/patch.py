@@ -16,6 +16,8 @@ from .folder import Folder
 from .ggml import to_float32
 from .shards import STORED_AS, Array, Files, Tensor, read_rows
 
+COMPARED = 2**24  # bytes of a tensor that are compared at a time
+
 
 class Step(Protocol):
     """One change to a tensor."""
@@ -85,6 +87,38 @@ class Shift:
         """Return the float32 ``rows`` from ``first`` on, shifted. Raises ConvertError."""
         shifted: Array = rows + np.float32(self.scale) * read_numbers(self.folder, self.values, first, len(rows))
         return shifted
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Some rows replaced: the one at ``places[i]`` by row ``i`` of ``values``."""
+
+    folder: Folder
+    values: Tensor
+    places: Sequence[int]
+
+    def apply(self, rows: Array, first: int) -> Array:
+        """Return the float32 ``rows`` from ``first`` on with those of them replaced. Raises ConvertError."""
+        replaced: Array = rows.copy()
+        for number, place in enumerate(self.places):
+            if first <= place < first + len(rows):
+                replaced[place - first] = read_numbers(self.folder, self.values, number, 1)[0]
+        return replaced
+
+
+def same_numbers(folder: Folder, tensor: Tensor, other_folder: Folder, other: Tensor) -> bool:
+    """Say whether two tensors hold the same numbers, however they are stored."""
+    if tensor.shape != other.shape:
+        return False
+    rows = tensor.shape[0]
+    step = max(1, COMPARED // max(1, tensor.nbytes // max(1, rows)))
+    with Files(folder.open) as files, Files(other_folder.open) as others:
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            ours, theirs = read_rows(files, tensor, first, count), read_rows(others, other, first, count)
+            if (to_float32(ours, tensor.dtype) != to_float32(theirs, other.dtype)).any():
+                return False
+    return True
 
 
 def read_numbers(folder: Folder, tensor: Tensor, first: int, count: int) -> Array:

@@ -25,6 +25,7 @@ from checkpoints import (
     write_tokenizer,
     write_weights,
 )
+from families import FAMILIES, configuration, make_family, weights
 from llama_cpp import Llama
 from metaalign_edge_convert import (
     CannotWrite,
@@ -63,6 +64,7 @@ QUERY, KEY, DOWN = (
 )
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 MODULES = (QUERY, KEY, DOWN)
+TOKENS = "token_adapter.trainable_tokens_delta"
 TIED = {"tie_word_embeddings": True}
 
 
@@ -223,6 +225,25 @@ def test_merging_and_laying_over_compute_the_same_function(variant: str, folder:
     assert np.abs(logits(without) - beside).max() > 0.1
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_architecture_can_be_adapted(family: str, tmp_path: Path) -> None:
+    folder = make_family(tmp_path / "tiny", family)
+    write_tokenizer(folder)
+    checkpoint = open_checkpoint(folder)
+    base = weights(configuration(family))
+    ends = {checkpoint.embedding} | ({checkpoint.head} if checkpoint.tied else set())
+    modules = [name.removesuffix(".weight") for name, values in base.items() if values.ndim == 2 and name not in ends]
+    tensors = {name: values / 2 for name, values in matrices(tuple(modules), base).items()}
+    lora = write_lora(tmp_path / "lora", tensors)
+    found = merged(folder, lora)
+    same_weights(found, converted(folder, by_hand(base, tensors, 2.0)))
+    without = base_gguf(folder)
+    beside, ours = logits(without, alone(folder, lora)), logits(found)
+    limit = 1e-5 if configuration(family).get("hidden_act") == "silu" else 1e-3  # GELU is a table of float16 in ggml
+    assert np.abs(ours - beside).max() < limit * max(1, np.abs(ours).max())
+    assert np.abs(logits(without) - beside).max() > 0.01
+
+
 def test_several_adapters_add_up_each_with_its_scale(folder: Path) -> None:
     base = random_weights(CONFIG)
     first, second = matrices((QUERY, DOWN), base), matrices((QUERY, KEY), base, seed=2)
@@ -303,9 +324,30 @@ def test_whole_modules_and_biases_replace_those_of_the_base_model(tmp_path: Path
     lora = write_lora(tmp_path / "lora", tensors, modules_to_save=["lm_head", "norm"], bias="all")
     same_weights(merged(folder, lora), converted(folder, wanted))
     with pytest.raises(
-        ConvertError, match=r"^lora replaces lm_head\.weight, .*, which no adapter can; merge it instead"
+        ConvertError, match=r"^lora replaces lm_head\.weight, .* or rows of it, which no adapter can; merge it"
     ):
         alone(folder, lora)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_some_tokens_are_replaced_at_both_ends_of_a_tied_model(tied: bool, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "tiny", tie_word_embeddings=tied)
+    base = random_weights({**CONFIG, "tie_word_embeddings": tied})
+    tokens, tensors = [300, 5, 511], matrices((QUERY,), base)
+    wanted = by_hand(base, tensors, 2.0)
+    tensors[f"{EMBEDDING}.{TOKENS}"] = np.random.default_rng(3).normal(0, 1, (3, 64)).astype(np.float32)
+    wanted[f"{EMBEDDING}.weight"][tokens] = tensors[f"{EMBEDDING}.{TOKENS}"]
+    lora = write_lora(tmp_path / "lora", tensors, trainable_token_indices=tokens)
+    same_weights(merged(folder, lora), converted(folder, wanted))
+    with pytest.raises(
+        ConvertError, match=r"^lora replaces model\.embed_tokens\.weight or rows of it, which no adapter"
+    ):
+        alone(folder, lora)
+    if not tied:
+        tensors[f"{HEAD}.{TOKENS}"] = tensors[f"{EMBEDDING}.{TOKENS}"][:1] + 1
+        wanted["lm_head.weight"][7] = tensors[f"{HEAD}.{TOKENS}"][0]
+        write_lora(lora, tensors, trainable_token_indices={"embed_tokens": tokens, "lm_head": [7]})
+        same_weights(merged(folder, lora), converted(folder, wanted))
 
 
 def test_a_bias_of_the_adapter_is_added_to_that_of_the_base_model(
@@ -463,6 +505,11 @@ def put(name: str, shape: tuple[int, ...], value: float = 0.5) -> Callable[[Weig
     return lambda found: found.update({name: np.full(shape, value, np.float32)})
 
 
+def token_rows(indices: list[int]) -> Callable[[Path], None]:
+    """Replace two rows of the embedding, those of the tokens ``indices``."""
+    return tensors(put(f"{EMBEDDING}.{TOKENS}", (2, 64)), trainable_token_indices=indices)
+
+
 INSTEAD = r"merge it with PEFT \(merge_and_unload\), save that, and convert the saved folder$"
 REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no settings": (
@@ -483,7 +530,18 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "not PEFT's": (settings(peft_type=None), f"no peft_type in it, so it is none of PEFT's; {INSTEAD}"),
     "LoKr": (settings(peft_type="LOKR"), f"an adapter of type 'LOKR'; only LORA is supported: {INSTEAD}"),
-    "token rows": (settings(trainable_token_indices=[3]), f"trainable_token_indices changes what .*; {INSTEAD}"),
+    "token rows": (
+        settings(trainable_token_indices=[3]),
+        "lacks trainable_tokens_delta, which adapter_config.json says",
+    ),
+    "token ids": (token_rows([-3]), r"trainable_token_indices is \[-3\], not a list of token ids$"),
+    "token twice": (token_rows([3, 3]), "trainable_token_indices names a token twice, or one beyond the 512 rows$"),
+    "token beyond": (token_rows([3, 512]), "trainable_token_indices names a token twice, or one beyond the 512 rows$"),
+    "token count": (token_rows([3]), r"trainable_tokens_delta has the shape \[2, 64\], but the .* ask for \[1, 64\]"),
+    "token rows and LoRA": (
+        tensors(put(f"{QUERY}.{TOKENS}", (2, 64)), trainable_token_indices=[3, 4]),
+        f"q_proj has {TOKENS} and LoRA's matrices too; {INSTEAD}",
+    ),
     "parameters": (settings(target_parameters=["experts"]), f"target_parameters changes what .*; {INSTEAD}"),
     "layers again": (settings(layer_replication=[[0, 2]]), f"layer_replication changes what .*; {INSTEAD}"),
     "a key of the future": (settings(use_xylora=True), f"use_xylora changes what the adapter computes, .*; {INSTEAD}"),
