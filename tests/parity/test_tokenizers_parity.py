@@ -20,7 +20,7 @@ from metaalign_edge_convert.chat import read_templates
 from metaalign_edge_convert.describe import add_vocabulary, write_head
 from metaalign_edge_convert.folder import Folder
 from metaalign_edge_convert.llama import RULES as LLAMA
-from metaalign_edge_convert.pretokenizers import DEEPSEEK_CODER, GPT2_WORDS, SENTENCEPIECE_PRE, TABLE
+from metaalign_edge_convert.pretokenizers import DEEPSEEK_CODER, DEEPSEEK_LLM, GPT2_WORDS, SENTENCEPIECE_PRE, TABLE
 from metaalign_edge_convert.prove import TEXTS, tokenize_with_llama, write_vocabulary
 from metaalign_edge_convert.vocabulary import Vocabulary, VocabularyRules, read_vocabulary
 from tokenizers import Tokenizer
@@ -86,7 +86,6 @@ def of_row(name: str) -> list[Json]:
 
 
 EACH_DIGIT = {"type": "Digits", "individual_digits": True}
-CODER = [part.removeprefix("split(").removesuffix(")") for part in DEEPSEEK_CODER]
 FIXTURES: dict[str, tuple[list[Json], Json]] = {  # vocabulary -> the model's pre-tokenizers, further keys of its model
     "gpt-2": ([byte_level(True)], {}),
     "mpt": ([byte_level(True)], {}),
@@ -96,7 +95,8 @@ FIXTURES: dict[str, tuple[list[Json], Json]] = {  # vocabulary -> the model's pr
     "llama-bpe": (of_row("llama-bpe"), {"ignore_merges": True}),
     "qwen2": (of_row("qwen2"), {}),
     "qwen35": (of_row("qwen35"), {}),
-    "deepseek-coder": ([*isolate(*CODER), EACH_DIGIT, byte_level(False)], {}),
+    "deepseek-llm": ([*isolate(*DEEPSEEK_LLM), EACH_DIGIT, byte_level(False)], {}),
+    "deepseek-coder": ([*isolate(*DEEPSEEK_CODER), EACH_DIGIT, byte_level(False)], {}),
 }
 
 
@@ -237,10 +237,13 @@ def pieces_of(data: bytes) -> list[tuple[str, float, int]]:
 def trained_folder(folder: Path, *, style: Json = LEGACY, name: str = "LlamaForCausalLM", rows: int = 4096) -> Path:
     """Write what transformers 4 saved of a tokenizer trained with SentencePiece."""
     folder.mkdir(parents=True)
-    data = trained(style is not GEMMA)
-    (folder / "tokenizer.model").write_bytes(data)
-    tokenizer = spm_tokenizer(pieces_of(data), style=style)
-    count = len(tokenizer["model"]["vocab"])
+    found = pieces_of(trained(style is not GEMMA))
+    count = len(found)
+    tokenizer = spm_tokenizer(found, style=style)
+    (folder / "tokenizer.model").write_bytes(trained(style is not GEMMA))
+    if name == "InternLM2ForCausalLM":  # its added tokens are in the place of pieces that it kept for them
+        kept = [(f"[UNUSED_TOKEN_{number}]", 0.0, 1) for number in range(rows - count - 1)]
+        (folder / "tokenizer.model").write_bytes(model_proto([*found, *kept, ("\0", 0.0, 1)]))
     turns = [tokenizer["model"]["vocab"][text] for text in ("<start_of_turn>", "<end_of_turn>")]
     tokenizer["added_tokens"] += [
         {"id": turns[0], "content": "<start_of_turn>", **FLAGS, "special": True},
@@ -366,7 +369,9 @@ def settings(**changes: Any) -> Any:
 
 
 CASES: dict[str, tuple[str, int, Any]] = {
-    **{name: (name, 4096, plain) for name in RULES},
+    **{name: (name, 4096, plain) for name in RULES if name != "InternLM2ForCausalLM"},
+    # every row has a piece, as its converter expects
+    "InternLM2": ("InternLM2ForCausalLM", 4006, plain),
     "no tokenizer.json": ("LlamaForCausalLM", 4096, fewer_files),
     "added_tokens.json": ("LlamaForCausalLM", 4096, older_lists),
     "space": ("LlamaForCausalLM", 4096, settings(add_prefix_space=True)),
@@ -382,7 +387,6 @@ def test_the_keys_are_those_of_the_reference_converter_wherever_that_works(
 ) -> None:
     folders = {}
     for case, (name, rows, change) in CASES.items():
-        rows = 4003 if name == "InternLM2ForCausalLM" else rows
         style = GEMMA if "Gemma" in name else LEGACY
         folder = trained_folder(tmp_path / case.replace(" ", "-"), style=style, name=name, rows=rows)
         change(folder)
@@ -424,7 +428,7 @@ def test_folders_saved_by_transformers_5_convert_right_where_the_reference_does_
     assert "BPE pre-tokenizer was not recognized" in errors[folders["Gemma3ForCausalLM"]]
     assert "Missing" in errors[folders["Phi3ForCausalLM"]]
     assert folders["LlamaForCausalLM"] not in errors
-    broken = dict((name, value) for name, _, value in tokenizer_keys(theirs(folders["LlamaForCausalLM"])))
+    broken = {name: value for name, _, value in tokenizer_keys(theirs(folders["LlamaForCausalLM"]))}
     assert set(broken["tokenizer.ggml.scores"]) == {-1000.0}
     assert len(broken["tokenizer.ggml.tokens"]) < 4096
 
