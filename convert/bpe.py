@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from gguf import TokenType
@@ -64,16 +65,16 @@ def read_byte_level(
     """
     model = check_model(tokenizer)
     by_id, ids, added, marked = _by_id(model, tokenizer, settings, named)
-    merges = _merges(model, ids)
-    for number, (left, right) in enumerate(merges):
+    pairs = []
+    for number, (left, right) in enumerate(_merges(model, ids)):
         if "\n" in left + right:  # llama.cpp aborts on one
             raise ConvertError(f"{SOURCE}: merge {number} holds a line break, which is not byte-level BPE")
+        pairs.append(f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}")
     kinds = [step.get("type") for step in _steps(tokenizer.get("normalizer"), "normalizers")]
     if any(kind != "NFC" for kind in kinds):
         raise ConvertError(f"{SOURCE}: the normalizer {kinds[0]!r} has no counterpart in llama.cpp")
     notes = ["llama.cpp does not compose Unicode (NFC): decomposed text becomes other tokens"] if kinds else []
     tokens = Tokens(SOURCE, by_id, ids, frozenset(marked | {entry.text for entry in added}))
-    pairs = [f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}" for left, right in merges]
     return tokens, pairs, notes + _greedy(tokenizer)
 
 
@@ -88,11 +89,12 @@ def read_sentencepiece_style(
     model = check_model(tokenizer)
     prefix, notes = _spaces(tokenizer)
     by_id, ids, added, marked = _by_id(model, tokenizer, settings, named, by_looks)
-    merges = _merges(model, ids)
     places: dict[str, int] = {}
-    for place, (left, right) in enumerate(merges):
-        places.setdefault(left + right, place)
-    last = -float(len(merges))  # below every merge: what no merge makes is not to be merged before the rest
+    count = 0
+    for left, right in _merges(model, ids):
+        places.setdefault(left + right, count)
+        count += 1
+    last = -float(count)  # below every merge: what no merge makes is not to be merged before the rest
     unknown = model.get("unk_token")
     for number, token in by_id.items():
         kind = token.kind
@@ -115,8 +117,8 @@ def _by_id(
 ) -> tuple[dict[int, Token], dict[str, int], list[Added], set[str]]:
     """Return tokens by id, ids by text, the added tokens, and the named texts that there are."""
     added = added_in_tokenizer(tokenizer) + added_in_settings(settings)
-    base = [check_token(SOURCE, *entry) for entry in model["vocab"].items()]
-    ids = ids_of(SOURCE, [*base, *((entry.text, entry.number) for entry in added)])
+    base = (check_token(SOURCE, *entry) for entry in model["vocab"].items())
+    ids = ids_of(SOURCE, chain(base, ((entry.text, entry.number) for entry in added)))
     marked = named & ids.keys()
     special = {entry.text for entry in added if entry.special} | marked
     texts = {entry.text for entry in added}
@@ -132,12 +134,11 @@ def _by_id(
     return by_id, ids, added, marked
 
 
-def _merges(model: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Return the merges as pairs; both spellings of tokenizer.json are read."""
+def _merges(model: Mapping[str, Any], ids: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Yield the merges as pairs; both spellings of tokenizer.json are read."""
     entries = model.get("merges")
     if not isinstance(entries, list) or not entries:
         raise ConvertError(f"{SOURCE}: no merges in it")
-    merges = []
     for number, entry in enumerate(entries):
         pair = entry.split(" ") if isinstance(entry, str) else entry
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
@@ -145,8 +146,7 @@ def _merges(model: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[str,
         left, right = pair
         if left not in ids or right not in ids or left + right not in ids:
             raise ConvertError(f"{SOURCE}: merge {number}, {left!r} + {right!r}, uses a token that is not there")
-        merges.append((left, right))
-    return merges
+        yield left, right
 
 
 def _spaces(tokenizer: Mapping[str, Any]) -> tuple[bool, list[str]]:

@@ -66,7 +66,15 @@ DEEPSEEK_WORDS = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
     r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
 )
-DEEPSEEK_CODER = tuple(map(split, (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+")))
+DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+")
+LETTERS_WITH_CASE = (
+    "[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώ"
+    "ᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏"
+    "𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]"
+)
+DEEPSEEK_LLM = (
+    r"[\r\n]", rf"\s?{LETTERS_WITH_CASE}+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+",
+)  # fmt: skip
 BLOOM = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 BAILING = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 EXAONE_MOE = (
@@ -89,7 +97,8 @@ TABLE = (
     PreTokenizer(
         "deepseek-v3", (split(r"\p{N}{1,3}"), split(HAN_AND_KANA), split(f"{DEEPSEEK_WORDS}|{SPACES}"), BYTES)
     ),
-    PreTokenizer("deepseek-coder", (*DEEPSEEK_CODER, EACH_DIGIT, BYTES)),
+    PreTokenizer("deepseek-coder", (*map(split, DEEPSEEK_CODER), EACH_DIGIT, BYTES)),
+    PreTokenizer("deepseek-llm", (*map(split, DEEPSEEK_LLM), EACH_DIGIT, BYTES)),
     PreTokenizer("seed-coder", (split(cl100k(WORDS, r"\p{N}", r" ?[^\s\p{L}\p{N}\r\n]+")), BYTES)),
     PreTokenizer("bailingmoe", (split(BAILING), BYTES)),
     PreTokenizer("minicpm5", (split(r"\p{N}{1,3}"), split(cl100k(WORDS, r"\p{N}+")), BYTES), ignore_merges=True),
@@ -101,7 +110,7 @@ TABLE = (
 # One name of each way in which llama.cpp splits byte-level text, to be tried where the table knows no name.
 DISTINCT = (
     *dict.fromkeys(row.name for row in TABLE),
-    "deepseek-llm", "falcon", "youtu", "ufakzeka", "laguna", "afmoe", "superbpe", "spark2_5", "kimi-k2", "chameleon",
+    "falcon", "youtu", "ufakzeka", "laguna", "afmoe", "superbpe", "spark2_5", "kimi-k2", "chameleon",
     "tiny_aya", "granite-embed-multi-97m",
 )  # fmt: skip
 

@@ -34,7 +34,7 @@ HOLE_SCORE = -10000.0
 SETTLED = {TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.BYTE}
 SPARE = ("[UNUSED", "<unused")  # pieces that are there to be replaced
 NUL = "\0"
-STAND_IN = "🐉"  # for a piece that is the character NUL, which llama.cpp would read as the end of the text
+STAND_IN = "🐉"  # for the piece that is the character NUL, which the library never uses and llama.cpp reads as no text
 
 
 class Malformed(ValueError):
@@ -153,7 +153,8 @@ def read_pieces(
         text, _ = check_token(SOURCE, STAND_IN if piece == NUL else piece, number)
         if not math.isfinite(score):
             raise ConvertError(f"{SOURCE}: token {number} ({text!r}) has the score {score}")
-        kind = TokenType.UNUSED if unused is not None and text.startswith(unused) else KINDS[piece_type]
+        spare = piece == NUL or (unused is not None and piece.startswith(unused))
+        kind = TokenType.UNUSED if spare else KINDS[piece_type]
         by_id[number] = Token(text, kind, score)
     added = _overlay(by_id, folder, settings, tokenizer, by_looks)
     over = {entry.number: entry.text for entry in added}

@@ -14,7 +14,7 @@ NEVER_NORMAL = {"<pad>", "<mask>", "<2mass>", "[@BOS@]"}  # control tokens that 
 BRACKETS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))  # around texts that are plainly control tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be hundreds of thousands
 class Token:
     """One token as GGUF has it."""
 

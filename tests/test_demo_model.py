@@ -52,11 +52,11 @@ FLOORS = {
     "no preference": 0.9,
     "wording: seen": 0.9,
     "wording: combination": 0.9,
-    "topic new to the value": 0.85,
+    "topic new to the value": 0.9,
     "conflict": 0.9,
     "two preferences": 0.8,
-    "preference changed midway": 0.7,
-    "opinion, background: seen": 0.55,
+    "preference changed midway": 0.75,
+    "opinion, background: seen": 0.85,
     "unknown question": 0.85,
 }  # far below what the card reports on more rows, far above what a broken path would give
 

@@ -265,7 +265,7 @@ def test_pieces_that_are_not_in_use_and_the_character_nul_get_by(folder: Path) -
     found = [*pieces(), ("[UNUSED_TOKEN_1]", 0.0, 1), ("\0", 0.0, 1)]
     (folder / "tokenizer.model").write_bytes(model_proto(found))
     vocabulary = read(folder, unused="[UNUSED")
-    assert vocabulary.tokens[len(found) - 1] == "🐉"
+    assert (vocabulary.tokens[len(found) - 1], vocabulary.types[len(found) - 1]) == ("🐉", UNUSED)
     assert vocabulary.types[len(found) - 2] == UNUSED
     assert read(folder).types[len(found) - 2] == NORMAL
 

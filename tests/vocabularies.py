@@ -134,7 +134,7 @@ def model_proto(found: Sequence[Piece], *, kind: int = 2, prefix: bool = True, c
     for text, score, piece_type in found:
         piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score)
         data += _field(1, piece + (b"" if piece_type == 1 else bytes([0x18, piece_type])))
-    data += _field(2, bytes([0x18, kind, 0x98, 0x02, 1]))  # and byte_fallback
+    data += _field(2, bytes([0x18, kind, 0x98, 2, 1]))  # byte_fallback, without which the library takes no byte pieces
     return data + _field(3, _field(2, charsmap) + bytes([0x18, prefix, 0x20, 0]))
 
 

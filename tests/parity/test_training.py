@@ -16,6 +16,7 @@ from metaalign_edge_tune.dataset import Plan, Row, Turn, row, write_row
 from metaalign_edge_tune.demo import Recipe, build, load, train
 from metaalign_edge_tune.evaluate import measure, suite, summary, torch_generator
 from metaalign_edge_tune.model import Llama, Shape
+from metaalign_edge_tune.muon import Muon, orthogonal
 from metaalign_edge_tune.vocabulary import SPECIAL, encode_prompt, encode_row, train_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -104,11 +105,34 @@ def test_the_loss_falls(tokenizer, capsys):
     assert losses[0] < 1.2 * math.log(tokenizer.get_vocab_size())
 
 
+@pytest.mark.parametrize("shape", [(96, 64), (64, 192)])
+def test_the_update_has_singular_values_near_one_along_the_gradients_own_directions(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = torch.linalg.svdvals(orthogonal(matrix))
+    assert found.min() > 0.5 and found.max() < 1.3
+    assert ((left.T @ orthogonal(matrix) @ right.T).diagonal() > 0.5).all()
+
+
+def test_the_optimizer_is_pytorchs_muon_in_float32():
+    draw = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(48, 32)) for _ in range(2))
+    optimizer = Muon([ours], lr=2e-3, weight_decay=0.05)
+    reference = torch.optim.Muon([theirs], lr=2e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        ours.grad = torch.randn(48, 32, generator=draw)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        reference.step()
+    moved = (theirs - 1).norm()
+    assert (ours - theirs).norm() < 0.03 * moved  # bfloat16 has eight bits
+
+
 def test_killed_training_goes_on_to_the_same_weights(tokenizer, tmp_path, monkeypatch):
     whole = train(RECIPE, tokenizer, None)
 
-    def killed(recipe, model, optimizer, step, state, write=demo._checkpoint):
-        write(recipe, model, optimizer, step, state)
+    def killed(recipe, model, optimizers, step, state, write=demo._checkpoint):
+        write(recipe, model, optimizers, step, state)
         if step == 16:
             raise KeyboardInterrupt
 
@@ -133,7 +157,7 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tokenizer, tmp_path, mon
 
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(KeyboardInterrupt):
-        demo._checkpoint(RECIPE, Llama(TINY), torch.optim.SGD([torch.zeros(1)]), 9, state)
+        demo._checkpoint(RECIPE, Llama(TINY), [torch.optim.SGD([torch.zeros(1)])], 9, state)
     assert state.read_bytes() == before
 
 
