@@ -10,7 +10,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, TypeGuard
 
@@ -158,6 +158,18 @@ def _checked(shard: str, name: str, entry: Any) -> tuple[Tensor, int, int]:
 
 def _counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def reopener(folder: Folder, known: Iterable[Tensor]) -> Callable[[str], BinaryIO]:
+    """Return what opens a shard again, and makes sure that every known tensor is still where it was."""
+
+    def reopen(shard: str) -> BinaryIO:
+        there = set(read_header(folder, shard))
+        if any(tensor not in there for tensor in known if tensor.shard == shard):
+            raise ConvertError(f"{shard}: changed since it was opened; is something else writing there?")
+        return folder.open(shard)
+
+    return reopen
 
 
 class Files:

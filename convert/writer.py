@@ -33,7 +33,7 @@ from .output import atomic, check_output, check_space
 from .patch import Patch
 from .prove import choose_pre_tokenizer, prove_pre_tokenizer
 from .quantize import Options, canonical, quantized
-from .shards import STORED_AS, Array, Files, Tensor, read_rows
+from .shards import STORED_AS, Array, Files, Tensor, read_rows, reopener
 
 CHUNK = 2**20  # bytes of source that a thread has at a time; little enough for the processor's cache
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -250,7 +250,7 @@ def plan_checkpoint(
     outtype = canonical(outtype)
     pre = choose_pre_tokenizer(checkpoint, pre)
     templates = templates_to_write(checkpoint.templates, chat_template)
-    files = Files(checkpoint.folder.open)
+    files = Files(reopener(checkpoint.folder, [tensor for tensor, _ in checkpoint.mapped]))
     direct = outtype in OUTTYPES and not options
     tensors = plan_tensors(checkpoint, outtype if direct else None, files)
     writer = describe(checkpoint, outtype if direct else "f32", pre, templates, template_name)
@@ -508,7 +508,7 @@ def _tied_head_is_equal(checkpoint: Checkpoint) -> tuple[str, ...]:
         return ()
     embedding = next(tensor for tensor, _ in checkpoint.mapped if tensor.name == checkpoint.embedding)
     count = max(1, CHUNK // max(1, embedding.nbytes // embedding.shape[0]))
-    with Files(checkpoint.folder.open) as files:
+    with Files(reopener(checkpoint.folder, (head, embedding))) as files:
         for row in range(0, head.shape[0], count):
             rows = min(count, head.shape[0] - row)
             same = head.dtype == embedding.dtype and np.array_equal(
