@@ -164,12 +164,17 @@ def reopener(folder: Folder, known: Iterable[Tensor]) -> Callable[[str], BinaryI
     """Return what opens a shard again, and makes sure that every known tensor is still where it was."""
 
     def reopen(shard: str) -> BinaryIO:
-        there = set(read_header(folder, shard))
-        if any(tensor not in there for tensor in known if tensor.shard == shard):
+        there = {_place(tensor) for tensor in read_header(folder, shard)}
+        if any(_place(tensor) not in there for tensor in known if tensor.shard == shard):
             raise ConvertError(f"{shard}: changed since it was opened; is something else writing there?")
         return folder.open(shard)
 
     return reopen
+
+
+def _place(tensor: Tensor) -> tuple[int, str, tuple[int, ...]]:
+    """Return what tells a tensor from all others of its shard; the name may have been changed since."""
+    return tensor.start, tensor.dtype, tensor.shape
 
 
 class Files:

@@ -228,7 +228,6 @@ def test_merging_and_laying_over_compute_the_same_function(variant: str, folder:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_architecture_can_be_adapted(family: str, tmp_path: Path) -> None:
     folder = make_family(tmp_path / "tiny", family)
-    write_tokenizer(folder)
     checkpoint = open_checkpoint(folder)
     base = weights(configuration(family))
     ends = {checkpoint.embedding} | ({checkpoint.head} if checkpoint.tied else set())
