@@ -2701,20 +2701,19 @@ def check_conversion(path: Path, settings: Settings) -> list[str]:
     file = ModelFile(path)
     interrupt = Interrupt()
     probe = Dialog("Be kind.", "One sentence.", (Turn("What is tea?"),))
-    settings = replace(settings, max_tokens=1, temperature=0.0, gpu_layers="0", context=min(file.context, 512))
+    settings = replace(settings, max_tokens=1, gpu_layers="0", context=min(file.context, 512))
     with interrupt, Model(file, settings, interrupt) as model:
         found = [f"loads, with {model.vocabulary.size:,} tokens and the end token {file.token('eos') or 'none'}"]
+        prompt = [0]
         if file.templates:
             with Chat(model, choose_template("auto", file), settings, RenderOptions(), interrupt) as session:
-                answer = session.answer(probe, 0, lambda _: None, lambda _: None)
-                interrupt.check()
-                found.append(f"the template {answer.template} renders {answer.input_tokens} tier-safe tokens")
-                found.append(check_logits(cast(Engine, session.engine)))
+                _, prompt, _ = session.fit(probe)
+            found.append(f"the template {session.template.name} renders {len(prompt)} tier-safe tokens")
         else:
             found.append("carries no chat template: chat will need --template")
-            with Engine(model, settings, interrupt, cast(int, settings.context)) as engine:
-                engine.prefill(engine.sequences[0], [0])
-                found.append(check_logits(engine))
+        with Engine(model, settings, interrupt, cast(int, settings.context)) as engine:
+            engine.prefill(engine.sequences[0], prompt[:1])  # all of it would take a large model a minute
+            found.append(check_logits(engine))
     return found
 
 

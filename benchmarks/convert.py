@@ -24,6 +24,7 @@ import argparse
 import filecmp
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -65,6 +66,7 @@ class Run(NamedTuple):
     """What one process took."""
 
     seconds: float
+    cpu: float  # seconds of all its threads; says more where others use the machine too
     peak_mb: float
 
 
@@ -196,12 +198,13 @@ def run(kind: str, name: str, *arguments: str) -> Run:
         SystemExit: it fails.
     """
     command = [sys.executable, "-c", WATCHED, kind, name, *arguments]
-    started = time.perf_counter()
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - started
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SystemExit(f"{name} {' '.join(arguments)} failed ({done.returncode}): {done.stderr[-600:]}")
-    return Run(seconds, float(done.stderr.split()[-1]))
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Run(seconds, cpu, float(done.stderr.split()[-1]))
 
 
 def ours(source: Path, output: Path, outtype: str, *more: str) -> Run:
@@ -217,11 +220,17 @@ def warm(source: Path) -> None:
                 pass
 
 
+def middle(runs: list[Run]) -> Run:
+    """Return the medians of the times, and the highest memory."""
+    seconds, cpu = (statistics.median(times) for times in list(zip(*runs, strict=True))[:2])
+    return Run(seconds, cpu, max(one.peak_mb for one in runs))
+
+
 def compare(source: Path, reference: Path, outtypes: list[str], rounds: int) -> None:
     """Print a table of our times and the reference's."""
     script = str(reference / "vendor/llama.cpp/convert_hf_to_gguf.py")
     here, there = source.parent / "ours.gguf", source.parent / "theirs.gguf"
-    print(f"{'way':<34}{'median s':>9}{'best s':>8}{'ratio':>7}{'peak MB':>9}")
+    print(f"{'way':<34}{'median s':>9}{'ratio':>7}{'CPU s':>8}{'ratio':>7}{'peak MB':>9}")
     for outtype in outtypes:
         theirs = ("file", script, str(source), "--outfile", str(there), "--outtype", outtype)
         ways = {
@@ -238,11 +247,12 @@ def compare(source: Path, reference: Path, outtypes: list[str], rounds: int) -> 
                     runs[name].append(found)
         if not filecmp.cmp(here, there, shallow=False):
             raise SystemExit(f"{outtype}: the files differ")
-        base = statistics.median(found.seconds for found in runs["reference"])
+        base = middle(runs["reference"])
         for name, found in runs.items():
-            times = [one.seconds for one in found]
-            median, peak = statistics.median(times), max(one.peak_mb for one in found)
-            print(f"{name + ', ' + outtype:<34}{median:>9.2f}{min(times):>8.2f}{median / base:>7.2f}{peak:>9.0f}")
+            wall, cpu, peak = middle(found)
+            ratios = wall / base.seconds, cpu / base.cpu
+            columns = f"{wall:>9.2f}{ratios[0]:>7.2f}{cpu:>8.2f}{ratios[1]:>7.2f}{peak:>9.0f}"
+            print(f"{name + ', ' + outtype:<34}{columns}")
         here.unlink()
         there.unlink()
 
@@ -251,7 +261,7 @@ def grow(folder: Path, sizes: list[float], outtype: str, rounds: int) -> None:
     """Print how time and memory grow with the checkpoint."""
     vocabulary = 256_000
     tokenizer = made_up_tokenizer(vocabulary)
-    print(f"{'GB of bfloat16, ' + outtype:<24}{'median s':>9}{'s per GB':>10}{'peak MB':>9}")
+    print(f"{'GB of bfloat16, ' + outtype:<24}{'median s':>9}{'CPU s':>8}{'CPU s per GB':>14}{'peak MB':>9}")
     for size in sizes:
         width = 128 if size < 0.5 else WIDTH
         layer = BFLOAT16 * sum(int(np.prod(shape)) for shape in shapes(1, width, INNER, 0).values())
@@ -262,8 +272,8 @@ def grow(folder: Path, sizes: list[float], outtype: str, rounds: int) -> None:
         real = (source / "model.safetensors").stat().st_size / 1e9
         output = folder / "sparse.gguf"
         runs = [ours(source, output, outtype, "--force", "--no-check") for _ in range(rounds)]
-        median = statistics.median(found.seconds for found in runs)
-        print(f"{real:<24.2f}{median:>9.2f}{median / real:>10.2f}{max(found.peak_mb for found in runs):>9.0f}")
+        wall, cpu, peak = middle(runs)
+        print(f"{real:<24.2f}{wall:>9.2f}{cpu:>8.2f}{cpu / real:>14.2f}{peak:>9.0f}")
         output.unlink()
         shutil.rmtree(source)
 

@@ -12,8 +12,9 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
@@ -461,7 +462,7 @@ def _encode_piece(piece: Piece) -> Encoded:
     return encode(tensor.source.name, rows, dtype, tensor.kind, importance)
 
 
-def _encoded(pieces: Iterator[Piece]) -> Iterator[tuple[Piece, Encoded]]:
+def _encoded(pieces: Iterator[Piece]) -> Generator[tuple[Piece, Encoded], None, None]:
     """Read and encode in several threads, a few chunks ahead; yield in order."""
     ahead: deque[tuple[Piece, Future[Encoded]]] = deque()
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="encode") as pool:
@@ -483,16 +484,17 @@ def _write_tensors(plan: Plan, file: BinaryIO, progress: Progress | None) -> lis
     """Write the weights. Returns a sentence if float16 was too small for some."""
     total, done, size = sum(tensor.nbytes for tensor in plan.tensors), 0, 0
     too_large: dict[str, float] = {}
-    for (tensor, first, count), (data, largest) in _encoded(_pieces(plan)):
-        file.write(np.ascontiguousarray(data).data.cast("B"))
-        size += data.nbytes
-        if first + count == tensor.source.rows:
-            file.write(bytes(-size % ALIGNMENT))
-            done, size = done + size, 0
-        if largest >= HALF_LIMIT and tensor.kind not in WIDE:
-            too_large[tensor.source.name] = max(largest, too_large.get(tensor.source.name, 0))
-        if progress is not None:
-            progress(tensor.name, done + size, total)
+    with closing(_encoded(_pieces(plan))) as encoded:  # whatever is raised here, no thread reads on
+        for (tensor, first, count), (data, largest) in encoded:
+            file.write(np.ascontiguousarray(data).data.cast("B"))
+            size += data.nbytes
+            if first + count == tensor.source.rows:
+                file.write(bytes(-size % ALIGNMENT))
+                done, size = done + size, 0
+            if largest >= HALF_LIMIT and tensor.kind not in WIDE:
+                too_large[tensor.source.name] = max(largest, too_large.get(tensor.source.name, 0))
+            if progress is not None:
+                progress(tensor.name, done + size, total)
     if not too_large:
         return []
     return [
