@@ -78,6 +78,7 @@ class Family:
     transfer: bool  # whether it can be asked of a topic that was never trained together with it
     tiers: tuple[str, ...]  # where it may stand: system, user
     conflicts: bool  # whether two of its values contradict each other
+    weight: int  # how often training draws it, next to the others
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def draw_name(rng: Random, split: str = "seen") -> str:
     table = _read("name.toml")["names"]
     if split == "word":
         return str(rng.choice(table["held_out"]))
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         return str(rng.choice(table["seen"]))
     return "".join(rng.choice(table["syllables"]) for _ in range(rng.choice((2, 2, 3)))).capitalize()
 
@@ -201,4 +202,5 @@ def _read_family(path: Path) -> Family:
         transfer=table.get("transfer", True),
         tiers=tuple(table.get("tiers", ("system", "user"))),
         conflicts=table.get("conflicts", True),
+        weight=table.get("weight", len(table["values"]) + 1),
     )

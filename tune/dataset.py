@@ -93,6 +93,7 @@ class Plan:
     held_out_pair: bool = False  # a topic and a value that are never trained together
     held_out_query: bool = False  # a form of question that is never trained on
     background: str | None = None  # a value of the family background; "" for none
+    hard: bool = False  # more contradictions, more preferences at once, and questions that look like either
 
 
 # --- what there is to say ---------------------------------------------------------------------------------------------
@@ -140,14 +141,19 @@ def rows(seed: int, start: int = 0) -> Iterator[Row]:
         index += 1
 
 
-def row(seed: int, index: int) -> Row:
-    """Return one training row: a pure function of seed and index."""
-    return write_row(Random(f"{seed}/{index}"), Plan())
+def row(seed: int, index: int, hard: bool = False) -> Row:
+    """Return one training row, a pure function of its arguments. hard: see ``Plan``."""
+    return write_row(Random(f"{seed}/{index}"), Plan(hard=hard))
 
 
 def write_row(rng: Random, plan: Plan) -> Row:
     """Write a dialog that fits the plan; what the plan leaves open is drawn."""
-    kind = plan.kind or rng.choices(("topic", "opinion", "unknown", "smalltalk"), (71, 13, 12, 4))[0]
+    kind = (
+        plan.kind
+        or rng.choices(("topic", "opinion", "unknown", "smalltalk"), (64, 14, 18, 4) if plan.hard else (68, 16, 12, 4))[
+            0
+        ]
+    )
     head = _draw_head(rng, plan, kind)
     subject = _draw_subject(rng, kind, plan, head)
     count = plan.turns or rng.choices((1, 2, 3), (66, 20, 14))[0]
@@ -197,12 +203,12 @@ class _Head:
 def _draw_head(rng: Random, plan: Plan, kind: str) -> _Head:
     """Draw preferences for both tiers; what is in force can be obeyed all at once."""
     while True:
-        keys = plan.values if plan.values is not None else _draw_values(rng)
+        keys = plan.values if plan.values is not None else _draw_values(rng, plan.hard)
         if _compatible(keys + ((plan.losing,) if plan.losing else ())):
             break
     tiers = plan.tiers or tuple("system" if rng.random() < 0.38 else "user" for _ in keys)
     losing = plan.losing
-    if losing is None and plan.values is None and keys and rng.random() < 0.2:
+    if losing is None and plan.values is None and keys and rng.random() < (0.5 if plan.hard else 0.2):
         # a conflict: the first preference moves to System Info, an opposite value stands in User Info
         tiers = ("system", *tiers[1:])
         losing = _opposite(rng, keys[0])
@@ -223,10 +229,10 @@ def _draw_head(rng: Random, plan: Plan, kind: str) -> _Head:
     return _Head(tuple(system), tuple(user), tuple(lost))
 
 
-def _draw_values(rng: Random) -> tuple[str, ...]:
-    """Draw none to three values of different families; a family with more values comes more often."""
-    names = [f.name for f in families().values() if f.name != "background" for _ in (*f.values, 0)]
-    count = rng.choices((0, 1, 2, 3), (12, 46, 27, 15))[0]
+def _draw_values(rng: Random, hard: bool) -> tuple[str, ...]:
+    """Draw none to three values of different families."""
+    names = [f.name for f in families().values() if f.name != "background" for _ in range(f.weight)]
+    count = rng.choices((0, 1, 2, 3), (6, 34, 30, 30) if hard else (12, 40, 29, 19))[0]
     chosen: list[str] = []
     while len(chosen) < count:
         name = rng.choice(names)
@@ -298,12 +304,17 @@ def _query(rng: Random, subject: Subject, plan: Plan, later: bool) -> str:
         if subject.kind == "unknown":
             ask = [q for q in ask if _unseen(q) == (plan.split == "word")]
         text = rng.choice(ask)
+    if subject.kind == "unknown" and plan.hard and rng.random() < 0.6:
+        text = rng.choice([q for q in unknown["decoys"] if not _unseen(q)])
     # people type as they like
     style = rng.random()
     if style < 0.12:
         text = text.lower()
     if style < 0.06 or 0.12 <= style < 0.2:
         text = text.rstrip(".?!") or text
+    if rng.random() < 0.05:  # a line that was broken, a slip of the space bar
+        gap = rng.choice([place for place, letter in enumerate(text) if letter == " "] or [len(text)])
+        text = text[:gap] + rng.choice(("\n", "\n", "  ", "\n\n")) + text[gap + 1 :]
     return text
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .dataset import row
 from .model import Llama, Shape
+from .muon import Muon
 from .vocabulary import CONTEXT, END, PAD, SPECIAL, encode_row, save_tokenizer, train_tokenizer
 
 __all__ = ["Recipe", "build", "load", "main", "save", "train"]
@@ -35,16 +36,22 @@ class Recipe:
     """Everything that decides the weights."""
 
     seed: int = 1
-    steps: int = 3600
+    steps: int = 4800  # and an eighth more, which dwell on what is hard (see Plan)
     batch: int = 32  # dialogs per step
     pool: int = 16  # batches drawn together and sorted by length, so that little is padded
     peak: float = 2e-3  # learning rate
-    floor: float = 0.02  # final learning rate, as a share of the peak
+    floor: float = 0.02  # learning rate before the hard steps, as a share of the peak
+    hard_peak: float = 6e-4  # learning rate at the first of the hard steps
     warmup: int = 100  # steps
     decay: float = 0.05  # weight decay, on matrices only
     clip: float = 1.0
     sample: int = 30000  # rows that the tokenizer is trained on
     shape: Shape = field(default_factory=Shape)  # its vocabulary is an upper bound
+
+    @property
+    def total(self) -> int:
+        """All steps, the hard ones included."""
+        return self.steps + self.steps // 8
 
 
 def build(recipe: Recipe, out: Path, threads: int = 2, every: int = 100) -> Llama:
@@ -62,30 +69,28 @@ def train(recipe: Recipe, tokenizer: Tokenizer, state: Path | None, every: int =
     """Train a model. `state` is the file to resume from and to write every so many steps."""
     torch.manual_seed(recipe.seed)
     model = Llama(Shape(**asdict(recipe.shape) | {"vocabulary": tokenizer.get_vocab_size()}))
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.peak, betas=(0.9, 0.95))
-    start = _resume(recipe, model, optimizer, state)
+    optimizers = _optimizers(recipe, model)
+    start = _resume(recipe, model, optimizers, state)
     count = sum(p.numel() for p in model.parameters())
     print(f"{count / 1e6:.2f} M parameters, {tokenizer.get_vocab_size()} tokens, from step {start}", flush=True)
     clock, tokens, losses = time.monotonic(), 0, []
     for step, (ids, learnt) in enumerate(_batches(recipe, tokenizer, start), start):
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = _rate(recipe, step)
         loss = model.loss(ids, learnt)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss.item())
         tokens += ids.numel()
-        if (step + 1) % every == 0 or step + 1 == recipe.steps:
+        if (step + 1) % every == 0 or step + 1 == recipe.total:
             spent = time.monotonic() - clock
-            done, mean = f"{step + 1:5d}/{recipe.steps}", sum(losses) / len(losses)
+            done, mean = f"{step + 1:5d}/{recipe.total}", sum(losses) / len(losses)
             print(f"step {done}  loss {mean:.4f}  {tokens / spent:6.0f} tokens/s  {spent:5.0f} s", flush=True)
             losses = []
-            _checkpoint(recipe, model, optimizer, step + 1, state)
+            _checkpoint(recipe, model, optimizers, step + 1, state)
     return model
 
 
@@ -168,15 +173,16 @@ def _tokenizer(recipe: Recipe, out: Path) -> Tokenizer:
 
 def _batches(recipe: Recipe, tokenizer: Tokenizer, start: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (ids, learnt), both (batch, time), from step `start` on: a pure function of recipe and step."""
-    for pool in range(start // recipe.pool, math.ceil(recipe.steps / recipe.pool)):
+    for pool in range(start // recipe.pool, math.ceil(recipe.total / recipe.pool)):
         size = recipe.pool * recipe.batch
-        encoded = [encode_row(tokenizer, row(recipe.seed, i)) for i in range(pool * size, (pool + 1) * size)]
+        hard = pool * recipe.pool >= recipe.steps
+        encoded = [encode_row(tokenizer, row(recipe.seed, i, hard)) for i in range(pool * size, (pool + 1) * size)]
         encoded.sort(key=lambda pair: len(pair[0]))
         order = list(range(recipe.pool))
         Random(f"{recipe.seed}/{pool}").shuffle(order)
         for place, index in enumerate(order):
             step = pool * recipe.pool + place
-            if start <= step < recipe.steps:
+            if start <= step < recipe.total:
                 yield _pad(encoded[index * recipe.batch : (index + 1) * recipe.batch])
 
 
@@ -191,14 +197,26 @@ def _pad(encoded: list[tuple[list[int], list[bool]]]) -> tuple[Tensor, Tensor]:
     return ids, learnt
 
 
+def _optimizers(recipe: Recipe, model: Llama) -> tuple[torch.optim.Optimizer, ...]:
+    """Return Muon for the layers' matrices and AdamW for the embedding and the norms."""
+    layers = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    norms = [p for p in model.parameters() if p.ndim != 2]
+    embedding = {"params": [model.model.embed_tokens.weight], "weight_decay": recipe.decay}
+    rest = [embedding, {"params": norms, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(rest, lr=recipe.peak, betas=(0.9, 0.95))
+    return Muon(layers, recipe.peak, recipe.decay), adamw
+
+
 def _rate(recipe: Recipe, step: int) -> float:
-    """Return the learning rate: a linear warm-up, then a cosine down to the floor."""
+    """Return the learning rate: a linear warm-up, then a cosine down to the floor; over the hard steps down to 0."""
+    if step >= recipe.steps:
+        return recipe.hard_peak * (recipe.total - step) / (recipe.total - recipe.steps)
     warm = min(1.0, (step + 1) / recipe.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
     return recipe.peak * warm * (recipe.floor + (1 - recipe.floor) * cosine)
 
 
-def _resume(recipe: Recipe, model: Llama, optimizer: torch.optim.Optimizer, state: Path | None) -> int:
+def _resume(recipe: Recipe, model: Llama, optimizers: Sequence[torch.optim.Optimizer], state: Path | None) -> int:
     """Load a checkpoint of the same recipe and return its step; 0 if there is none. ValueError for another recipe."""
     if state is None or not state.exists():
         return 0
@@ -206,16 +224,20 @@ def _resume(recipe: Recipe, model: Llama, optimizer: torch.optim.Optimizer, stat
     if saved["recipe"] != asdict(recipe):
         raise ValueError(f"{state} belongs to another recipe: remove it, or use its options")
     model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(content)
     return int(saved["step"])
 
 
-def _checkpoint(recipe: Recipe, model: Llama, optimizer: torch.optim.Optimizer, step: int, state: Path | None) -> None:
+def _checkpoint(
+    recipe: Recipe, model: Llama, optimizers: Sequence[torch.optim.Optimizer], step: int, state: Path | None
+) -> None:
     """Write the state under a temporary name and rename it, so that a kill leaves the old one or the new one."""
     if state is None:
         return
     temporary = state.with_suffix(".part")
-    content = {"recipe": asdict(recipe), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    content = {"recipe": asdict(recipe), "model": model.state_dict(), "step": step}
+    content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     torch.save(content, temporary)
     os.replace(temporary, state)
 
