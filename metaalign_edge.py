@@ -2537,10 +2537,9 @@ def convert(
             result = converter.write_adapter(checkpoint, adapters[0], target, outtype=outtype, force=force)
             report_conversion(result, as_json, screen)
             return
-        if adapters:
-            checkpoint = converter.merge(checkpoint, adapters)
         target = output or Path(f"{Path(checkpoint.name).name}-{outtype}.gguf")
         converter.check_output(target, force)
+        checkpoint = converter.merge(checkpoint, adapters) if adapters else checkpoint
         name, text = conversion_template(template, checkpoint)
         plan = converter.plan_checkpoint(
             checkpoint, outtype, chat_template=text, template_name=name, pre=pre, check=check, options=options
