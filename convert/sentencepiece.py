@@ -140,8 +140,9 @@ def read_pieces(
 ) -> tuple[Tokens, list[str]]:
     """Return the model's pieces with the added tokens over them, and what the user should know of it.
 
-    by_looks: take an added token that looks like a control token for one, marked or not. unused: how pieces begin that
-    are not in use. Raises ConvertError.
+    by_looks: take an added token that looks like a control token for one, marked or not, and a piece that is an added
+    token for what the piece is; otherwise go by the marks alone. unused: how pieces begin that are not in use. Raises
+    ConvertError.
     """
     if model.kind != BPE:
         name = "Unigram" if model.kind == UNIGRAM else "word or character"
@@ -193,7 +194,7 @@ def _overlay(
     known = {entry.number for entry in listed}
     for entry in added_in_tokenizer(tokenizer):
         old = by_id.get(entry.number)
-        settled = old is not None and old.kind in SETTLED and old.text == entry.text
+        settled = by_looks and old is not None and old.kind in SETTLED and old.text == entry.text
         if entry.number not in known and not settled:
             listed.append(entry)
     for entry in listed:

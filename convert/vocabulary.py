@@ -33,7 +33,7 @@ class VocabularyRules:
     # Where the key add_space_prefix goes, and what it says: as tokenizer_config.json has it, before all others or
     # after the tokens; as tokenizer.model has it, after the tokens; false, at the end; or only where it must be said.
     space_prefix: Literal["settings first", "settings", "model", "never", "unsaid"] = "unsaid"
-    by_looks: bool = True  # added tokens that look like control tokens are taken for such, marked or not
+    by_looks: bool = True  # added tokens that look like control tokens are such, and pieces stay what they are
     unused: str | None = None  # how SentencePiece pieces begin that are not in use
     end: str | None = None  # ends an answer, whatever the files say, where the vocabulary has it
     eot: int | None = None  # the id of the end of a turn

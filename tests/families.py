@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoints import CONFIG, draw_weights, edit_json, write_json, write_tokenizer, write_weights
+from checkpoints import CONFIG, ROWS, draw_weights, edit_json, write_json, write_tokenizer, write_weights
 from metaalign_edge_convert import OUTTYPES, open_checkpoint, write_gguf
 from metaalign_edge_convert.architectures import find
 from vocabularies import GEMMA as GEMMA_STYLE
-from vocabularies import LEGACY, write_sentencepiece
+from vocabularies import LEGACY, model_proto, pieces, write_sentencepiece
 
 Json = dict[str, Any]
 LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
@@ -63,13 +63,13 @@ FAMILIES: dict[str, tuple[str, Json]] = {
         "phi3",
         {
             "head_dim": None,
-            "max_position_embeddings": 256,
-            "original_max_position_embeddings": 64,
+            "max_position_embeddings": 1024,
+            "original_max_position_embeddings": 256,
             "rope_parameters": {
                 "rope_type": "longrope",
                 "rope_theta": 10000.0,
                 "partial_rotary_factor": 0.75,
-                "original_max_position_embeddings": 64,
+                "original_max_position_embeddings": 256,
                 **FACTORS,
             },
         },
@@ -96,7 +96,8 @@ NOT_IN_TRANSFORMERS = ("InternLM2ForCausalLM", "InternLM3ForCausalLM")  # their 
 def configuration(name: str, **changes: Any) -> Json:
     """Return a tiny config.json of the class ``name``, as transformers 5 writes it."""
     kind, differences = FAMILIES[name]
-    config = {**CONFIG, "architectures": [name], "model_type": kind, "pad_token_id": 0, **differences, **changes}
+    ids = {"pad_token_id": 0, **({"bos_token_id": 1, "eos_token_id": 2} if name.startswith(SENTENCEPIECE) else {})}
+    config = {**CONFIG, "architectures": [name], "model_type": kind, **ids, **differences, **changes}
     return {key: value for key, value in config.items() if value is not None or key == "sliding_window"}
 
 
@@ -139,6 +140,9 @@ def give_tokenizer(folder: Path, name: str) -> None:
         write_tokenizer(folder)
         return
     write_sentencepiece(folder, style=GEMMA_STYLE if name.startswith("Gemma") else LEGACY)
+    if name.startswith("InternLM2"):  # every row has a piece, and those without a use say so
+        kept = [(f"[UNUSED_TOKEN_{number}]", 0.0, 1) for number in range(ROWS - len(pieces()))]
+        (folder / "tokenizer.model").write_bytes(model_proto([*pieces(), *kept]))
     edit_json(folder / "tokenizer_config.json", add_bos_token=True, add_eos_token=False)
 
 

@@ -19,12 +19,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from families import FAMILIES, GOLDEN, NOT_IN_TRANSFORMERS, configuration, digest, golden_digests, make_family, weights
 from metaalign_edge_convert import open_checkpoint, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.activations import GELUTanh
 
 if TYPE_CHECKING:
     from conftest import Reference
 
 IN_TRANSFORMERS = [name for name in FAMILIES if name not in NOT_IN_TRANSFORMERS]
-TOLERANCE = 1e-3  # of the largest score
+TOLERANCE = 1e-5  # of the largest score
+TOLERANCE_OF_A_TABLE = 1e-3  # a difference in the last place can be the next entry in ggml's table of GELU
 # The reference knows a byte-level vocabulary by what becomes of one text, so it does not know one made for a test.
 # Gemma 3's embedding it cuts to what its vocabulary would be without the configuration.
 SETUP = """
@@ -105,16 +107,28 @@ def test_llama_cpp_computes_what_transformers_computes(name: str, old: bool, tmp
     wanted = transformers_logits(folder)
     write_gguf(open_checkpoint(folder), tmp_path / "tiny.gguf", outtype="f32")
     found = llama_logits(tmp_path / "tiny.gguf")
-    assert np.abs(found - wanted).max() < TOLERANCE * np.abs(wanted).max()
+    tolerance = TOLERANCE_OF_A_TABLE if name.startswith("Gemma") else TOLERANCE
+    assert np.abs(found - wanted).max() < tolerance * np.abs(wanted).max()
     assert (found.argmax(1) == wanted.argmax(1)).all()
 
 
-IDS = [11, 42, 7, 99, 300, 255, 17, 80]
+class TableGELU(torch.nn.Module):
+    """GELU as ggml computes it on a processor: looked up in a table of float16, unless the input is large."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        looked_up = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, looked_up))
+
+
+IDS = np.random.default_rng(0).integers(3, 500, size=100).tolist()  # more than a sliding window
 
 
 def transformers_logits(folder: Path) -> Any:
-    """Return the scores at eight positions, in float32."""
+    """Return the scores at every position, in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    for module in model.modules():
+        if isinstance(getattr(module, "act_fn", None), GELUTanh):
+            module.act_fn = TableGELU()
     with torch.no_grad():
         return model(torch.tensor([IDS])).logits[0].numpy()
 
@@ -123,7 +137,7 @@ def llama_logits(path: Path) -> Any:
     """Return llama.cpp's scores at the same positions, with keys and values in float32."""
     from llama_cpp import Llama
 
-    llama = Llama(str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0)
+    llama = Llama(str(path), n_ctx=256, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0)
     llama.eval(IDS)
     found = np.array(llama.scores[: len(IDS)])
     llama.close()
