@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from metaalign_edge_convert import ARCHITECTURES
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 CONSOLE = re.compile(r"(?<=```console\n)(.*?)(?=```)", re.DOTALL)
@@ -47,6 +48,11 @@ def test_the_readme_has_both_commands_on_one_line_each() -> None:
     for name in ("start", "tests"):
         (command,) = re.findall(rf"<!-- {name} -->\n```bash\n([^\n]+)\n```", README.read_text())
         assert command.startswith("python3 -m venv .venv && ")
+
+
+def test_the_readme_lists_every_class_that_convert_knows() -> None:
+    (table,) = re.findall(r"^\| architecture \|.*\n((?:\|.*\n)+)", README.read_text(), re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", table)) == sorted(ARCHITECTURES)
 
 
 if __name__ == "__main__":
