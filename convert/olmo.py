@@ -1,9 +1,23 @@
-"""OLMo 2: norms after attention and feed-forward, and over all queries and all keys at once."""
+"""OLMo 2 and 3: norms after attention and feed-forward, and over all queries and all keys at once."""
 
 from __future__ import annotations
 
-from .architectures import SILU, Architecture, refuse_other_head_size, refuse_rope, refuse_set, refuse_tied, register
+from dataclasses import replace
+
+from .architectures import (
+    SILU,
+    Architecture,
+    Computed,
+    Key,
+    refuse_layers,
+    refuse_other_head_size,
+    refuse_rope,
+    refuse_set,
+    refuse_tied,
+    register,
+)
 from .blocks import attention, ends, feed_forward, general, norms, sizes
+from .config import Config
 
 DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "hidden_act": "silu", "rope_theta": 10000.0}
 AFTER = (
@@ -26,5 +40,24 @@ OLMO2 = register(
             refuse_tied,
             refuse_rope("default", "linear", "yarn"),
         ),
+    )
+)
+
+
+def sliding(config: Config) -> list[bool]:
+    """Say of each layer whether it slides; every fourth attends to everything."""
+    return [number % 4 != 3 for number in range(config.integer("num_hidden_layers"))]
+
+
+OLMO3 = register(
+    replace(
+        OLMO2,
+        classes={"Olmo3ForCausalLM": DEFAULTS | {"rope_theta": 500000.0, "sliding_window": 4096}},
+        keys=(
+            *general(),
+            Key("attention.sliding_window", "u32", ("sliding_window",)),
+            Computed(lambda config: [("attention.sliding_window_pattern", sliding(config))]),
+        ),
+        guards=(*OLMO2.guards[:-1], refuse_layers(4), refuse_rope("default", "linear", "yarn", layered=True)),
     )
 )

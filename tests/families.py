@@ -75,6 +75,26 @@ FAMILIES: dict[str, tuple[str, Json]] = {
         },
     ),
     "Olmo2ForCausalLM": ("olmo2", {"head_dim": None}),
+    "Olmo3ForCausalLM": (
+        "olmo3",
+        {
+            "head_dim": None,
+            "num_hidden_layers": 5,
+            "sliding_window": 64,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 500000.0,
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 64,
+                    "attention_factor": 1.2079441541679836,
+                    "beta_fast": 32.0,
+                    "beta_slow": 1.0,
+                },
+                "sliding_attention": {**LOCAL, "rope_theta": 500000.0},
+            },
+        },
+    ),
     "StableLmForCausalLM": (
         "stablelm",
         {
