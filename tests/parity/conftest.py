@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -58,9 +60,12 @@ def reference() -> Reference:
     version = importlib.metadata.version(PACKAGE)
     root = CACHE / f"{PACKAGE.replace('-', '_')}-{version}"
     if not root.is_dir():
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE, "-d", str(CACHE)]
-        subprocess.run([*command, f"{PACKAGE}=={version}"], check=True)
-        with tarfile.open(root.with_name(root.name + ".tar.gz")) as archive:
-            archive.extractall(CACHE / "unpacked", filter="data")
-        (CACHE / "unpacked" / root.name).rename(root)  # only when it is whole
+        CACHE.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as own:  # another worker may be at the same
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE, "-d", own]
+            subprocess.run([*command, f"{PACKAGE}=={version}"], check=True)
+            with tarfile.open(Path(own, root.name + ".tar.gz")) as archive:
+                archive.extractall(own, filter="data")
+            with contextlib.suppress(OSError):
+                Path(own, root.name).rename(root)  # only when it is whole, and the first
     return Reference(root)
