@@ -2610,7 +2610,7 @@ def show_plan(plan: Any, target: Path, as_json: bool, screen: Screen) -> None:
     rows += [f"  {kind:<8}{row['count']:>6} tensors{row['bytes'] / 1e6:>12,.1f} MB" for kind, row in tensors.items()]
     rows += [
         f"  disk    {plan.bytes / 1e6:,.1f} MB needed, {free / 1e6:,.0f} MB free",
-        f"  memory  about {memory:,.0f} MB, and what the check of the result takes",
+        f"  memory  about {memory:,.0f} MB, and more for the checks, unless --no-check",
         *(f"  note    {line}" for line in plan.checks),
     ]
     screen.write("\n".join(rows) + "\n")
