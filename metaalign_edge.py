@@ -2432,6 +2432,38 @@ def rendering_document(rendering: Rendering, tokens: list[Token] | None) -> dict
     }
 
 
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC",
+        help="A Hugging Face checkpoint folder, user/repo on the hub, or a GGUF file to quantise anew.",
+        show_default=False,
+    ),
+]
+OutputOption = Annotated[
+    Path | None, option("-o", "--output", help="The GGUF to write. Default: NAME-OUTTYPE.gguf here.")
+]
+OuttypeOption = Annotated[
+    str | None,
+    option(
+        "--outtype",
+        help="f32, f16, bf16, q8_0, or any type of llama.cpp's: Q4_K_M, Q6_K, IQ4_XS, … "
+        "Default: q8_0; of an adapter, f32.",
+    ),
+]
+LoraOption = Annotated[
+    list[str] | None, option("--lora", help="A LoRA adapter of PEFT's to merge, DIR or DIR:SCALE; repeatable.")
+]
+LoraOnlyOption = Annotated[bool, option("--lora-only", help="Write the adapter as a GGUF of its own instead.")]
+CarriedTemplateOption = Annotated[
+    str, option("--template", help="A name or a file to carry as chat template; keep: the checkpoint's own.")
+]
+PreOption = Annotated[
+    str | None, option("--pre", help="llama.cpp's name of the pre-tokenizer, where it cannot be found.")
+]
+DryRunOption = Annotated[bool, option("--dry-run", help="Show the plan, and write nothing.")]
+CheckOption = Annotated[bool, option("--check/--no-check", help="Load the result and decode a token.")]
+ForceOption = Annotated[bool, option("--force", help="Replace an output that exists.")]
 QUANTISATION = "Quantisation, in llama-quantize's words"
 
 ImatrixOption = Annotated[
@@ -2455,44 +2487,22 @@ PureOption = Annotated[bool, option("--pure", help="One type for all matrices, n
 
 @app.command()
 def convert(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC",
-            help="A Hugging Face checkpoint folder, user/repo on the hub, or a GGUF file to quantise anew.",
-            show_default=False,
-        ),
-    ],
-    output: Annotated[
-        Path | None, option("-o", "--output", help="The GGUF to write. Default: NAME-OUTTYPE.gguf here.")
-    ] = None,
-    outtype: Annotated[
-        str | None,
-        option(
-            "--outtype",
-            help="f32, f16, bf16, q8_0, or any type of llama.cpp's: Q4_K_M, Q6_K, IQ4_XS, … "
-            "Default: q8_0; of an adapter, f32.",
-        ),
-    ] = None,
-    lora: Annotated[
-        list[str] | None, option("--lora", help="A LoRA adapter of PEFT's to merge, DIR or DIR:SCALE; repeatable.")
-    ] = None,
-    lora_only: Annotated[bool, option("--lora-only", help="Write the adapter as a GGUF of its own instead.")] = False,
-    template: Annotated[
-        str, option("--template", help="A name or a file to carry as chat template; keep: the checkpoint's own.")
-    ] = "auto",
-    pre: Annotated[
-        str | None, option("--pre", help="llama.cpp's name of the pre-tokenizer, where it cannot be found.")
-    ] = None,
+    source: SourceArgument,
+    output: OutputOption = None,
+    outtype: OuttypeOption = None,
+    lora: LoraOption = None,
+    lora_only: LoraOnlyOption = False,
+    template: CarriedTemplateOption = "auto",
+    pre: PreOption = None,
     imatrix: ImatrixOption = None,
     leave_output: LeaveOutputOption = False,
     output_type: OutputTypeOption = None,
     embedding_type: EmbeddingTypeOption = None,
     tensor_type: TensorTypeOption = None,
     pure: PureOption = False,
-    dry_run: Annotated[bool, option("--dry-run", help="Show the plan, and write nothing.")] = False,
-    check: Annotated[bool, option("--check/--no-check", help="Load the result and decode a token.")] = True,
-    force: Annotated[bool, option("--force", help="Replace an output that exists.")] = False,
+    dry_run: DryRunOption = False,
+    check: CheckOption = True,
+    force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -2700,19 +2710,20 @@ def check_conversion(path: Path, settings: Settings) -> list[str]:
     file = ModelFile(path)
     interrupt = Interrupt()
     probe = Dialog("Be kind.", "One sentence.", (Turn("What is tea?"),))
-    settings = replace(settings, max_tokens=1, gpu_layers="0", context=min(file.context, 512))
+    settings = replace(settings, max_tokens=1, temperature=0.0, gpu_layers="0", context=min(file.context, 512))
     with interrupt, Model(file, settings, interrupt) as model:
         found = [f"loads, with {model.vocabulary.size:,} tokens and the end token {file.token('eos') or 'none'}"]
-        prompt = [0]
         if file.templates:
             with Chat(model, choose_template("auto", file), settings, RenderOptions(), interrupt) as session:
-                _, prompt, _ = session.fit(probe)
-            found.append(f"the template {session.template.name} renders {len(prompt)} tier-safe tokens")
+                answer = session.answer(probe, 0, lambda _: None, lambda _: None)
+                interrupt.check()
+                found.append(f"the template {answer.template} renders {answer.input_tokens} tier-safe tokens")
+                found.append(check_logits(cast(Engine, session.engine)))
         else:
             found.append("carries no chat template: chat will need --template")
-        with Engine(model, settings, interrupt, cast(int, settings.context)) as engine:
-            engine.prefill(engine.sequences[0], prompt[:1])  # all of it would take a large model a minute
-            found.append(check_logits(engine))
+            with Engine(model, settings, interrupt, cast(int, settings.context)) as engine:
+                engine.prefill(engine.sequences[0], [0])
+                found.append(check_logits(engine))
     return found
 
 
