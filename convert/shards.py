@@ -48,6 +48,7 @@ class Tensor:
     shape: tuple[int, ...]
     shard: str  # file name in the folder
     start: int  # bytes from the start of the file
+    key: str  # its name in the header of the file; ``name`` is what it would be called in a model of text only
 
     @property
     def nbytes(self) -> int:
@@ -150,7 +151,7 @@ def _checked(shard: str, name: str, entry: Any) -> tuple[Tensor, int, int]:
         raise ConvertError(f"{where}: {shape!r} is no shape")
     if not _counts(offsets) or len(offsets) != 2:
         raise ConvertError(f"{where}: {offsets!r} are no offsets")
-    tensor = Tensor(name, dtype, tuple(shape), shard, 0)
+    tensor = Tensor(name, dtype, tuple(shape), shard, 0, name)
     if offsets[1] - offsets[0] != tensor.nbytes:
         raise ConvertError(f"{where}: {offsets[1] - offsets[0]:,} bytes, but {dtype} {shape} takes {tensor.nbytes:,}")
     return tensor, offsets[0], offsets[1]
@@ -164,17 +165,12 @@ def reopener(folder: Folder, known: Iterable[Tensor]) -> Callable[[str], BinaryI
     """Return what opens a shard again, and makes sure that every known tensor is still where it was."""
 
     def reopen(shard: str) -> BinaryIO:
-        there = {_place(tensor) for tensor in read_header(folder, shard)}
-        if any(_place(tensor) not in there for tensor in known if tensor.shard == shard):
+        there = set(read_header(folder, shard))
+        if any(replace(tensor, name=tensor.key) not in there for tensor in known if tensor.shard == shard):
             raise ConvertError(f"{shard}: changed since it was opened; is something else writing there?")
         return folder.open(shard)
 
     return reopen
-
-
-def _place(tensor: Tensor) -> tuple[int, str, tuple[int, ...]]:
-    """Return what tells a tensor from all others of its shard; the name may have been changed since."""
-    return tensor.start, tensor.dtype, tensor.shape
 
 
 class Files:

@@ -471,6 +471,19 @@ def test_a_file_that_changed_after_it_was_opened_is_noticed(tmp_path: Path) -> N
         write_gguf(checkpoint, tmp_path / "x.gguf", check=False)
 
 
+def test_weights_that_changed_places_after_they_were_opened_are_noticed(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "tiny")
+    checkpoint = open_checkpoint(folder)
+    data = (folder / "model.safetensors").read_bytes()
+    one, other = b'"model.layers.0.mlp.gate_proj.weight"', b'"model.layers.0.mlp.up_proj.weight"  '
+    assert one in data and other.strip() in data
+    swapped = data.replace(one, b"?" * len(one)).replace(other.strip(), one).replace(b"?" * len(one), other.strip())
+    assert len(swapped) == len(data)
+    (folder / "model.safetensors").write_bytes(swapped)
+    with pytest.raises(ConvertError, match=r"model\.safetensors: changed since it was opened"):
+        write_gguf(checkpoint, tmp_path / "x.gguf", check=False)
+
+
 def test_what_killed_processes_left_behind_is_removed_and_what_is_in_use_is_not(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "tiny")
     checkpoint = open_checkpoint(folder)
