@@ -141,11 +141,9 @@ def _merges(model: Mapping[str, Any], ids: Mapping[str, int]) -> Iterator[tuple[
         raise ConvertError(f"{SOURCE}: no merges in it")
     for number, entry in enumerate(entries):
         pair = entry.split(" ") if isinstance(entry, str) else entry
-        if not isinstance(pair, list) or len(pair) != 2:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
             raise ConvertError(f"{SOURCE}: merge {number} is {entry!r}, not a pair")
         left, right = pair
-        if not isinstance(left, str) or not isinstance(right, str) or not left or not right:
-            raise ConvertError(f"{SOURCE}: merge {number} is {entry!r}, not a pair of texts")
         if left not in ids or right not in ids or left + right not in ids:
             raise ConvertError(f"{SOURCE}: merge {number}, {left!r} + {right!r}, uses a token that is not there")
         yield left, right
