@@ -51,7 +51,7 @@ _CASUAL = re.compile(
     r"awesome|gonna|wanna|kinda|gotta|guys?|dude|matey|arr+|lol|btw)\b",
     re.I,
 )
-_MEASURE = r"(?<![\d,.])\d[\d,.]*[\s-]*(?:(?:million|billion|thousand|degrees?|square|cubic)\s+)*"
+_MEASURE = r"(?<!\d)(?<!\d[,.])\d[\d,.]*[\s-]*(?:(?:million|billion|thousand|degrees?|square|cubic)\s+)*"
 _METRIC = re.compile(
     _MEASURE
     + r"(?:(?:kilo|centi|milli)?(?:met(?:re|er)|gram|lit(?:re|er))s?|km|cm|mm|kg|m|g|l|ml|tonnes?|celsius|°\s*c)\b",

@@ -47,6 +47,7 @@ JUDGED = [
     ("emoji.no", "Tea – 100 °C", "Tea 😊"),
     ("units.metric", "It is 384,000 kilometres away, under your feet.", "It is 239,000 miles away."),
     ("units.imperial", "It is about 7 feet tall.", "It weighs 5kg."),
+    ("units.metric", "It grows ...5 m.", "It is .5 miles long, or 1,000.5 feet."),
     ("units.imperial", "It is tall.", "It boils at 100 degrees Celsius."),
     ("title.yes", "# Tea\nTea is a drink.", "Tea\nTea is a drink."),
     ("title.yes", "**Tea**\n\nTea is a drink.", "**Tea** is a drink."),
