@@ -30,6 +30,10 @@ __all__ = ["Check", "Plan", "Row", "Turn", "held_out_pair", "row", "rows", "subj
 _FOLDER = Path(__file__).parent
 _HELD_OUT_PAIRS = 12  # one pair of topic and value in so many is kept from training
 _HELD_OUT_UNKNOWN = 8  # so is one unknown noun or question in so many
+# as usual, and where a row is to be hard: how often each kind of subject; none to three preferences; a contradiction
+_KINDS = ((68, 16, 12, 4), (64, 14, 18, 4))
+_COUNTS = ((12, 40, 29, 19), (6, 34, 30, 30))
+_CONFLICTS = (0.2, 0.5)
 
 
 @dataclass(frozen=True)
@@ -148,12 +152,7 @@ def row(seed: int, index: int, hard: bool = False) -> Row:
 
 def write_row(rng: Random, plan: Plan) -> Row:
     """Write a dialog that fits the plan; what the plan leaves open is drawn."""
-    kind = (
-        plan.kind
-        or rng.choices(("topic", "opinion", "unknown", "smalltalk"), (64, 14, 18, 4) if plan.hard else (68, 16, 12, 4))[
-            0
-        ]
-    )
+    kind = plan.kind or rng.choices(("topic", "opinion", "unknown", "smalltalk"), _KINDS[plan.hard])[0]
     head = _draw_head(rng, plan, kind)
     subject = _draw_subject(rng, kind, plan, head)
     count = plan.turns or rng.choices((1, 2, 3), (66, 20, 14))[0]
@@ -208,7 +207,7 @@ def _draw_head(rng: Random, plan: Plan, kind: str) -> _Head:
             break
     tiers = plan.tiers or tuple("system" if rng.random() < 0.38 else "user" for _ in keys)
     losing = plan.losing
-    if losing is None and plan.values is None and keys and rng.random() < (0.5 if plan.hard else 0.2):
+    if losing is None and plan.values is None and keys and rng.random() < _CONFLICTS[plan.hard]:
         # a conflict: the first preference moves to System Info, an opposite value stands in User Info
         tiers = ("system", *tiers[1:])
         losing = _opposite(rng, keys[0])
@@ -232,7 +231,7 @@ def _draw_head(rng: Random, plan: Plan, kind: str) -> _Head:
 def _draw_values(rng: Random, hard: bool) -> tuple[str, ...]:
     """Draw none to three values of different families."""
     names = [f.name for f in families().values() if f.name != "background" for _ in range(f.weight)]
-    count = rng.choices((0, 1, 2, 3), (6, 34, 30, 30) if hard else (12, 40, 29, 19))[0]
+    count = rng.choices((0, 1, 2, 3), _COUNTS[hard])[0]
     chosen: list[str] = []
     while len(chosen) < count:
         name = rng.choice(names)
