@@ -260,13 +260,17 @@ def refuse_rope(*kinds: str, share: bool = False, layered: bool = False) -> Guar
 PERIODS = ("sliding_window_pattern", "_sliding_window_pattern")
 
 
+def sliding(config: Config, period: int) -> list[bool]:
+    """Say of each layer whether it has a sliding window: all but every ``period``-th."""
+    return [number % period != 0 for number in range(1, config.integer("num_hidden_layers", high=1024) + 1)]
+
+
 def refuse_layers(period: int) -> Guard:
     """Refuse any order of sliding and full attention but the one that llama.cpp computes: every ``period``-th full."""
 
     def guard(config: Config) -> None:
         found = config.get("layer_types")
-        count = config.integer("num_hidden_layers", high=1024)
-        wanted = ["full_attention" if (n + 1) % period == 0 else "sliding_attention" for n in range(count)]
+        wanted = ["sliding_attention" if slides else "full_attention" for slides in sliding(config, period)]
         every = next((config.get(key) for key in PERIODS if config.get(key) is not None), period)
         if (found is not None and found != wanted) or every != period:
             raise ConvertError(

@@ -15,9 +15,9 @@ from .architectures import (
     refuse_set,
     refuse_tied,
     register,
+    sliding,
 )
 from .blocks import attention, ends, feed_forward, general, norms, sizes
-from .config import Config
 
 DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "hidden_act": "silu", "rope_theta": 10000.0}
 AFTER = (
@@ -25,6 +25,8 @@ AFTER = (
     *norms("self_attn.q_norm", size="q"),
     *norms("self_attn.k_norm", size="kv"),
 )
+GUARDS = (SILU, refuse_set("attention_bias"), refuse_other_head_size, refuse_tied)
+PERIOD = 4  # in OLMo 3, one layer in so many attends to everything
 
 OLMO2 = register(
     Architecture(
@@ -33,20 +35,9 @@ OLMO2 = register(
         keys=general(),
         tensors=(*ends(), *AFTER, *attention(), *feed_forward()),
         sizes=sizes,
-        guards=(
-            SILU,
-            refuse_set("attention_bias"),
-            refuse_other_head_size,
-            refuse_tied,
-            refuse_rope("default", "linear", "yarn"),
-        ),
+        guards=(*GUARDS, refuse_rope("default", "linear", "yarn")),
     )
 )
-
-
-def sliding(config: Config) -> list[bool]:
-    """Say of each layer whether it slides; every fourth attends to everything."""
-    return [number % 4 != 3 for number in range(config.integer("num_hidden_layers"))]
 
 
 OLMO3 = register(
@@ -56,8 +47,8 @@ OLMO3 = register(
         keys=(
             *general(),
             Key("attention.sliding_window", "u32", ("sliding_window",)),
-            Computed(lambda config: [("attention.sliding_window_pattern", sliding(config))]),
+            Computed(lambda config: [("attention.sliding_window_pattern", sliding(config, PERIOD))]),
         ),
-        guards=(*OLMO2.guards[:-1], refuse_layers(4), refuse_rope("default", "linear", "yarn", layered=True)),
+        guards=(*GUARDS, refuse_layers(PERIOD), refuse_rope("default", "linear", "yarn", layered=True)),
     )
 )
