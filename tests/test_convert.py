@@ -502,6 +502,11 @@ def text(name: str, content: str | bytes) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes(data) and None
 
 
+def sparse(name: str, size: int) -> Callable[[Path], None]:
+    """Make a file so large that it must not be read."""
+    return lambda folder: os.truncate(folder / name, size)
+
+
 def without(name: str) -> Callable[[Path], None]:
     """Remove a file."""
     return lambda folder: (folder / name).unlink()
@@ -547,6 +552,12 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     "partial rope": (config(partial_rotary_factor=0.5), "partial_rotary_factor 0.5, but here whole heads"),
     "huge theta": (rope(rope_theta=1e300), "rope_theta is 1e.300, not a number above 0"),
     "layers": (config(num_hidden_layers=10**6), "num_hidden_layers is 1000000, not a whole number from 1 to 1,024"),
+    "no layers": (config(num_hidden_layers=0), "num_hidden_layers is 0, not a whole number from 1"),
+    "negative": (config(hidden_size=-64), "hidden_size is -64, not a whole number from 1"),
+    "huge": (
+        config(intermediate_size=10**30),
+        "intermediate_size is 1000000000000000000000000000000, not a whole number",
+    ),
     "heads": (config(num_attention_heads=3), "3 heads cannot share 2 key-value heads"),
     "odd heads": (config(head_dim=15), "head_dim must be even"),
     "text for a number": (config(hidden_size="64"), "hidden_size is '64'"),
@@ -559,6 +570,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     "key twice": (text("config.json", '{"a": 1, "a": 2}'), "the key 'a' stands twice"),
     "nan": (text("config.json", '{"a": NaN}'), "NaN is not a JSON number"),
     "large": (text("config.json", " " * 5_000_000), "larger than 4 MB"),
+    "large tokenizer": (sparse("tokenizer.json", 201_000_000), "tokenizer.json: larger than 200 MB"),
     "pickle": (only("pytorch_model.bin"), r"pickled weights can run any code.*save_pretrained\(new_folder\)"),
     "pickle, pth": (only("consolidated.00.pth"), "pickled weights can run any code"),
     "adapter": (only("adapter_model.safetensors"), "a LoRA adapter, not a model"),
@@ -682,6 +694,11 @@ HOSTILE: dict[str, tuple[bytes, bytes, str]] = {
     "not json": (b"pickle", b"", "not valid JSON"),
     "not utf-8": (b"\xff\xfe", b"", "not a safetensors file"),
     "deep": (b'{"a":' * 100_000, b"", "nested too deeply"),
+    "100,001 tensors": (
+        json.dumps({str(n): {**ENTRY, "data_offsets": [8 * n, 8 * n + 8]} for n in range(100_001)}).encode(),
+        bytes(8 * 100_001),
+        "100,001 tensors, more than any model has",
+    ),
 }
 
 

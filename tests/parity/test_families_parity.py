@@ -104,10 +104,19 @@ def save(folder: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", IN_TRANSFORMERS)
 def test_llama_cpp_computes_what_transformers_computes(name: str, old: bool, tmp_path: Path) -> None:
     folder = make_family(tmp_path / "tiny", name, old=old)
-    wanted = transformers_logits(folder)
     write_gguf(open_checkpoint(folder), tmp_path / "tiny.gguf", outtype="f32")
-    found = llama_logits(tmp_path / "tiny.gguf")
-    tolerance = TOLERANCE_OF_A_TABLE if name.startswith("Gemma") else TOLERANCE
+    agree(tmp_path / "tiny.gguf", folder, IDS, TOLERANCE_OF_A_TABLE if name.startswith("Gemma") else TOLERANCE)
+
+
+def test_phi_3_turns_long_texts_by_its_long_factors(tmp_path: Path) -> None:
+    folder = make_family(tmp_path / "tiny", "Phi3ForCausalLM")
+    write_gguf(open_checkpoint(folder), tmp_path / "tiny.gguf", outtype="f32")
+    agree(tmp_path / "tiny.gguf", folder, IDS * 3, TOLERANCE)  # more than the original context of 256
+
+
+def agree(path: Path, folder: Path, ids: list[int], tolerance: float) -> None:
+    """Compare llama.cpp's scores for the converted model with transformers' for the checkpoint."""
+    found, wanted = llama_logits(path, ids), transformers_logits(folder, ids)
     assert np.abs(found - wanted).max() < tolerance * np.abs(wanted).max()
     assert (found.argmax(1) == wanted.argmax(1)).all()
 
@@ -123,23 +132,23 @@ class TableGELU(torch.nn.Module):
 IDS = np.random.default_rng(0).integers(3, 500, size=100).tolist()  # more than a sliding window
 
 
-def transformers_logits(folder: Path) -> Any:
+def transformers_logits(folder: Path, ids: list[int]) -> Any:
     """Return the scores at every position, in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     for module in model.modules():
         if isinstance(getattr(module, "act_fn", None), GELUTanh):
             module.act_fn = TableGELU()
     with torch.no_grad():
-        return model(torch.tensor([IDS])).logits[0].numpy()
+        return model(torch.tensor([ids])).logits[0].numpy()
 
 
-def llama_logits(path: Path) -> Any:
+def llama_logits(path: Path, ids: list[int]) -> Any:
     """Return llama.cpp's scores at the same positions, with keys and values in float32."""
     from llama_cpp import Llama
 
-    llama = Llama(str(path), n_ctx=256, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0)
-    llama.eval(IDS)
-    found = np.array(llama.scores[: len(IDS)])
+    llama = Llama(str(path), n_ctx=len(ids), logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0)
+    llama.eval(ids)
+    found = np.array(llama.scores[: len(ids)])
     llama.close()
     return found
 
