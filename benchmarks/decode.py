@@ -196,9 +196,9 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, list[float]]:
             str(path), n_ctx=CONTEXT, n_threads=options.threads, n_threads_batch=options.threads, verbose=False
         )
         ways: dict[str, Callable[[], float]] = {
-            "metaalign-edge, Chat.answer": lambda: ours(chat, options.tokens),
-            "llama-cpp-python, Llama": lambda: high_level(llama, prompt, options.tokens),
-            "bare loop over llama_decode": lambda: bare.run(prompt, options.tokens),
+            "Chat.answer": lambda: ours(chat, options.tokens),
+            "Llama": lambda: high_level(llama, prompt, options.tokens),
+            "bare loop": lambda: bare.run(prompt, options.tokens),
         }
         if options.llama_bench:
             ways["llama-bench"] = lambda: llama_bench(options.llama_bench, path, options.tokens, options.threads)
@@ -227,13 +227,12 @@ def main() -> None:
         path.with_suffix(".part").replace(path)
     speeds = measure(path, options)
     print(f"{path.name}, {options.tokens} tokens, {options.threads} threads, {options.rounds} rounds\n")
-    print(f"{'way':<30}{'median tokens/s':>16}{'best':>8}{'of the bare loop':>18}{'of Llama':>10}")
     medians = {name: statistics.median(found) for name, found in speeds.items()}
+    peers = list(medians)[1:]
+    print(f"{'way':<30}{'median tokens/s':>16}{'best':>8}" + "".join(f"{'of ' + peer:>18}" for peer in peers))
     for name, median in medians.items():
-        of_bare, of_llama = (
-            median / medians[key] for key in ("bare loop over llama_decode", "llama-cpp-python, Llama")
-        )
-        print(f"{name:<30}{median:>16.1f}{max(speeds[name]):>8.1f}{of_bare:>18.3f}{of_llama:>10.2f}")
+        ratios = "".join(f"{median / medians[peer]:>18.2f}" for peer in peers)
+        print(f"{name:<30}{median:>16.1f}{max(speeds[name]):>8.1f}{ratios}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)  # brings singular values from (0, 1] to ab
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024), with updates of AdamW's size, so that both take one learning rate (Liu et al. 2025).
 
-    PyTorch has this optimizer too, but computes in bfloat16, which costs an ordinary CPU more than twice the time.
+    PyTorch has this optimizer too, but computes in bfloat16, for which many CPUs have no instructions.
     """
 
     def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
