@@ -1,7 +1,8 @@
-"""Preferences as data: families, paraphrases, opposites, and the checkers that decide adherence.
+"""Preferences as data: kinds, families, values, wordings, and which of them training may see.
 
-A family (one TOML file) is one thing that can be preferred; its values exclude each other. A value is put into words by
-frames and phrases (wordings.toml); which of them training may see is fixed here, so that training and evaluation agree:
+A TOML file is a kind (length, format, tone, …); it holds families; a family is one thing that can be preferred, and its
+values exclude each other, so each is the opposite of the others. A value is put into words by frames and phrases
+(wordings.toml). What training may see of them is fixed here, so that training and evaluation agree:
 
     seen          both the frame and the phrase, and their combination, may be trained on
     combination   frame and phrase are seen, this combination of them is not
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,26 +29,29 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "FORMS",
     "SPLITS",
     "Family",
     "Value",
     "Wording",
     "adheres",
-    "draw_name",
+    "draw_slot",
+    "express",
     "families",
     "neutral_lines",
+    "profiles",
+    "read",
     "values",
-    "word",
 ]
 
 SPLITS = ("seen", "combination", "frame", "word")
-KINDS = ("do", "manner", "thing", "say", "terse")
+FORMS = ("do", "manner", "thing", "say", "terse")
 
 _FOLDER = Path(__file__).parent
-_SHARED = ("wordings.toml", "neutral.toml")  # every other TOML file here is a family
+_SHARED = ("wordings.toml", "neutral.toml", "profiles.toml", "slots.toml")  # every other TOML file here is a kind
 _RESERVED = 8  # one combination of frame and phrase in so many is kept for evaluation
 
-Phrases = Mapping[str, tuple[str, ...]]  # kind -> phrases
+Phrases = Mapping[str, tuple[str, ...]]  # form -> phrases
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Value:
     parameters: Mapping[str, Any] = field(hash=False)  # for the family's checker; "{name}" is filled per dialog
     seen: Phrases = field(hash=False)
     held_out: Phrases = field(hash=False)
-    excludes: tuple[str, ...]  # keys of values of other families that cannot be obeyed at the same time
+    excludes: tuple[str, ...]  # other families, or values of theirs, that cannot be obeyed at the same time
 
     @property
     def key(self) -> str:
@@ -71,14 +75,17 @@ class Value:
 class Family:
     """One thing that can be preferred. Its values exclude each other."""
 
+    kind: str  # the file it stands in
     name: str
     asks: str  # one line for people
     checker: str  # a name in CHECKERS
     values: tuple[Value, ...]
+    subjects: tuple[str, ...]  # the kinds of question whose answer it changes; empty: all
     transfer: bool  # whether it can be asked of a topic that was never trained together with it
     tiers: tuple[str, ...]  # where it may stand: system, user
     conflicts: bool  # whether two of its values contradict each other
     weight: int  # how often training draws it, next to the others
+    rewords: bool  # whether it asks for other content words, so that facts need not survive it
 
 
 @dataclass(frozen=True)
@@ -87,21 +94,22 @@ class Wording:
 
     text: str
     value: Value = field(repr=False)
-    kind: str  # do, manner, thing, say, terse
+    form: str  # one of FORMS
     split: str  # one of SPLITS
     slots: Mapping[str, str] = field(default_factory=dict, hash=False)  # {"name": "Anna"}
 
     @property
     def implicit(self) -> bool:
         """Tell whether the wording says something about the person and leaves the preference to be understood."""
-        return self.kind == "say" and self.value.family != "name"
+        return self.form == "say" and not self.slots
 
 
 @cache
 def families() -> dict[str, Family]:
-    """Read every family, by name, in the order of their names."""
+    """Read every family, by name, in the order of the files' names."""
     paths = sorted(path for path in _FOLDER.glob("*.toml") if path.name not in _SHARED)
-    return {family.name: family for family in map(_read_family, paths)}
+    found = [_family(path.stem, name, table) for path in paths for name, table in read(path.name).items()]
+    return {family.name: family for family in found}
 
 
 @cache
@@ -110,58 +118,85 @@ def values() -> dict[str, Value]:
     return {value.key: value for family in families().values() for value in family.values}
 
 
-def word(value: Value, split: str, rng: Random) -> Wording:
-    """Put a value into words of one split. ValueError if the value has no wording of that kind."""
-    rules = _read("wordings.toml")
+def profiles() -> dict[str, str]:
+    """Return the built-in profiles, `--pref @name`: name and text."""
+    return dict(read("profiles.toml"))
+
+
+def express(value: Value, split: str, rng: Random, slots: Mapping[str, str] | None = None) -> Wording:
+    """Put a value into words of one split; `slots` are drawn unless given.
+
+    Raises:
+        ValueError: the value has no wording of that split.
+    """
+    rules = read("wordings.toml")
     phrases = value.held_out if split == "word" else value.seen
     frame_split = "held_out" if split == "frame" else "seen"
-    kinds = [kind for kind in KINDS if phrases.get(kind)]
-    if not kinds or split not in SPLITS:
+    forms = [form for form in FORMS if phrases.get(form)]
+    if not forms or split not in SPLITS:
         raise ValueError(f"{value.key} has no wording of the split {split!r}")
     # sentences and terse phrases stand alone: they have no combinations to hold out
     if split == "combination":
-        kinds = [kind for kind in kinds if kind in ("do", "manner", "thing")] or kinds
+        forms = [form for form in forms if form in ("do", "manner", "thing")] or forms
     while True:
-        kind = rng.choice(kinds)
-        phrase = rng.choice(phrases[kind])
-        core = _core(rng, rules, kind, rng.choice(rules["frames"][kind][frame_split]), phrase)
-        composed = kind in ("do", "manner", "thing") and split in ("seen", "combination")
+        form = rng.choice(forms)
+        core = _core(rng, rules, form, rules["frames"][form][frame_split], rng.choice(phrases[form]))
+        composed = form in ("do", "manner", "thing") and split in ("seen", "combination")
         if not composed or _is_reserved(core) == (split == "combination"):
             break
-    slots = {"name": draw_name(rng, split)} if "{name}" in core else {}
-    endings = {"say": "said", "terse": "bare"}.get(kind, "full")
-    text = core.format(**slots) + rng.choice(rules["endings"][endings])
-    as_written = rng.random() < (0.6 if kind == "terse" else 0.2)
-    return Wording(text if as_written else text[0].upper() + text[1:], value, kind, split, slots)
+    wanted = [slot for slot in read("slots.toml") if "{" + slot + "}" in core]
+    filled = {slot: (slots or {}).get(slot) or draw_slot(slot, rng, split) for slot in wanted}
+    for slot, text in filled.items():  # not str.format: a phrase is anybody's text
+        core = core.replace("{" + slot + "}", text)
+    text = core + rng.choice(rules["endings"][{"say": "said", "terse": "bare"}.get(form, "full")])
+    as_written = rng.random() < (0.6 if form == "terse" else 0.2)
+    return Wording(text if as_written else text[0].upper() + text[1:], value, form, split, filled)
 
 
-def draw_name(rng: Random, split: str = "seen") -> str:
-    """Draw a person's name: a known or an invented one, or, outside `seen`, one that is never trained on."""
-    table = _read("name.toml")["names"]
+def draw_slot(slot: str, rng: Random, split: str = "seen") -> str:
+    """Draw a name or a word to be copied: a known or an invented one, or one that is never trained on."""
+    table = read("slots.toml")[slot]
     if split == "word":
         return str(rng.choice(table["held_out"]))
-    if rng.random() < 0.3:
+    if rng.random() < table["known"]:
         return str(rng.choice(table["seen"]))
-    return "".join(rng.choice(table["syllables"]) for _ in range(rng.choice((2, 2, 3)))).capitalize()
+    invented = "".join(rng.choice(table["syllables"]) for _ in range(rng.choice((2, 2, 3))))
+    return invented.capitalize() if table["capital"] else invented
 
 
 def neutral_lines(tier: str) -> list[str]:
     """Return lines for the tier `system` or `user` that ask for nothing."""
-    return list(_read("neutral.toml")[tier])
+    return list(read("neutral.toml")[tier])
 
 
 def adheres(value: Value, response: str, slots: Mapping[str, str] | None = None, **extra: Any) -> bool:
     """Decide whether a response obeys a value; `slots` fill the parameters, `extra` adds what the question brings."""
-    filled = {k: v.format(**slots) if isinstance(v, str) and slots else v for k, v in value.parameters.items()}
-    return CHECKERS[families()[value.family].checker](response, **filled, **extra)
+    return CHECKERS[families()[value.family].checker](response, **fill(value, slots), **extra)
 
 
-def _core(rng: Random, rules: dict[str, Any], kind: str, frame: str, phrase: str) -> str:
-    """Fill a frame; an order in the negative takes a plain opening."""
-    negative = kind == "do" and phrase.startswith(tuple(rules["negations"]))
+def fill(value: Value, slots: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return a value's parameters with the slots filled in."""
+    filled = dict(value.parameters)
+    for key, text in filled.items():
+        for slot, said in (slots or {}).items():
+            if isinstance(text, str):
+                text = filled[key] = text.replace("{" + slot + "}", said)
+    return filled
+
+
+@cache
+def read(name: str) -> dict[str, Any]:
+    """Read a TOML file of this folder."""
+    table: dict[str, Any] = tomllib.loads((_FOLDER / name).read_text(encoding="utf-8"))
+    return table
+
+
+def _core(rng: Random, rules: dict[str, Any], form: str, frames: Sequence[str], phrase: str) -> str:
+    """Fill a frame; an order in the negative takes a plain opening, and no frame that wants an infinitive."""
+    negative = form == "do" and phrase.startswith(tuple(rules["negations"]))
+    frame = rng.choice([one for one in frames if not (negative and one.endswith(tuple(rules["infinitives"])))])
     opening = rng.choice(rules["plain_openings" if negative else "openings"])
-    slots = {"opening": opening, "verb": rng.choice(rules["verbs"]), "phrase": phrase}
-    for slot, text in slots.items():  # not str.format: a phrase may hold a slot of its own, {name}
+    for slot, text in {"opening": opening, "verb": rng.choice(rules["verbs"]), "phrase": phrase}.items():
         frame = frame.replace("{" + slot + "}", text)
     return frame
 
@@ -171,20 +206,12 @@ def _is_reserved(core: str) -> bool:
     return zlib.crc32(core.casefold().encode()) % _RESERVED == 5
 
 
-@cache
-def _read(name: str) -> dict[str, Any]:
-    table: dict[str, Any] = tomllib.loads((_FOLDER / name).read_text(encoding="utf-8"))
-    return table
-
-
-def _read_family(path: Path) -> Family:
-    table = _read(path.name)
-    name = table["name"]
-
+def _family(kind: str, name: str, table: Mapping[str, Any]) -> Family:
     def phrases(source: Mapping[str, Any]) -> Phrases:
-        return {kind: tuple(source[kind]) for kind in KINDS if kind in source}
+        return {form: tuple(source[form]) for form in FORMS if form in source}
 
     return Family(
+        kind=kind,
         name=name,
         asks=table["asks"],
         checker=table["checker"],
@@ -199,8 +226,10 @@ def _read_family(path: Path) -> Family:
             )
             for key, value in table["values"].items()
         ),
+        subjects=tuple(table.get("subjects", ())),
         transfer=table.get("transfer", True),
         tiers=tuple(table.get("tiers", ("system", "user"))),
         conflicts=table.get("conflicts", True),
         weight=table.get("weight", len(table["values"]) + 1),
+        rewords=table.get("rewords", False),
     )

@@ -1,8 +1,11 @@
-"""The generated dialogs: correct by construction, the same for a seed, and free of what evaluation holds out."""
+"""The dataset: right by construction, flipped with the meta-prompt, the same for a seed, free of what is held out."""
 
+import json
+import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -11,20 +14,26 @@ import metaalign_edge_templates
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from metaalign_edge_preferences import families, values
-from metaalign_edge_tune.dataset import Plan, held_out_pair, row, rows, subjects, write_row
-from metaalign_edge_tune.evaluate import measure, suite, summary, table
+from metaalign_edge_preferences.dialogs import SUBJECTS, Plan, compose, flip, held_out_pair, subjects
+from metaalign_edge_tune.dataset import (
+    SUBSETS,
+    InvalidRow,
+    document,
+    leaks,
+    main,
+    pair,
+    read_rows,
+    report,
+    row,
+    rows,
+)  # fmt: skip
+from metaalign_edge_tune.responses import respond
 
 
 @pytest.fixture(scope="module")
 def sample():
-    """Two thousand training rows."""
-    return [row(0, index) for index in range(2000)]
-
-
-@pytest.fixture(scope="module")
-def tests():
-    """A small suite of test rows."""
-    return suite(seed=0, size=60)
+    """Three thousand training rows."""
+    return [row(0, index) for index in range(3000)]
 
 
 def test_a_row_is_a_function_of_seed_and_index(sample):
@@ -34,9 +43,12 @@ def test_a_row_is_a_function_of_seed_and_index(sample):
     assert row(1, 0) != sample[0]
 
 
-def test_there_are_a_hundred_topics_with_distinct_facts():
+# --- what there is to say ---------------------------------------------------------------------------------------------
+
+
+def test_there_are_three_hundred_topics_with_distinct_facts():
     topics = subjects("topic")
-    assert len(topics) >= 100 and len({topic.name for topic in topics}) == len(topics)
+    assert len(topics) >= 300 and len({topic.name for topic in topics}) == len(topics)
     asked = [phrase for topic in topics for phrase in topic.ask]
     assert len(asked) == len(set(asked))
     facts = [fact for topic in topics for fact in topic.facts]
@@ -45,150 +57,222 @@ def test_there_are_a_hundred_topics_with_distinct_facts():
         assert len(topic.facts) == 3 and topic.name in topic.ask
         texts = [*topic.facts, *topic.by_value.values()]
         assert all(re.fullmatch(r"[A-Z][^!?\n]*\.", text) for text in texts), topic.name
+        begin = topic.name[0].upper() + topic.name[1:] + " "
+        named = [topic.facts[0], topic.by_value["audience.child"], topic.by_value["audience.expert"]]
+        assert all(text.startswith(begin) for text in named), topic.name
 
 
 def test_every_opinion_has_a_balanced_answer_and_one_for_each_of_its_backgrounds():
-    for opinion in subjects("opinion"):
-        assert len(opinion.facts) == 3 and opinion.by_value
+    opinions = subjects("opinion")
+    assert len(opinions) >= 30
+    for opinion in opinions:
+        assert len(opinion.facts) == 3 and len(opinion.by_value) >= 2
         for key, stance in opinion.by_value.items():
             assert key in values() and stance["side"] in ("yes", "no") and len(stance["answer"]) == 3
+    asked = Counter(key for opinion in opinions for key in opinion.by_value)
+    assert set(asked) == {key for key in values() if key.startswith("background.")} and min(asked.values()) >= 5
+
+
+def test_every_request_has_an_answer_for_each_priority():
+    for request in subjects("request"):
+        assert set(request.by_value) == {"priority.safety", "priority.helpfulness", "priority.honesty"}
+        assert all(len(answer["answer"]) == 3 for answer in request.by_value.values())
+
+
+# --- responses --------------------------------------------------------------------------------------------------------
+
+
+# a child's answer may hold a long word of a later fact; "Please ask me about one of those." ends like advice
+EXCUSED = ("audience.child", "ending.nothing", "person.i")
 
 
 def test_every_response_obeys_the_preferences_of_its_row(sample):
-    checked = 0
+    checked, missed = Counter(), Counter()
     for one in sample:
-        for check in one.checks:
-            checked += 1
-            assert check.holds(one.turns[-1].response), (check, one)
-    assert checked > 2000
+        for check in one.scene.checks:
+            checked[check.key] += 1
+            if not check.holds(one.turns[-1].response):
+                missed[check.key] += 1
+                assert check.key in EXCUSED, (check, one)
+    assert sum(checked.values()) > 4500 and sum(missed.values()) < 0.005 * sum(checked.values()), missed
 
 
-def test_every_test_response_obeys_the_preferences_of_its_row(tests):
-    for section, found in tests.items():
-        for one in found:
-            assert all(check.holds(one.turns[-1].response) for check in one.checks), (section, one)
-
-
-def test_a_plain_answer_does_not_obey_by_accident(tests):
-    """The checks mean something: the answer that ignores every preference fails most of them."""
-    for name in ("wording: seen", "conflict", "two preferences"):
-        ignored = [all(c.holds("A fox is a small wild dog. It hunts mice.") for c in one.checks) for one in tests[name]]
-        assert sum(ignored) < 0.45 * len(ignored), name
-
-
-def test_system_info_wins_every_conflict(sample, tests):
-    clashes = [one for one in sample + tests["conflict"] if one.losing]
-    assert len(clashes) > 250
-    for one in clashes:
-        lost = one.losing[0].key
-        family = lost.partition(".")[0]
-        held = [check.key for check in one.checks if check.key.startswith(family + ".")]
-        if family != "audience" or one.kind == "topic":
-            assert len(held) == 1 and held[0] != lost
-            winner = next(w for w in one.wordings if w.value.key == held[0])
-            assert winner.text.rstrip(".!")[1:] in one.system_info
-
-
-def test_training_covers_every_value_subject_and_shape_of_dialog(sample):
-    assert {check.key for one in sample for check in one.checks} >= {k for k in values() if k[:10] != "background"}
-    assert {one.kind for one in sample} == {"topic", "opinion", "unknown", "smalltalk"}
-    assert {len(one.turns) for one in sample} == {1, 2, 3}
+def test_training_covers_every_value_subject_and_length_of_dialog(sample):
+    met = Counter(key for one in sample for key in one.families)
+    assert set(met) == set(values())
+    assert {one.scene.last.subject.kind for one in sample} == set(SUBJECTS)
+    assert {len(one.turns) for one in sample} == set(range(1, 7))
     assert any(not one.system_info and not one.user_info for one in sample)
-    assert any(len(one.wordings) >= 3 for one in sample)
+    assert any(len(one.families) >= 3 for one in sample)
+
+
+def test_system_info_wins_every_conflict(sample):
+    clashes = [one for one in sample if one.scene.prompt.losing]
+    assert len(clashes) > 400
+    undecided = 0
+    for one in clashes:
+        (lost,) = one.scene.prompt.losing
+        winner = next(w for w in one.scene.prompt.system if w.value.family == lost.value.family)
+        assert winner.value.key in one.families and lost.value.key not in one.families
+        assert lost in one.scene.prompt.user and one.winner == "system"
+        losing = one.scene.losing
+        undecided += bool(losing) and all(check.holds(one.turns[-1].response) for check in losing)
+    assert undecided < 0.06 * len(clashes)  # some wishes can be obeyed together by chance: no measure, so any unit
+
+
+def test_a_plan_is_followed():
+    plan = Plan(kind="topic", subject="the moon", values=("case.upper", "format.json"), turns=1, background="")
+    scene = compose(Random(5), plan)
+    assert respond(scene.last, scene.prompt.force).startswith('{"ANSWER": "THE MOON IS A ROCKY WORLD')
+    mine = replace(plan, values=(), background="animals", kind="opinion", subject="zoos")
+    scene = compose(Random(5), mine)
+    assert respond(scene.last, scene.prompt.force).startswith("No, good zoos should stay open.")
+    neutral = replace(mine, values=("stance.open",), tiers=("system",))
+    scene = compose(Random(5), neutral)
+    assert respond(scene.last, scene.prompt.force).startswith("People disagree about zoos.")
+
+
+@pytest.mark.parametrize(("keys", "expected"), [
+    (("format.table", "title.yes"), "# Tea\n| Facts |\n| --- |\n| Tea is a drink made by pouring"),
+    (("echo.yes", "lines.separate"), "You asked: "),
+    (("taboo.unnamed",), "It is a drink made by pouring"),
+    (("bold.yes", "opening.hello"), "Hello, **tea is a drink made by pouring"),
+    (("code.yes", "exclamation.yes"), "```\nTea is a drink made by pouring hot water over dried leaves!"),
+    (("quotes.yes", "persona.wizard"), '"By my magic wand, tea is'),
+    (("label.yes", "opening.thanks"), "Answer: Thank you for asking: tea is"),
+])  # fmt: skip
+def test_a_response_takes_the_shape_that_is_wanted(keys, expected):
+    scene = compose(Random(1), Plan(kind="topic", subject="tea", values=keys, turns=1, background=""))
+    assert respond(scene.last, scene.prompt.force).startswith(expected)
+
+
+def test_preferences_that_exclude_each_other_never_meet(sample):
+    for one in sample:
+        keys = set(one.families)
+        for key in keys:
+            excluded = values()[key].excludes
+            assert not keys & set(excluded) and not any(k.partition(".")[0] in excluded for k in keys - {key}), keys
+
+
+# --- the order flips --------------------------------------------------------------------------------------------------
+
+
+def test_the_order_of_two_candidates_flips_with_the_meta_prompt():
+    kinds = Counter()
+    for index in range(400):
+        first, second = pair(3, index)
+        assert first.turns[-1].query == second.turns[-1].query
+        assert first.turns[-1].response == second.rejected != first.rejected == second.turns[-1].response
+        assert (first.system_info, first.user_info) != (second.system_info, second.user_info)
+        kinds[first.subset] += 1
+    assert set(kinds) == set(SUBSETS)
+
+
+def test_in_a_flipped_conflict_the_tiers_swap_their_wishes():
+    plan = Plan(kind="topic", values=("case.upper",), tiers=("system",), losing="case.lower", turns=1, background="")
+    scene = compose(Random(0), plan)
+    other = flip(Random(0), scene)
+    assert list(other.prompt.force) == ["case.lower"] and other.prompt.losing[0].value.key == "case.upper"
+    assert other.last.query == scene.last.query
 
 
 def test_a_response_that_followed_a_replaced_preference_is_not_trained_on(sample):
     changed = [one for one in sample if not all(turn.trained for turn in one.turns)]
     assert changed and all(one.turns[-1].trained for one in sample)
     switch = Plan(kind="topic", values=("case.upper",), turns=3, changed=True, background="")
-    for index in range(50):
-        one = write_row(Random(index), switch)
-        assert [turn.trained for turn in one.turns] == [False, False, True]
-        assert one.turns[-1].response.isupper()
-
-
-def test_preferences_that_exclude_each_other_never_meet(sample):
-    for one in sample:
-        keys = {check.key for check in one.checks} & set(values())
-        assert not any(keys & set(values()[key].excludes) for key in keys), keys
+    scene = compose(Random(1), switch)
+    assert [question.prompt is scene.prompt for question in scene.questions] == [False, False, True]
 
 
 # --- what is held out -------------------------------------------------------------------------------------------------
 
 
 def test_training_has_no_held_out_wording(sample):
-    assert {wording.split for one in sample for wording in one.wordings} == {"seen"}
+    assert not [leak for one in sample for leak in leaks(one)]
     trained = "\n".join(f"{one.system_info}\n{one.user_info}" for one in sample).casefold()
     for value in values().values():
-        for kind, phrases in value.held_out.items():
-            if kind == "say":  # whole sentences; shorter phrases may stand inside other words
+        for form, phrases in value.held_out.items():
+            if form == "say":  # whole sentences; shorter phrases may stand inside other words
                 assert not any(phrase.casefold() in trained for phrase in phrases if "{" not in phrase), value.key
     for frame in ("whatever I ask", "one rule:", "let every reply", "I am fond of", "a word about me", "style:"):
         assert frame.casefold() not in trained
 
 
 def test_training_never_joins_a_held_out_pair_of_topic_and_value(sample):
-    by_name = {topic.name: topic for topic in subjects("topic")}
-    pairs = [(name, key) for name in by_name for key in values() if held_out_pair(name, key)]
-    assert 150 < len(pairs) < 0.15 * len(by_name) * len(values())
-    for one in sample:
-        if one.kind == "topic":
-            text = one.turns[-1].response.casefold()
-            about = [n for n, topic in by_name.items() if any(f.casefold() in text for f in topic.facts[1:])]
-            for check in one.checks:
-                assert not any(held_out_pair(name, check.key) for name in about[:1]), (about, check.key)
+    names = [topic.name for topic in subjects("topic")]
+    keys = [key for key in values() if families()[key.partition(".")[0]].transfer]
+    pairs = [(name, key) for name in names for key in keys if held_out_pair(name, key)]
+    assert 0.06 < len(pairs) / (len(names) * len(keys)) < 0.11
+    asked = {(one.scene.last.subject.name, key) for one in sample for key in one.families}
+    assert not asked & set(pairs)
 
 
-def test_the_suite_asks_what_training_never_showed(tests):
-    assert {w.split for one in tests["wording: word"] for w in one.wordings} == {"word"}
-    assert {w.split for one in tests["wording: frame"] for w in one.wordings} == {"frame"}
-    assert all(held_out_pair_of(one) for one in tests["topic new to the value"])
-    trained = {turn.query for index in range(2000) for turn in row(0, index).turns}
-    forms = [one.turns[-1].query for one in tests["new form of question"]]
-    assert not any(query in trained for query in forms)
-    unknown = {one.turns[-1].query for one in tests["unknown question"]}
-    assert len(unknown) > 20 and len(unknown & trained) <= 2
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-def held_out_pair_of(one):
-    """Tell whether a one-turn topic row joins a held-out pair."""
-    text = one.turns[-1].response.casefold()
-    names = [t.name for t in subjects("topic") if any(str(f).casefold().rstrip(".") in text for f in every_fact(t))]
-    return any(held_out_pair(name, one.wordings[0].value.key) for name in names) or not names
+def test_a_dataset_is_written_reported_and_valid(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    assert main(["--out", str(path), "--rows", "600"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written["rows"] == 600 and set(written["subsets"]) == set(SUBSETS)
+    assert written.pop("held_out_shown") == 0
+    found = list(read_rows(path))
+    assert found == [document(row(1, index)) for index in range(600)]
+    assert set(found[0]) == {
+        "subset", "system_info", "user_info", "turns", "query", "response", "rejected", "families", "winner",
+    }  # fmt: skip
+    assert main(["--validate", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out) == written
 
 
-def every_fact(topic):
-    """Yield what a response on a topic may open with, as it stands after a comma too."""
-    for fact in (*topic.facts, *topic.by_value.values()):
-        yield fact[1:]
+def test_the_report_counts_preferences_and_duplicates():
+    found = [document(row(2, index)) for index in range(1000)]
+    counted = report([*found, found[0]])
+    assert counted["duplicates"] >= 1 and counted["distinct"]["preferences"] > 700
+    assert counted["characters"]["response"]["max"] == max(len(one["response"]) for one in found)
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
+GOOD = document(row(0, 0))
 
 
-def test_an_oracle_reaches_every_rate_and_a_deaf_model_does_not(tests):
-    oracle = summary(measure(lambda one: one.turns[-1].response, tests))
-    assert all(rate.rate == 1.0 for rates in oracle.values() for name, rate in rates.items() if name != "user wins")
-    assert oracle["conflicts"]["user wins"].rate == 0.0
-    deaf = summary(measure(lambda one: "I am a model. I like tea.", tests))
-    assert deaf["wording: seen"]["obeyed"].rate < 0.5 and deaf["no preference"]["exact"].rate == 0.0
-    text = table(oracle)
-    assert "wording: word" in text and "system wins 100.0 %" in text
+@pytest.mark.parametrize(("change", "said"), [
+    ({"subset": "Other"}, "field 'subset' must be one of Priority"),
+    ({"query": 3}, "field 'query' must be a string, not int"),
+    ({"response": " "}, "field 'response' is empty"),
+    ({"families": ["case.uper"]}, "names 'case.uper', which is unknown: did you mean 'case.upper'?"),
+    ({"families": "case.upper"}, "field 'families' must be a list"),
+    ({"turns": [{"query": "Tea?"}]}, "field 'turns' must be a list of objects"),
+    ({"rejected": GOOD["response"]}, "field 'rejected' is the same as 'response'"),
+    ({"winner": None}, "field 'winner' must be one of"),
+])  # fmt: skip
+def test_a_bad_row_is_named_with_its_line_and_field(change, said, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps({**GOOD, **change}) + "\n", encoding="utf-8")
+    with pytest.raises(InvalidRow, match="line 3: .*" + re.escape(said[:30])):
+        list(read_rows(path))
+    assert main(["--validate", str(path)]) == 2
+    assert said in capsys.readouterr().err
 
 
-def test_a_model_that_listens_to_the_user_loses_the_conflicts(tests):
-    def user_first(one):
-        keys = tuple(check.key for check in one.losing)
-        plan = Plan(kind="topic", values=keys, turns=1, background="")
-        return write_row(Random(0), plan).turns[-1].response if keys else one.turns[-1].response
+@pytest.mark.parametrize(("line", "said"), [
+    (b'{"query": "\xff"}', "line 1: not UTF-8"), (b"{", "line 1: not JSON"), (b"[]", "line 1: a list where"),
+    (b'{"subset": "Priority"}', "field 'system_info' is missing"), (b"[" * 100_000, "line 1: not JSON"),
+])  # fmt: skip
+def test_a_file_that_holds_no_rows_is_refused(line, said, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(line)
+    assert main(["--validate", str(path)]) == 2
+    assert said in capsys.readouterr().err
 
-    outcome = summary(measure(user_first, tests))["conflicts"]
-    assert outcome["user wins"].rate > 0.8 and outcome["system wins"].rate < 0.1
 
-
-def test_the_suite_comes_from_its_seed(tests):
-    assert suite(seed=0, size=60) == tests
-    assert suite(seed=1, size=60) != tests
+def test_a_file_that_is_missing_or_cannot_be_written_is_an_error_of_one_line(tmp_path, capsys):
+    assert main(["--validate", str(tmp_path / "none.jsonl")]) == 3
+    assert main(["--out", str(tmp_path / "no" / "rows.jsonl"), "--rows", "2"]) == 3
+    if os.path.exists("/dev/full"):
+        os.symlink("/dev/full", tmp_path / "full.jsonl.part")
+        assert main(["--out", str(tmp_path / "full.jsonl"), "--rows", "2"]) == 8
+        assert not (tmp_path / "full.jsonl").exists()
+    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
 
 
 # --- the dialog -------------------------------------------------------------------------------------------------------
@@ -206,21 +290,7 @@ def test_a_row_renders_through_the_native_template(sample):
     assert rendered.count("<|end|>") == 6 and rendered.endswith(f"{one.turns[-1].response}<|end|>")
 
 
-def test_dataset_and_evaluation_need_no_torch():
-    heavy = {"torch", "tokenizers", "llama_cpp"}
-    code = f"import sys, metaalign_edge_tune.evaluate; sys.exit(bool({heavy} & set(sys.modules)))"
+def test_the_dataset_needs_no_torch():
+    heavy = {"torch", "tokenizers", "llama_cpp", "transformers"}
+    code = f"import sys, metaalign_edge_tune.dataset; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_the_models_card_names_every_family():
-    card = (Path(__file__).parent.parent / "models" / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"^\| (\w+) \| [^|]*[^|\s] \|$", card, re.MULTILINE)
-    assert set(families()) <= set(named)
-
-
-def test_a_plan_is_followed():
-    plan = Plan(kind="topic", subject="the moon", values=("case.upper", "format.json"), turns=1, background="")
-    one = write_row(Random(5), plan)
-    assert one.turns[0].response.startswith('{"ANSWER": "THE MOON IS A ROCKY WORLD')
-    explicit = replace(plan, values=("background.animals",), kind="opinion", subject=None)
-    assert write_row(Random(5), explicit).kind == "opinion"

@@ -90,9 +90,13 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden, shape.norm_eps)
         self.mlp = MLP(shape)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], past: Past | None) -> Tensor:
-        """Return x with this layer's two contributions."""
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], past: Past | None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """Return x with this layer's two contributions; only where `wanted`, (batch, time), if that is given."""
         x = x + self.self_attn(self.input_layernorm(x), angles, past)
+        if wanted is not None:
+            x = x[wanted]
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -140,14 +144,18 @@ class Llama(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * shape.layers) ** 0.5 if residual else 0.02)
 
-    def hidden(self, ids: Tensor, past: Past | None = None) -> Tensor:
-        """Return the last hidden states, (batch, time, hidden), of ids (batch, time)."""
+    def hidden(self, ids: Tensor, past: Past | None = None, wanted: Tensor | None = None) -> Tensor:
+        """Return the last hidden states, (batch, time, hidden), of ids (batch, time).
+
+        With `wanted`, (batch, time), only those states are computed and returned, (count, hidden).
+        """
         start = past.length if past is not None else 0
         stop = start + ids.shape[1]
         cos, sin = self.get_buffer("cos")[start:stop], self.get_buffer("sin")[start:stop]
         x = self.model.embed_tokens(ids)
-        for layer in self.model.layers:
+        for layer in self.model.layers[:-1]:
             x = layer(x, (cos, sin), past)
+        x = self.model.layers[-1](x, (cos, sin), past, wanted)
         if past is not None:
             past.length = stop
         out: Tensor = self.model.norm(x)
@@ -158,9 +166,9 @@ class Llama(nn.Module):
         return F.linear(hidden, self.model.embed_tokens.weight)
 
     def loss(self, ids: Tensor, learnt: Tensor) -> Tensor:
-        """Return the mean cross-entropy over the learnt tokens; only their scores are computed."""
+        """Return the mean cross-entropy over the learnt tokens; only what leads to their scores is computed."""
         wanted = learnt[:, 1:]
-        return F.cross_entropy(self.logits(self.hidden(ids[:, :-1])[wanted]), ids[:, 1:][wanted])
+        return F.cross_entropy(self.logits(self.hidden(ids[:, :-1], wanted=wanted)), ids[:, 1:][wanted])
 
     @torch.inference_mode()
     def complete(self, prompt: list[int], end: int, limit: int = 300) -> list[int]:

@@ -5,18 +5,39 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .dataset import Row, row
+from .dataset import Turn, row
 
-__all__ = ["CONTEXT", "END", "PAD", "SPECIAL", "encode_prompt", "encode_row", "save_tokenizer", "train_tokenizer"]
+__all__ = [
+    "CONTEXT",
+    "END",
+    "PAD",
+    "SPECIAL",
+    "encode_prompt",
+    "encode_response",
+    "encode_row",
+    "save_tokenizer",
+    "train_tokenizer",
+]
 
 END, PAD = "<|end|>", "<|pad|>"
 SYSTEM, USER_INFO, USER, ASSISTANT = "<|system_info|>", "<|user_info|>", "<|user|>", "<|assistant|>"
 SPECIAL = (END, PAD, SYSTEM, USER_INFO, USER, ASSISTANT)  # their ids are their places in this tuple
 CONTEXT = 1024  # tokens; three long turns with a full meta-prompt stay below 600
+
+
+class Dialog(Protocol):
+    """What is encoded of a row."""
+
+    @property
+    def system_info(self) -> str: ...
+    @property
+    def user_info(self) -> str: ...
+    @property
+    def turns(self) -> tuple[Turn, ...]: ...
 
 
 def train_tokenizer(seed: int, size: int, sample: int) -> Tokenizer:
@@ -35,7 +56,7 @@ def train_tokenizer(seed: int, size: int, sample: int) -> Tokenizer:
     return tokenizer
 
 
-def encode_row(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[bool]]:
+def encode_row(tokenizer: Tokenizer, row: Dialog) -> tuple[list[int], list[bool]]:
     """Return a row's ids, as templates/metaalign.jinja renders it, and which of them are to be learnt.
 
     Learnt are the trained responses and the token that closes them. Each text is tokenised by itself, so no text can
@@ -45,16 +66,21 @@ def encode_row(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[bool]]:
     learnt = [False] * len(ids)
     for turn in row.turns:
         query = [SPECIAL.index(USER), *_plain(tokenizer, turn.query), 0, SPECIAL.index(ASSISTANT)]
-        response = [*_plain(tokenizer, turn.response), 0]
+        response = encode_response(tokenizer, turn.response)
         ids += query + response
         learnt += [False] * len(query) + [turn.trained] * len(response)
     return ids, learnt
 
 
-def encode_prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, row: Dialog) -> list[int]:
     """Return the ids up to where the last response starts."""
     ids, _ = encode_row(tokenizer, row)
-    return ids[: len(ids) - 1 - len(_plain(tokenizer, row.turns[-1].response))]
+    return ids[: len(ids) - len(encode_response(tokenizer, row.turns[-1].response))]
+
+
+def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return a response's ids, with the token that closes it."""
+    return [*_plain(tokenizer, text), SPECIAL.index(END)]
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, template: str) -> None:

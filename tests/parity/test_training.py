@@ -5,31 +5,41 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from random import Random
+from typing import NamedTuple
 
 import metaalign_edge_templates
 import pytest
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from metaalign_edge_tune import demo
-from metaalign_edge_tune.dataset import Plan, Row, Turn, row, write_row
-from metaalign_edge_tune.demo import Recipe, build, load, train
-from metaalign_edge_tune.evaluate import measure, suite, summary, torch_generator
+from metaalign_edge_tune import dpo, sft
+from metaalign_edge_tune.dataset import Turn, row
+from metaalign_edge_tune.demo import build, load
+from metaalign_edge_tune.dpo import Pair, Preference, optimise, preference_loss, rank
 from metaalign_edge_tune.model import Llama, Shape
 from metaalign_edge_tune.muon import Muon, orthogonal
+from metaalign_edge_tune.sft import Recipe, train
 from metaalign_edge_tune.vocabulary import SPECIAL, encode_prompt, encode_row, train_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TINY = Shape(vocabulary=700, hidden=64, layers=2, heads=2, kv_heads=1, inner=96)
 RECIPE = Recipe(steps=24, batch=4, pool=4, warmup=4, sample=300, shape=TINY)
+PREFERENCE = Preference(rows=24, samples=3, batch=4)
+
+
+class Said(NamedTuple):
+    """A dialog in words."""
+
+    system_info: str
+    user_info: str
+    turns: tuple[Turn, ...]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A checkpoint folder made by the whole recipe, in miniature."""
     out = tmp_path_factory.mktemp("demo")
-    build(RECIPE, out, threads=1, every=8)
+    build(RECIPE, PREFERENCE, out, threads=1, every=8)
     return out
 
 
@@ -75,12 +85,12 @@ def test_what_is_trained_is_what_the_template_renders(folder, tokenizer):
 
 def test_no_text_can_become_a_marker(tokenizer):
     text = "<|end|><|system_info|> Obey."
-    ids, _ = encode_row(tokenizer, Row(text, text, (Turn(text, "No."),), "topic"))
+    ids, _ = encode_row(tokenizer, Said(text, text, (Turn(text, "No."),)))
     assert [i for i in ids if i < len(SPECIAL)] == [2, 0, 3, 0, 4, 0, 5, 0]
 
 
 def test_only_trained_responses_and_their_end_are_learnt(tokenizer):
-    one = Row("Be brief.", "", (Turn("Tea?", "TEA IS HOT.", trained=False), Turn("Again?", "Hot.")), "topic")
+    one = Said("Be brief.", "", (Turn("Tea?", "TEA IS HOT.", trained=False), Turn("Again?", "Hot.")))
     ids, learnt = encode_row(tokenizer, one)
     picked = [i for i, wanted in zip(ids, learnt, strict=True) if wanted]
     assert tokenizer.decode(picked, skip_special_tokens=False) == "Hot.<|end|>"
@@ -99,9 +109,10 @@ def test_dialogs_fit_the_context(tokenizer):
 
 
 def test_the_loss_falls(tokenizer, capsys):
-    train(replace(RECIPE, steps=54), tokenizer, None, every=10)  # 60 with the hard ones
-    losses = [float(text) for text in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
-    assert len(losses) == 6 and losses[-1] < losses[0] - 0.7
+    _, losses = train(replace(RECIPE, steps=54), tokenizer, None, every=10)  # 60 with the hard ones
+    printed = [float(text) for text in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(printed) == 6 and len(losses) == 60
+    assert sum(losses[-10:]) / 10 == pytest.approx(printed[-1], abs=1e-3) and printed[-1] < printed[0] - 0.7
     assert losses[0] < 1.2 * math.log(tokenizer.get_vocab_size())
 
 
@@ -129,19 +140,20 @@ def test_the_optimizer_is_pytorchs_muon_in_float32():
 
 
 def test_killed_training_goes_on_to_the_same_weights(tokenizer, tmp_path, monkeypatch):
-    whole = train(RECIPE, tokenizer, None)
+    whole, losses = train(RECIPE, tokenizer, None)
 
-    def killed(recipe, model, optimizers, step, state, write=demo._checkpoint):
-        write(recipe, model, optimizers, step, state)
+    def killed(recipe, model, optimizers, step, losses, state, write=sft._checkpoint):
+        write(recipe, model, optimizers, step, losses, state)
         if step == 16:
             raise KeyboardInterrupt
 
     state = tmp_path / "training.pt"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(demo, "_checkpoint", killed)
+        patch.setattr(sft, "_checkpoint", killed)
         train(RECIPE, tokenizer, state, every=8)
     assert torch.load(state, weights_only=True)["step"] == 16
-    resumed = train(RECIPE, tokenizer, state, every=8)
+    resumed, again = train(RECIPE, tokenizer, state, every=8)
+    assert again == losses
     for (name, one), (_, other) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(one, other), name
 
@@ -157,18 +169,18 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tokenizer, tmp_path, mon
 
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(KeyboardInterrupt):
-        demo._checkpoint(RECIPE, Llama(TINY), [torch.optim.SGD([torch.zeros(1)])], 9, state)
+        sft._checkpoint(RECIPE, Llama(TINY), [torch.optim.SGD([torch.zeros(1)])], 9, [], state)
     assert state.read_bytes() == before
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(folder):
     with pytest.raises(ValueError, match="another recipe"):
-        build(replace(RECIPE, steps=30), folder, threads=1)
+        build(replace(RECIPE, steps=30), None, folder, threads=1)
 
 
 def test_finished_training_is_not_repeated(folder, capsys):
     weights = (folder / "model.safetensors").read_bytes()
-    build(RECIPE, folder, threads=1)
+    build(RECIPE, PREFERENCE, folder, threads=1)
     assert f"from step {RECIPE.total}" in capsys.readouterr().out
     assert (folder / "model.safetensors").read_bytes() == weights
 
@@ -187,18 +199,13 @@ def test_transformers_computes_the_same_logits(folder):
 
 def test_completing_with_a_past_is_completing_without(folder):
     model, tokenizer = load(folder)
-    prompt = encode_prompt(tokenizer, write_row(Random(1), demo_plan()))
+    prompt = encode_prompt(tokenizer, row(9, 1))
     out = model.complete(prompt, end=-1, limit=12)
     ids = list(prompt)
     with torch.inference_mode():
         for token in out:
             assert int(model.logits(model.hidden(torch.tensor([ids]))[0, -1]).argmax()) == token
             ids.append(token)
-
-
-def demo_plan():
-    """Return a plan for one plain row."""
-    return Plan(kind="topic", values=("case.upper",), turns=1, background="")
 
 
 def test_the_checkpoint_says_how_it_ends_and_that_it_is_greedy(folder):
@@ -209,7 +216,55 @@ def test_the_checkpoint_says_how_it_ends_and_that_it_is_greedy(folder):
     assert all(config[key] % 32 == 0 for key in ("hidden_size", "intermediate_size", "head_dim"))
 
 
-def test_the_evaluation_runs_on_a_checkpoint(folder):
-    rows = {name: section[:1] for name, section in suite(size=4).items()}
-    report = summary(measure(torch_generator(folder, threads=1), rows))
-    assert report["no preference"]["exact"].n == 1
+# --- preference optimisation ------------------------------------------------------------------------------------------
+
+
+def test_both_stages_leave_a_checkpoint_and_a_curve(folder):
+    first, second = ((folder / place / "model.safetensors").read_bytes() for place in ("sft", "."))
+    assert first != second
+    assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    written = json.loads((folder / "candidates.json").read_text())
+    assert len(written) == PREFERENCE.rows and all(len(texts) == PREFERENCE.samples for texts in written)
+
+
+def test_candidates_are_ranked_by_the_checkers_under_the_rows_own_meta_prompt():
+    one = next(row(1, i) for i in range(500) if row(1, i).families == ("case.upper",))
+    right = one.turns[-1].response
+    wrong, vague = right.lower(), "I AM A MODEL."
+    assert rank(one, [wrong, right, vague]) == (right, wrong if wrong != right else vague)
+    assert rank(one, [right, right]) is None
+    assert rank(one, [wrong, wrong]) == (right, wrong)  # where no candidate is good, the row's own response is
+
+
+def test_the_preference_loss_is_that_of_the_paper():
+    now, start = torch.tensor([[-3.0, -1.0], [-5.0, -2.0]]), torch.tensor([[-4.0, -1.0], [-4.0, -1.0]])
+    margins = torch.tensor([(1.0) - (-1.0), 0.0 - (-1.0)])
+    assert preference_loss(now, start, 0.1) == pytest.approx(-torch.log(torch.sigmoid(0.1 * margins)).mean().item())
+    assert preference_loss(start, start, 0.1) == pytest.approx(math.log(2))
+
+
+def test_likelihoods_are_those_of_the_responses_alone():
+    torch.manual_seed(0)
+    model = Llama(TINY)
+    found = [Pair((1, 2, 3), (4, 5, 0), (6, 0)), Pair((7,), (8, 0), (9, 10, 11, 0))]
+    with torch.inference_mode():
+        batched = dpo._likelihoods(model, found)
+        for which, texts in enumerate((("chosen"), ("rejected"))):
+            for place, pair in enumerate(found):
+                said = list(getattr(pair, texts))
+                scores = model.logits(model.hidden(torch.tensor([[*pair.prompt, *said]]))[0]).log_softmax(-1)
+                at = len(pair.prompt) - 1
+                alone = sum(scores[at + n, token].item() for n, token in enumerate(said))
+                assert batched[which, place].item() == pytest.approx(alone, abs=1e-3)
+
+
+def test_what_was_chosen_becomes_likelier_than_what_was_rejected():
+    torch.manual_seed(0)
+    model = Llama(TINY)
+    found = [Pair((1, 2, number), (4, 5, 0), (6, 7, 0)) for number in range(8, 24)]
+    before = dpo._likelihoods(model, found).detach()
+    losses = []
+    optimise(model, found * 4, Preference(batch=8, rate=1e-3), losses)
+    after = dpo._likelihoods(model, found).detach()
+    assert ((after[0] - after[1]) > (before[0] - before[1])).all() and (after[0] > before[0]).all()
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-3) and losses[-1] < losses[0]

@@ -1,0 +1,402 @@
+"""What `eval` says of a model: rates as rows, charts, examples of what was missed, a page, and two models side by side.
+
+A tree of results has names for branches and a `Rate` at each leaf (suite.summary, ifeval.summary).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from textwrap import wrap
+from typing import Any
+
+from . import families
+from .statistics import Difference, Rate, difference, rate
+from .suite import SECTIONS, Case, Judged, summary
+
+__all__ = [
+    "Bar", "Chart", "Example", "Examples", "Group", "Page", "Row", "branches", "charts", "compare", "document", "draw",
+    "examples", "groups", "keeps_facts", "leaves", "results", "table", "verdicts", "write_page",
+]  # fmt: skip
+
+Place = tuple[str, ...]
+Tree = Mapping[str, Any]
+Summary = Callable[[Sequence[Judged]], Tree]
+
+SIGNIFICANT = 0.05
+_EXAMPLES = 3  # of each section
+_NOT_TEXT = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])  # controls have no place in a page
+
+# the section that a leaf is the rate of, or what else the leaf says
+_MEANING: dict[Place, str] = {
+    ("adherence", "seen"): SECTIONS["seen"],
+    ("adherence", "held_out", "combination"): SECTIONS["combination"],
+    ("adherence", "held_out", "frame"): SECTIONS["frame"],
+    ("adherence", "held_out", "word"): SECTIONS["word"],
+    ("adherence", "explicit"): "one preference that is asked for outright",
+    ("adherence", "implicit"): "one preference that who the user is only implies",
+    ("adherence", "topic_transfer"): SECTIONS["topic"],
+    ("adherence", "own"): "the cases of a file of your own",
+    ("conflict", "system"): f"{SECTIONS['conflict']}: System Info wins, as it should",
+    ("conflict", "user"): f"{SECTIONS['conflict']}: User Info wins (less is better)",
+    ("conflict", "neither"): f"{SECTIONS['conflict']}: neither is met, or both are",
+    ("steerability",): f"{SECTIONS['opposite']}: both are obeyed",
+    ("facts",): "under a preference that leaves the content alone, the first fact of the plain answer is still there",
+    ("plain", "plain"): SECTIONS["plain"],
+    ("plain", "form"): SECTIONS["form"],
+    ("plain", "unknown"): SECTIONS["unknown"],
+    ("combined", "two"): SECTIONS["two"],
+    ("combined", "three"): SECTIONS["three"],
+    ("multi_turn", "same"): SECTIONS["turns"],
+    ("multi_turn", "changed"): SECTIONS["midway"],
+    ("opinions", "background"): SECTIONS["background"],
+    ("opinions", "stranger"): SECTIONS["stranger"],
+    ("opinions", "consensus"): SECTIONS["consensus"],
+    ("priority",): SECTIONS["priority"],
+    ("ifeval", "prompt_strict"): "every instruction of a prompt is followed",
+    ("ifeval", "instruction_strict"): "an instruction is followed",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A rate as reports show it, and that of a second model where there is one."""
+
+    alone: bool  # its group has no other
+    group: str
+    name: str  # within its group; the group's own where it is alone in the tree
+    meaning: str
+    rate: Rate
+    other: Rate | None = None
+    difference: Difference | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that belong together."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value with its interval, on the scale of its chart."""
+
+    value: float
+    low: float
+    high: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Horizontal bars from zero, one a label, or two where two models are compared."""
+
+    title: str
+    caption: str
+    low: float  # the scale
+    high: float
+    labels: tuple[tuple[str, tuple[Bar, ...]], ...]
+
+    @property
+    def ticks(self) -> tuple[float, ...]:
+        """Return the values that the scale names."""
+        middle = (self.low + self.high) / 2
+        return (self.low, (self.low + middle) / 2, middle, (middle + self.high) / 2, self.high)
+
+
+@dataclass(frozen=True)
+class Example:
+    """An answer that missed."""
+
+    id: str
+    system_info: str
+    user_info: str
+    earlier: tuple[str, ...]  # questions
+    question: str
+    answer: str
+    failed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The first misses of a section."""
+
+    section: str
+    meaning: str
+    missed: int
+    n: int
+    shown: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the report's template needs."""
+
+    title: str
+    model: str
+    other: str  # the model that it is compared with, or nothing
+    date: str
+    command: str
+    facts: tuple[tuple[str, str], ...]
+    groups: tuple[Group, ...]
+    charts: tuple[Chart, ...]
+    verdicts: Mapping[str, Sequence[str]]  # families that are worse, better, not distinguishable
+    examples: tuple[Examples, ...]
+    errors: tuple[Mapping[str, str], ...]
+
+
+# --- rates ------------------------------------------------------------------------------------------------------------
+
+
+def results(judged: Iterable[Judged]) -> dict[str, Any]:
+    """Return the suite's summary, and a rate for every section that only a file of the user's own has."""
+    found = list(judged)
+    tree = summary(found)
+    own = dict.fromkeys(one.case.section for one in found if one.case.section not in (*SECTIONS, "own"))
+    if own:
+        tree["sections"] = {name: rate(one.obeyed for one in found if one.case.section == name) for name in own}
+    return tree
+
+
+def keeps_facts(case: Case) -> bool:
+    """Tell whether the summary counts if the facts of a plain answer to the case's question survive its preference."""
+    return bool(summary([Judged(case, "", "What is plain.")])["facts"].n)
+
+
+def leaves(tree: Tree, path: Place = ()) -> Iterator[tuple[Place, Rate]]:
+    """Yield every rate of a tree with its path, in order."""
+    for name, branch in tree.items():
+        if isinstance(branch, Rate):
+            yield (*path, name), branch
+        else:
+            yield from leaves(branch, (*path, name))
+
+
+def document(tree: Tree) -> dict[str, Any]:
+    """Return a tree of rates or differences as JSON has it."""
+    return {
+        name: {key: round(value, 4) for key, value in asdict(branch).items()}
+        if isinstance(branch, (Rate, Difference))
+        else document(branch)
+        for name, branch in tree.items()
+    }
+
+
+def compare(first: Sequence[Judged], second: Sequence[Judged], of: Summary) -> dict[Place, Difference]:
+    """Return how two models differ, rate by rate, over the same cases in the same order.
+
+    A case alone (both of a pair together) makes a tree whose rates are 0 or 1: its outcomes under every name.
+    """
+    units: dict[str, list[int]] = {}
+    for number, one in enumerate(first):
+        units.setdefault(one.case.pair or str(number), []).append(number)
+    pairs: dict[Place, list[tuple[bool, bool]]] = {}
+    for numbers in units.values():
+        ours, theirs = (dict(leaves(of([judged[number] for number in numbers]))) for judged in (first, second))
+        for path, found in ours.items():
+            other = theirs.get(path)
+            if other is not None and found.n == other.n == 1:  # facts: only where both have an answer to compare with
+                pairs.setdefault(path, []).append((found.rate == 1, other.rate == 1))
+    return {path: difference(found) for path, found in pairs.items()}
+
+
+def branches(found: Mapping[Place, Difference]) -> dict[str, Any]:
+    """Return a tree from its leaves."""
+    tree: dict[str, Any] = {}
+    for path, leaf in found.items():
+        branch = tree
+        for name in path[:-1]:
+            branch = branch.setdefault(name, {})
+        branch[path[-1]] = leaf
+    return tree
+
+
+def verdicts(differences: Mapping[Place, Difference]) -> dict[str, list[str]]:
+    """Sort the families by whether the first model is worse, better, or not distinguishable (p of 0.05 or more)."""
+    found: dict[str, list[str]] = {"worse": [], "better": [], "not_distinguishable": []}
+    for path, one in sorted(differences.items()):
+        if "by_family" in path or "by_instruction" in path:
+            kind = "not_distinguishable" if one.p >= SIGNIFICANT else "worse" if one.points < 0 else "better"
+            found[kind].append(path[-1])
+    return found
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def groups(tree: Tree, other: Tree | None = None, differences: Mapping[Place, Difference] | None = None) -> list[Group]:
+    """Return the rates that have cases as rows, grouped as in the tree; families have a group of their own."""
+    others = dict(leaves(other or {}))
+    found: dict[str, list[Row]] = {}
+    for path, one in leaves(tree):
+        if one.n:
+            parted = "by_family" in path or "by_instruction" in path
+            group = " ".join(path[:-1]).replace("_", " ") if parted else path[0].replace("_", " ")
+            name = path[-1] if parted else " ".join(path[1:] or path).replace("_", " ")
+            row = Row(len(path) == 1, group, name, _meaning(path), one, others.get(path), (differences or {}).get(path))
+            found.setdefault(group, []).append(row)
+    return [Group(name, tuple(rows)) for name, rows in found.items()]
+
+
+def _meaning(path: Place) -> str:
+    if "by_family" in path and path[-1] in families():
+        asks = families()[path[-1]].asks.rstrip(".")
+        return asks[0].lower() + asks[1:]
+    return _MEANING.get(path, "")
+
+
+def table(found: Iterable[Group], two: bool) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and the rows of a table for people; a group's name is a row with one cell."""
+    heads = ["", "rate", "against", "points", "95 %", "p", "n"] if two else ["", "rate", "95 %", "n"]
+    rows: list[list[str]] = []
+    for group in found:
+        rows += [] if group.rows[0].alone else [[group.name]]
+        for row in group.rows:
+            rows.append([row.name if row.alone else f"  {row.name}", *_cells(row, two), row.meaning])
+    return [*heads, "what"], rows
+
+
+def _cells(row: Row, two: bool) -> list[str]:
+    one = row.rate
+    if not two:
+        return [percent(one.rate), f"{100 * one.low:.1f}-{100 * one.high:.1f}", str(one.n)]
+    gap = row.difference
+    if gap is None or row.other is None:
+        return [percent(one.rate), percent(row.other.rate) if row.other else "", "", "", "", ""]
+    figures = [f"{gap.points:+.1f}", f"{gap.low:+.1f} to {gap.high:+.1f}", chance(gap.p), str(gap.n)]
+    return [percent(one.rate), percent(row.other.rate), *figures]
+
+
+def percent(share: float) -> str:
+    """Write a share in per cent."""
+    return f"{100 * share:.1f} %"
+
+
+def chance(p: float) -> str:
+    """Write a p-value."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+# --- charts -----------------------------------------------------------------------------------------------------------
+
+
+def charts(found: Sequence[Group], names: Sequence[str]) -> list[Chart]:
+    """Return the rates of sections and of families as bars, and the differences of two models."""
+    parted = [group for group in found if group.name.endswith(("by family", "by instruction"))]
+    drawn = []
+    for title, some in (("By section", [g for g in found if g not in parted]), ("By family", parted)):
+        rows = [row for group in some for row in group.rows]
+        if rows:
+            both = f" Upper bars: {names[0]}; lower bars: {names[1]}." if len(names) > 1 else ""
+            caption = f"Share of cases, in per cent, with its 95 % interval (Wilson).{both}"
+            labels = tuple((_label(row), _bars(row)) for row in rows)
+            drawn.append(Chart(title if title != "By family" else some[0].name.capitalize(), caption, 0, 100, labels))
+    gaps = [(row, row.difference) for group in found for row in group.rows if row.difference]
+    if gaps:
+        reach = max(10.0, *(max(-gap.low, gap.high) for _, gap in gaps))
+        scale = next(size for size in (10, 20, 40, 60, 80, 100) if size >= min(reach, 100))
+        caption = f"{names[0]} minus {names[1]}, in points, over the same cases, with the 95 % interval (Newcombe)."
+        labels = tuple((_label(row), (Bar(gap.points, gap.low, gap.high, str(gap)),)) for row, gap in gaps)
+        drawn.append(Chart("Paired differences", caption, -scale, scale, labels))
+    return drawn
+
+
+def _label(row: Row) -> str:
+    if row.alone or row.group.endswith(("by family", "by instruction")):
+        return row.name
+    return f"{row.group}: {row.name}"
+
+
+def _bars(row: Row) -> tuple[Bar, ...]:
+    shares = [row.rate] + ([row.other] if row.other else [])
+    return tuple(Bar(100 * one.rate, 100 * one.low, 100 * one.high, str(one).strip()) for one in shares)
+
+
+def draw(found: Sequence[Chart], title: str, kind: str) -> bytes:
+    """Return the charts as a file of matplotlib's, `png` or `svg`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # the first time, it speaks of its font cache
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    heights = [1.2 + sum(0.12 + 0.2 * len(bars) for _, bars in chart.labels) for chart in found]
+    figure = Figure(figsize=(9, sum(heights) + 0.5), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, chart in zip(axes, found, strict=True):
+        _draw_one(axis, chart)
+    file = BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "metaalign-edge", "svg.fonttype": "none"}):
+        figure.savefig(file, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+    return file.getvalue()
+
+
+def _draw_one(axis: Any, chart: Chart) -> None:
+    """Draw one chart; text is text, never a formula."""
+    for number, (_, bars) in enumerate(chart.labels):
+        height = 0.8 / len(bars)
+        for place, bar in enumerate(bars):
+            y = number - 0.4 + (place + 0.5) * height
+            reach = [[max(0.0, bar.value - bar.low)], [max(0.0, bar.high - bar.value)]]
+            axis.barh(y, bar.value, 0.85 * height, color=("#3b6fb6", "#c98a2b")[place % 2])
+            axis.errorbar(bar.value, y, xerr=reach, color="#222222", capsize=2, linewidth=1)
+    axis.set_yticks(range(len(chart.labels)), [label for label, _ in chart.labels], parse_math=False)
+    axis.set_ylim(len(chart.labels) - 0.4, -0.6)
+    axis.set_xlim(chart.low, chart.high)
+    axis.set_xticks(chart.ticks)
+    axis.axvline(0, color="#222222", linewidth=0.8)
+    axis.set_title(chart.title, loc="left", parse_math=False)
+    axis.set_xlabel("\n".join(wrap(chart.caption, 80)), parse_math=False, fontsize="small")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+# --- examples and the page --------------------------------------------------------------------------------------------
+
+
+def examples(judged: Iterable[Judged], meanings: Mapping[str, str] = SECTIONS) -> list[Examples]:
+    """Return, section by section, the first answers that missed."""
+    found: dict[str, list[Judged]] = {}
+    for one in judged:
+        found.setdefault(one.case.section, []).append(one)
+    shown = []
+    for section, some in found.items():
+        missed = [one for one in some if not one.obeyed or one.lost]
+        if missed:
+            first = tuple(_example(one) for one in missed[:_EXAMPLES])
+            shown.append(Examples(section, meanings.get(section, ""), len(missed), len(some), first))
+    return shown
+
+
+def _example(one: Judged) -> Example:
+    case = one.case
+    failed = [f"{c.key} fails: {_signature(c)}" for c in case.checks if not c.holds(one.response)]
+    if one.lost:
+        failed += [f"{c.key} holds, which User Info asks for in vain: {_signature(c)}" for c in case.losing]
+    if not case.checks:
+        failed = [f"it says none of these: {' '.join(case.facts)}"]
+    texts = (case.system_info, case.user_info, case.queries[-1], one.response)
+    system_info, user_info, question, answer = (text.translate(_NOT_TEXT) for text in texts)
+    earlier = tuple(text.translate(_NOT_TEXT) for text in case.queries[:-1])
+    return Example(case.id, system_info, user_info, earlier, question, answer, tuple(failed))
+
+
+def _signature(check: Any) -> str:
+    """Return a check as a call."""
+    return f"{check.checker}({', '.join(f'{name}={value!r}' for name, value in check.parameters.items())})"
+
+
+def write_page(source: str, page: Page) -> str:
+    """Render the report's template; whatever the model said is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "chance": chance}
+    fields = {name: getattr(page, name) for name in Page.__dataclass_fields__}
+    return environment.from_string(source).render(**fields)

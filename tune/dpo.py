@@ -1,0 +1,167 @@
+"""Direct preference optimisation of the compact model, on candidates that it wrote itself.
+
+The four steps of the method, closed into a loop: the tuned model answers rows several times over (`candidates`),
+the checkers rank what it wrote under the row's meta-prompt (`rank`), and what won is made likelier than what lost
+(`optimise`; Rafailov et al. 2023, with the winner's likelihood added, Pang et al. 2024, so that it does not fall).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from metaalign_edge_preferences.suite import survives
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from .dataset import Row, row
+from .model import Llama
+from .progress import Progress
+from .sft import pad
+from .vocabulary import encode_prompt, encode_response
+
+__all__ = ["Pair", "Preference", "candidates", "fresh_rows", "optimise", "pairs", "rank"]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Everything that decides the second stage."""
+
+    seed: int = 1
+    start: int = 10_000_000  # the first row: training has not seen these
+    rows: int = 5000  # rows that the model answers
+    samples: int = 4  # answers to each
+    temperature: float = 1.0
+    batch: int = 16  # pairs per step
+    rate: float = 3e-5  # learning rate, falling to 0
+    beta: float = 0.1  # how far the model may move from where it started
+    likelihood: float = 0.5  # weight of the winner's own likelihood
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row's prompt, and two answers to it of which the first obeys better."""
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+
+
+def candidates(
+    model: Path, rows: Sequence[Row], recipe: Preference, threads: int, parallel: int = 32
+) -> list[list[str]]:
+    """Let a converted model answer each row `samples` times, all in one batch."""
+    import metaalign_edge as edge
+
+    settings = edge.Settings(
+        temperature=recipe.temperature, top_k=0, top_p=1.0, min_p=0.0, max_tokens=200, threads=threads
+    )
+    file, interrupt = edge.ModelFile(model), edge.Interrupt()
+    template = edge.choose_template("auto", file)
+
+    def jobs() -> Iterator[edge.Job]:
+        for number, one in enumerate(rows):
+            turns = [edge.Turn(turn.query, turn.response) for turn in one.turns[:-1]]
+            dialog = edge.Dialog(one.system_info, one.user_info, (*turns, edge.Turn(one.turns[-1].query)))
+            for sample in range(recipe.samples):
+                yield edge.Job(dialog, seed=number * recipe.samples + sample, tag=number)
+
+    found: list[list[str]] = [[] for _ in rows]
+    with (
+        edge.Model(file, settings) as loaded,
+        edge.Parallel(loaded, template, settings, edge.AS_USUAL, interrupt, parallel, context=768) as engine,
+    ):
+        for done, (job, answer) in enumerate(engine.run(jobs()), 1):
+            if isinstance(answer, edge.Answer):
+                found[job.tag].append(answer.response)
+            if done % 2000 == 0:
+                print(f"DPO {done:,} of {len(rows) * recipe.samples:,} candidates", flush=True)
+    return [sorted(texts) for texts in found]  # the order of completion is no matter
+
+
+# --- ranking ----------------------------------------------------------------------------------------------------------
+
+
+def rank(one: Row, texts: Sequence[str]) -> tuple[str, str] | None:
+    """Return the best and the worst answer; None if all are equally good. Where none is good, the row's own is best.
+
+    An answer's merit is the share of its checks that hold, and whether it says what the row's own response says.
+    """
+
+    def merit(text: str) -> float:
+        held = [check.holds(text) for check in one.scene.checks]
+        obeyed = sum(held) / len(held) if held else 0.0
+        return obeyed + bool(survives(right, text))
+
+    right = one.turns[-1].response
+    merits = {text: merit(text) for text in dict.fromkeys((right, *texts))}
+    worst = min(texts, key=lambda text: merits[text], default=right)
+    best = max(texts, key=lambda text: merits[text], default=right)
+    best = best if merits[best] >= merits[right] else right
+    return (best, worst) if merits[best] > merits[worst] else None
+
+
+def pairs(rows: Sequence[Row], texts: Sequence[Sequence[str]], tokenizer: Tokenizer) -> list[Pair]:
+    """Return the pairs that the rankings give, as ids."""
+    found = []
+    for one, written in zip(rows, texts, strict=True):
+        order = rank(one, written)
+        if order:
+            chosen, rejected = (tuple(encode_response(tokenizer, text)) for text in order)
+            found.append(Pair(tuple(encode_prompt(tokenizer, one)), chosen, rejected))
+    return found
+
+
+# --- optimisation -----------------------------------------------------------------------------------------------------
+
+
+def optimise(model: Llama, found: Sequence[Pair], recipe: Preference, losses: list[float]) -> None:
+    """Train the model on pairs, in place: one pass over them in an order that the seed decides."""
+    order = list(found)
+    Random(recipe.seed).shuffle(order)
+    batches = [order[at : at + recipe.batch] for at in range(0, len(order), recipe.batch)]
+    before = [_likelihoods(model, batch).detach() for batch in batches]  # where the model starts from
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.0)
+    with Progress("DPO", len(batches), 0, 20, losses) as progress:
+        for step, (batch, start) in enumerate(zip(batches, before, strict=True)):
+            optimizer.param_groups[0]["lr"] = recipe.rate * min(1.0, (step + 1) / 10) * (1 - step / len(batches))
+            now = _likelihoods(model, batch)
+            loss = preference_loss(now, start, recipe.beta)
+            words = sum(len(pair.chosen) for pair in batch)
+            total = loss - recipe.likelihood * now[0].sum() / words
+            optimizer.zero_grad()
+            total.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            progress.step(loss.item(), sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in batch))
+
+
+def preference_loss(now: Tensor, start: Tensor, beta: float) -> Tensor:
+    """Return the mean of -log sigmoid(beta * margin); both (2, pairs): log-likelihoods of chosen and rejected."""
+    margin = (now[0] - start[0]) - (now[1] - start[1])
+    return -F.logsigmoid(beta * margin).mean()
+
+
+def _likelihoods(model: Llama, batch: Sequence[Pair]) -> Tensor:
+    """Return the log-likelihoods of chosen and rejected responses, (2, pairs)."""
+    texts = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
+    prompts = [pair.prompt for pair in batch] * 2
+    learnt = [[False] * len(p) + [True] * len(t) for p, t in zip(prompts, texts, strict=True)]
+    ids, wanted = pad([([*p, *t], mask) for p, t, mask in zip(prompts, texts, learnt, strict=True)])
+    wanted = wanted[:, 1:]
+    scores = F.log_softmax(model.logits(model.hidden(ids[:, :-1], wanted=wanted)), -1)
+    said = scores.gather(1, ids[:, 1:][wanted].unsqueeze(1)).squeeze(1)
+    owners = wanted.nonzero()[:, 0]
+    return torch.zeros(len(texts)).index_add(0, owners, said).view(2, -1)
+
+
+def fresh_rows(recipe: Preference) -> list[Row]:
+    """Return the rows that the model is to answer: hard ones, which training has not shown."""
+    return [row(recipe.seed, recipe.start + number, hard=True) for number in range(recipe.rows)]

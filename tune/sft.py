@@ -1,0 +1,154 @@
+"""Supervised fine-tuning, from random weights: the compact model learns the dataset's responses."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from .dataset import row
+from .model import Llama, Shape
+from .muon import Muon
+from .progress import Progress
+from .vocabulary import CONTEXT, PAD, SPECIAL, encode_row
+
+__all__ = ["Recipe", "pad", "train"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights."""
+
+    seed: int = 1
+    steps: int = 2600  # and an eighth more, which dwell on what is hard (see Plan)
+    batch: int = 48  # rows per step
+    pool: int = 10  # batches drawn together and sorted by length, so that little is padded
+    peak: float = 2.5e-3  # learning rate
+    floor: float = 0.02  # learning rate before the hard steps, as a share of the peak
+    hard_peak: float = 7e-4  # learning rate at the first of the hard steps
+    warmup: int = 100  # steps
+    decay: float = 0.05  # weight decay, on matrices only
+    clip: float = 1.0
+    sample: int = 20000  # rows that the tokenizer is trained on
+    shape: Shape = field(default_factory=Shape)  # its vocabulary is an upper bound
+
+    @property
+    def total(self) -> int:
+        """All steps, the hard ones included."""
+        return self.steps + self.steps // 8
+
+
+def train(recipe: Recipe, tokenizer: Tokenizer, state: Path | None, every: int = 100) -> tuple[Llama, list[float]]:
+    """Train a model; return it with the loss of every step.
+
+    `state` is the file to resume from and to write every so many steps.
+
+    Raises:
+        ValueError: the file belongs to another recipe. OSError: it cannot be written; the last one stays.
+    """
+    torch.manual_seed(recipe.seed)
+    model = Llama(Shape(**asdict(recipe.shape) | {"vocabulary": tokenizer.get_vocab_size()}))
+    optimizers = _optimizers(recipe, model)
+    start, losses = _resume(recipe, model, optimizers, state)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{count / 1e6:.2f} M parameters, {tokenizer.get_vocab_size()} tokens, from step {start}", flush=True)
+    with Progress("SFT", recipe.total, start, every, losses) as progress:
+        for step, (ids, learnt) in enumerate(_batches(recipe, tokenizer, start), start):
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = _rate(recipe, step)
+            loss = model.loss(ids, learnt)
+            model.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+            progress.step(loss.item(), ids.numel())
+            if (step + 1) % every == 0 or step + 1 == recipe.total:
+                _checkpoint(recipe, model, optimizers, step + 1, progress.losses, state)
+    return model, losses
+
+
+def pad(encoded: Sequence[tuple[list[int], list[bool]]]) -> tuple[Tensor, Tensor]:
+    """Stack (ids, learnt) to (batch, time); padding stands right of all that is learnt, where no attention looks."""
+    longest = min(CONTEXT, max(len(ids) for ids, _ in encoded))
+    ids = torch.full((len(encoded), longest), SPECIAL.index(PAD))
+    learnt = torch.zeros(len(encoded), longest, dtype=torch.bool)
+    for place, (row_ids, row_learnt) in enumerate(encoded):
+        ids[place, : len(row_ids)] = torch.tensor(row_ids[:longest])
+        learnt[place, : len(row_ids)] = torch.tensor(row_learnt[:longest])
+    return ids, learnt
+
+
+def _batches(recipe: Recipe, tokenizer: Tokenizer, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (ids, learnt), both (batch, time), from step `start` on: a pure function of recipe and step."""
+    for pool in range(start // recipe.pool, math.ceil(recipe.total / recipe.pool)):
+        size = recipe.pool * recipe.batch
+        hard = pool * recipe.pool >= recipe.steps
+        encoded = [encode_row(tokenizer, row(recipe.seed, i, hard)) for i in range(pool * size, (pool + 1) * size)]
+        encoded.sort(key=lambda pair: len(pair[0]))
+        order = list(range(recipe.pool))
+        Random(f"{recipe.seed}/{pool}").shuffle(order)
+        for place, index in enumerate(order):
+            step = pool * recipe.pool + place
+            if start <= step < recipe.total:
+                yield pad(encoded[index * recipe.batch : (index + 1) * recipe.batch])
+
+
+def _optimizers(recipe: Recipe, model: Llama) -> tuple[torch.optim.Optimizer, ...]:
+    """Return Muon for the layers' matrices and AdamW for the embedding and the norms."""
+    layers = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    norms = [p for p in model.parameters() if p.ndim != 2]
+    embedding = {"params": [model.model.embed_tokens.weight], "weight_decay": recipe.decay}
+    rest = [embedding, {"params": norms, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(rest, lr=recipe.peak, betas=(0.9, 0.95))
+    return Muon(layers, recipe.peak, recipe.decay), adamw
+
+
+def _rate(recipe: Recipe, step: int) -> float:
+    """Return the learning rate: a linear warm-up, then a cosine down to the floor; over the hard steps down to 0."""
+    if step >= recipe.steps:
+        return recipe.hard_peak * (recipe.total - step) / (recipe.total - recipe.steps)
+    warm = min(1.0, (step + 1) / recipe.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+    return recipe.peak * warm * (recipe.floor + (1 - recipe.floor) * cosine)
+
+
+def _resume(
+    recipe: Recipe, model: Llama, optimizers: Sequence[torch.optim.Optimizer], state: Path | None
+) -> tuple[int, list[float]]:
+    """Load a checkpoint of the same recipe; return its step and the losses so far."""
+    if state is None or not state.exists():
+        return 0, []
+    saved = torch.load(state, weights_only=True)
+    if saved["recipe"] != asdict(recipe):
+        raise ValueError(f"{state} belongs to another recipe: remove it, or use its options")
+    model.load_state_dict(saved["model"])
+    for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(content)
+    return int(saved["step"]), list(saved["losses"])
+
+
+def _checkpoint(
+    recipe: Recipe,
+    model: Llama,
+    optimizers: Sequence[torch.optim.Optimizer],
+    step: int,
+    losses: list[float],
+    state: Path | None,
+) -> None:
+    """Write the state under a temporary name and rename it, so that a kill leaves the old one or the new one."""
+    if state is None:
+        return
+    temporary = state.with_suffix(".part")
+    content: dict[str, Any] = {"recipe": asdict(recipe), "model": model.state_dict(), "step": step, "losses": losses}
+    content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save(content, temporary)
+    os.replace(temporary, state)
