@@ -18,8 +18,9 @@ Contents, in dependency order (nothing refers upward):
      9  Engine
     10  Generation
     11  Presentation
-    12  Commands
-    13  Main
+    12  Evaluation
+    13  Commands
+    14  Main
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from __future__ import annotations
 import codecs
 import contextlib
 import ctypes
+import errno
 import functools
+import hashlib
 import importlib.util
 import io
 import json
@@ -36,12 +39,14 @@ import mmap
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import struct
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -1102,6 +1107,20 @@ def part_folder(name: str) -> Path:
     return Path(cast(str, part(name).__file__)).parent
 
 
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: METAALIGN_EDGE_CACHE, else where this system keeps such things."""
+    if named := os.environ.get("METAALIGN_EDGE_CACHE"):
+        return Path(named)
+    if os.name == "nt":
+        place = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    else:
+        place = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(place).expanduser() / "metaalign-edge"
+    except RuntimeError:  # a user without a home
+        return Path(os.devnull) / "metaalign-edge"
+
+
 def read_text(path: Path, what: str) -> str:
     """Read a user's text file.
 
@@ -1267,7 +1286,7 @@ def resolve_model(name: str | None) -> Path:
 
 def shipped_templates() -> dict[str, Path]:
     """Return the chat templates that come with the toolkit, by name."""
-    own = ("meta_prompt", "reminder")
+    own = ("meta_prompt", "reminder", "report.html")
     return {path.stem: path for path in sorted(part_folder("templates").glob("*.jinja")) if path.stem not in own}
 
 
@@ -1654,15 +1673,28 @@ class Engine:
         params.n_threads = params.n_threads_batch = threads_for(model, settings)
         params.no_perf = True
         self._abort = llama.ggml_abort_callback(lambda _data: interrupt.raised)
-        self.pointer = llama.llama_init_from_model(model.pointer, params)
+        holds = params.n_ctx == context * sequences  # a number of 32 bits
+        self.pointer = llama.llama_init_from_model(model.pointer, params) if holds else None
         if not self.pointer:
-            raise LoadError(
-                f"cannot make a context of {context:,} tokens for {model.file.path}: {LOG.reason()}: try a smaller -c"
-            )
+            size, less = f"{context:,}", "a smaller -c"
+            if sequences > 1:
+                size, less = f"{sequences} times {size}", f"{less} or fewer at a time"
+            raise LoadError(f"cannot make a context of {size} tokens for {model.file.path}: {LOG.reason()}: try {less}")
         self._memory = llama.llama_get_memory(self.pointer)
         self.sequences = [SequenceState(number) for number in range(sequences)]
-        self._room = max(PREFILL_CHUNK, sequences)  # tokens of one step at most
-        self._batch = llama.llama_batch_init(self._room, 0, 1)
+        self.room = max(PREFILL_CHUNK, sequences)  # tokens of one step at most
+        self._make_batch()
+
+    def _make_batch(self) -> None:
+        """Lay llama.cpp's batch out over arrays that a slice fills at once: each token in a list of one sequence."""
+        room, integer = self.room, ctypes.c_int32
+        arrays: Any = [(integer * room)() for _ in range(3)]
+        self._tokens, self._positions, self._owners = arrays
+        self._asked: Any = (ctypes.c_int8 * room)()
+        first = ctypes.addressof(self._owners)
+        lists = (ctypes.c_void_p * room)(*range(first, first + 4 * room, 4))
+        owners, ones = ctypes.cast(lists, ctypes.POINTER(ctypes.POINTER(integer))), (integer * room)(*[1] * room)
+        self._batch = self._llama.llama_batch(0, self._tokens, None, self._positions, ones, owners, self._asked)
 
     def __enter__(self) -> Engine:
         return self
@@ -1673,22 +1705,33 @@ class Engine:
     def close(self) -> None:
         """Free the context; again is harmless."""
         if self.pointer:
-            self._llama.llama_batch_free(self._batch)
             self._llama.llama_free(self.pointer)
             self.pointer = None
 
     def keep(self, sequence: SequenceState, tokens: Sequence[int]) -> int:
         """Cut a sequence back to what it shares with a prompt less its last token; return how many tokens stay."""
-        shared = 0
-        for ours, theirs in zip(sequence.tokens, tokens[:-1], strict=False):
-            if ours != theirs:
-                break
-            shared += 1
-        if shared < len(sequence.tokens) and not self._llama.llama_memory_seq_rm(self._memory, sequence.id, shared, -1):
-            self._llama.llama_memory_seq_rm(self._memory, sequence.id, -1, -1)  # a recurrent state cannot be cut
-            shared = 0
-        del sequence.tokens[shared:]
-        return shared
+        return self.cut(sequence, in_common(sequence.tokens, tokens[:-1]))
+
+    def cut(self, sequence: SequenceState, length: int) -> int:
+        """Forget a sequence's tokens from a length on, or all of them if its state cannot be cut; return what stays."""
+        forget, memory = self._llama.llama_memory_seq_rm, self._memory
+        lost = length < len(sequence.tokens) and not self._is_whole(sequence)
+        if lost or not forget(memory, sequence.id, length, -1):
+            forget(memory, sequence.id, -1, -1)
+            length = 0
+        del sequence.tokens[length:]
+        return length
+
+    def share(self, source: SequenceState, sequence: SequenceState, length: int) -> None:
+        """Let a sequence begin as another one does; the cache holds those tokens once. Nothing if that cannot be."""
+        if self._is_whole(source):
+            self.cut(sequence, 0)
+            self._llama.llama_memory_seq_cp(self._memory, source.id, sequence.id, 0, length)
+            sequence.tokens += source.tokens[:length]
+
+    def _is_whole(self, sequence: SequenceState) -> bool:
+        """Tell whether the cache has all positions: a recurrent state has the last, a sliding window may lose some."""
+        return bool(self._llama.llama_memory_seq_pos_min(self._memory, sequence.id) <= 0)
 
     def prefill(self, sequence: SequenceState, tokens: Sequence[int]) -> int:
         """Bring a sequence to a prompt and compute the logits after it; return how many tokens were there already.
@@ -1697,17 +1740,10 @@ class Engine:
             Interrupted: Ctrl-C; the sequence stays consistent.
         """
         cached = self.keep(sequence, tokens)
-        abortable = self.model.gpu_layers == 0  # llama.cpp asks its abort callback on the CPU only
-        if abortable:
-            self._llama.llama_set_abort_callback(self.pointer, self._abort, None)
-        try:
-            for start in range(cached, len(tokens), PREFILL_CHUNK):
-                self.interrupt.check()
-                chunk = tokens[start : start + PREFILL_CHUNK]
-                self.step([Feed(sequence, chunk, logits=start + len(chunk) == len(tokens))])
-        finally:
-            if abortable:  # not while generating: it costs some 0.3 ms a token there
-                self._llama.llama_set_abort_callback(self.pointer, self._llama.ggml_abort_callback(), None)
+        for start in range(cached, len(tokens), PREFILL_CHUNK):
+            self.interrupt.check()
+            chunk = tokens[start : start + PREFILL_CHUNK]
+            self.step([Feed(sequence, chunk, logits=start + len(chunk) == len(tokens))])
         return cached
 
     def step(self, feeds: Sequence[Feed]) -> list[int]:
@@ -1715,31 +1751,69 @@ class Engine:
 
         Raises:
             Interrupted: Ctrl-C during prefill. ContextOverflow: the KV cache is full. ValueError: more tokens than
-                PREFILL_CHUNK and one a sequence, for which the batch has no room.
+                `room`, which is PREFILL_CHUNK, or one a sequence if those are more.
         """
-        if sum(len(feed.tokens) for feed in feeds) > self._room:
-            raise ValueError(f"a step takes at most {self._room} tokens")
-        batch, rows, at = self._batch, [], 0
-        for sequence, tokens, logits in feeds:
-            position = len(sequence.tokens)
-            for offset, token in enumerate(tokens):
-                batch.token[at], batch.pos[at], batch.logits[at] = token, position + offset, False
-                batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence.id
-                at += 1
-            batch.logits[at - 1] = logits
-            rows.append(at - 1 if logits else -1)
-        batch.n_tokens = at
-        status = self._llama.llama_decode(self.pointer, batch)
+        tokens: list[int] = []
+        positions: list[int] = []
+        owners: list[int] = []
+        rows = []
+        for sequence, fed, logits in feeds:
+            start = len(sequence.tokens)
+            tokens += fed
+            positions += range(start, start + len(fed))
+            owners += [sequence.id] * len(fed)
+            rows.append(len(tokens) - 1 if logits else -1)
+        size = len(tokens)
+        if size > self.room:
+            raise ValueError(f"a step takes at most {self.room} tokens")
+        asked = bytearray(size)
+        for row in rows:
+            if row >= 0:
+                asked[row] = 1
+        self._tokens[:size], self._positions[:size], self._owners[:size] = tokens, positions, owners
+        self._asked[:size] = asked
+        self._batch.n_tokens = size
+        status = self._decode(prefill=size > len(feeds))
         if status == 0:
-            for sequence, tokens, _ in feeds:
-                sequence.tokens += tokens
+            for sequence, fed, _ in feeds:
+                sequence.tokens += fed
             return rows
         for sequence, _, _ in feeds:  # what was computed before the stop is not accounted for: drop it
-            self._llama.llama_memory_seq_rm(self._memory, sequence.id, len(sequence.tokens), -1)
+            self.cut(sequence, len(sequence.tokens))
         self.interrupt.check()
         if status == 1:
             raise ContextOverflow(f"the context of {self.context:,} tokens is full: raise -c")
         raise LoadError(f"llama.cpp failed to decode (status {status}): {LOG.reason()}")
+
+    def _decode(self, prefill: bool) -> int:
+        """Decode the batch; return llama.cpp's status. A prefill on the CPU can be interrupted."""
+        if not prefill or self.model.gpu_layers:  # llama.cpp asks its abort callback on the CPU only
+            return int(self._llama.llama_decode(self.pointer, self._batch))
+        self._llama.llama_set_abort_callback(self.pointer, self._abort, None)
+        try:
+            return int(self._llama.llama_decode(self.pointer, self._batch))
+        finally:  # not while generating: it costs some 0.3 ms a token there
+            self._llama.llama_set_abort_callback(self.pointer, self._llama.ggml_abort_callback(), None)
+
+    def best(self, rows: int) -> list[int]:
+        """Return the likeliest token of each row of logits that the latest step was asked for, the first of equals.
+
+        What llama.cpp's greedy sampler draws, without a list of the whole vocabulary made for each row.
+        """
+        import numpy as np
+
+        logits = self._llama.llama_get_logits(self.pointer)
+        table = np.ctypeslib.as_array(logits, (rows, self.model.vocabulary.size))
+        found: list[int] = table.argmax(axis=1).tolist()
+        return found
+
+
+def in_common(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Count the tokens with which both begin."""
+    return next(
+        (at for at, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other),
+        min(len(ours), len(theirs)),
+    )
 
 
 class Sampler:
@@ -1757,7 +1831,9 @@ class Sampler:
         if settings.temperature and settings.top_k is None and top_k == 1:
             top_k = 40  # the model's own "greedy, please" gives way to a temperature that was asked for
         penalty = value(settings.repeat_penalty, "penalty_repeat", 1.0)
-        chain = [llama.llama_sampler_init_penalties(64, penalty, 0.0, 0.0)] if penalty != 1.0 else []
+        size = file.metadata["tokenizer.ggml.tokens"].length
+        chain = [llama.llama_sampler_init_penalties(size, 64, penalty, 0.0, 0.0)] if penalty != 1.0 else []
+        self.greedy = not chain and (temperature <= 0 or top_k == 1)  # the likeliest token and nothing else
         if temperature <= 0 or top_k == 1:
             chain.append(llama.llama_sampler_init_greedy())
         else:
@@ -1775,6 +1851,10 @@ class Sampler:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the chain; again is harmless."""
         if self.pointer:
             self._llama.llama_sampler_free(self.pointer)
             self.pointer = None
@@ -1862,11 +1942,47 @@ def generate_tokens(
         (row,) = engine.step([Feed(sequence, [token])])
 
 
-class Chat:
-    """A model, its template and one conversation's KV cache: the one place that answers.
+class Draft:
+    """An answer while it is written: tokens go in, text comes out, and the figures are kept."""
 
-    The context grows when a dialog needs it; the Info tiers and the newest query are pinned, the oldest turns go first.
-    """
+    def __init__(self, answer: Answer, settings: Settings, vocabulary: LlamaVocabulary, context: int) -> None:
+        self.answer, self.ended = answer, False
+        self._vocabulary, self._text = vocabulary, Incremental(settings.stop)
+        self._most = min(settings.max_tokens or context, context - answer.input_tokens)
+        self._started = self._first = time.monotonic()
+
+    def add(self, token: int) -> str:
+        """Take a token and return the text that is certain by now; `ended` says whether it was the last."""
+        answer = self.answer
+        if not answer.output_tokens:
+            self._first = time.monotonic()
+        if self._vocabulary.is_end(token):
+            self.ended = True
+            return ""
+        answer.output_tokens += 1
+        piece = self._text.feed(self._vocabulary.piece(token))
+        answer.response += piece
+        if self._text.stopped:
+            self.ended = True
+        elif answer.output_tokens >= self._most:
+            answer.finish_reason, self.ended = "length", True
+        return piece
+
+    def close(self) -> str:
+        """Write down the figures and return the text that was held back."""
+        answer, ended = self.answer, time.monotonic()
+        piece = self._text.rest()
+        answer.response += piece
+        answer.first_token_ms = round((self._first - self._started) * 1000, 1)
+        answer.duration_ms = round((ended - self._started) * 1000, 1)
+        answer.tokens_per_second = (
+            round((answer.output_tokens - 1) / (ended - self._first), 1) if answer.output_tokens > 1 else 0.0
+        )
+        return piece
+
+
+class Prompter:
+    """A model and its template: dialogs become prompts that fit a context, and answers that are yet to be written."""
 
     def __init__(
         self,
@@ -1886,12 +2002,14 @@ class Chat:
         self.engine: Engine | None = None
         self.forged: list[str] = []  # marker words in the tiers of the latest prompt
 
-    def __enter__(self) -> Chat:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Free the context; again is harmless."""
         if self.engine:
             self.engine.close()
+            self.engine = None
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def limit(self) -> int:
@@ -1923,10 +2041,12 @@ class Chat:
                 )
             dialog = replace(dialog, turns=dialog.turns[1:])
 
-    def answer(
-        self, dialog: Dialog, seed: int, show: Callable[[str], None], before: Callable[[Answer], None]
-    ) -> Answer:
-        """Answer the newest query, showing text as it comes; an interruption is a finish reason, not an exception."""
+    def outline(self, dialog: Dialog, seed: int) -> tuple[Answer, list[int], int]:
+        """Fit a dialog; return its answer without a word yet, its prompt, and the context it needs.
+
+        Raises:
+            ContextOverflow: the Info tiers and the newest query alone do not fit.
+        """
         fitted, prompt, context = self.fit(dialog)
         answer = Answer(
             model=self.model.file.path.name,
@@ -1938,15 +2058,40 @@ class Chat:
             seed=seed,
             truncated=len(dialog.turns) - len(fitted.turns),
         )
+        return answer, prompt, context
+
+    def open(self, context: int, sequences: int = 1) -> tuple[Engine, float]:
+        """Make the context; return it, and the milliseconds that it and the loading of the model took.
+
+        Raises:
+            LoadError: llama.cpp cannot make it.
+        """
+        self.close()
+        started = time.monotonic()
+        self.engine = Engine(self.model, self.settings, self.interrupt, context, sequences)
+        return self.engine, round(self.model.load_ms + (time.monotonic() - started) * 1000, 1)
+
+
+class Chat(Prompter):
+    """One conversation's KV cache: answers a dialog at a time, and shows the text as it comes.
+
+    The context grows when a dialog needs it; the Info tiers and the newest query are pinned, the oldest turns go first.
+    """
+
+    def __enter__(self) -> Chat:
+        return self
+
+    def answer(
+        self, dialog: Dialog, seed: int, show: Callable[[str], None], before: Callable[[Answer], None]
+    ) -> Answer:
+        """Answer the newest query, showing text as it comes; an interruption is a finish reason, not an exception."""
+        answer, prompt, context = self.outline(dialog, seed)
         before(answer)
-        if self.engine is None or self.engine.context < context:
-            if self.engine:
-                self.engine.close()
-            started = time.monotonic()
-            self.engine = Engine(self.model, self.settings, self.interrupt, context)
-            answer.load_ms = round(self.model.load_ms + (time.monotonic() - started) * 1000, 1)
+        engine = self.engine
+        if engine is None or engine.context < context:
+            engine, answer.load_ms = self.open(context)
         with Sampler(self.model.file, replace(self.settings, seed=seed)) as sampler:
-            self._write(answer, self.engine, prompt, sampler, show)
+            self._write(answer, engine, prompt, sampler, show)
         return answer
 
     def _write(
@@ -1955,36 +2100,147 @@ class Chat:
         def prefilled(cached: int) -> None:
             answer.cached_tokens = cached
 
-        started = first = time.monotonic()
-        text = Incremental(self.settings.stop)
-        most = min(self.settings.max_tokens or engine.context, engine.context - len(prompt))
+        draft = Draft(answer, self.settings, self.model.vocabulary, engine.context)
         try:
             for token in generate_tokens(engine, engine.sequences[0], prompt, sampler, prefilled):
-                if not answer.output_tokens:
-                    first = time.monotonic()
-                if self.model.vocabulary.is_end(token):
-                    break
-                answer.output_tokens += 1
-                self._show(answer, text.feed(self.model.vocabulary.piece(token)), show)
-                if text.stopped:
-                    break
-                if answer.output_tokens >= most:
-                    answer.finish_reason = "length"
+                if piece := draft.add(token):
+                    show(piece)
+                if draft.ended:
                     break
         except Interrupted:
             answer.finish_reason = "interrupted"
-        self._show(answer, text.rest(), show)
-        ended = time.monotonic()
-        answer.first_token_ms = round((first - started) * 1000, 1)
-        answer.duration_ms = round((ended - started) * 1000, 1)
-        answer.tokens_per_second = (
-            round((answer.output_tokens - 1) / (ended - first), 1) if answer.output_tokens > 1 else 0.0
-        )
-
-    def _show(self, answer: Answer, piece: str, show: Callable[[str], None]) -> None:
-        if piece:
-            answer.response += piece
+        if piece := draft.close():
             show(piece)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A dialog to be answered by `Parallel`."""
+
+    dialog: Dialog
+    seed: int = 0
+    tag: Any = None  # the caller's own
+
+
+@dataclass
+class Running:
+    """A job that has a sequence."""
+
+    job: Job
+    sequence: SequenceState
+    prompt: int  # tokens
+    pending: list[int]  # tokens to be fed: what is left of the prompt, then the latest token of the answer
+    draft: Draft
+    sampler: Sampler
+
+
+class Parallel(Prompter):
+    """Many dialogs answered together, each in a sequence of one context; when one ends, the next job begins at once.
+
+    The context is made once, with as many tokens for each sequence: those given, else `-c`, else the smaller of the
+    model's own and DEFAULT_CONTEXT. All of it is allocated.
+
+    A job gets the answer that `Chat` gives, but for rounding: what else is in a batch changes the last bits of its
+    logits. Of 1,600 dialogs put to the embedded model at temperature 0, as many as 5 got another text.
+
+    Raises:
+        LoadError: llama.cpp cannot make the context (memory; it has 256 sequences at most).
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        chat_template: ChatTemplate,
+        settings: Settings,
+        options: RenderOptions,
+        interrupt: Interrupt,
+        parallel: int,
+        context: int | None = None,
+    ) -> None:
+        context = context or settings.context or min(model.file.context, DEFAULT_CONTEXT)
+        super().__init__(model, chat_template, replace(settings, context=context), options, interrupt)
+        self._load_ms = self.open(context, parallel)[1]  # the first answer's
+
+    def __enter__(self) -> Parallel:
+        return self
+
+    def run(
+        self, jobs: Iterable[Job], before: Callable[[Answer], None] = lambda _: None
+    ) -> Iterator[tuple[Job, Answer | EdgeError]]:
+        """Yield each job with its answer, or with the error that kept it from one, as they come to an end.
+
+        The next job is taken whenever a sequence is free, and `before` sees its answer before it is begun.
+
+        Raises:
+            Interrupted: Ctrl-C; what is not finished is dropped. RuntimeError: closed.
+        """
+        if self.engine is None:
+            raise RuntimeError("the context is closed")
+        waiting = iter(jobs)
+        active: list[Running] = []
+        try:
+            while True:
+                while len(active) < len(self.engine.sequences) and (job := next(waiting, None)) is not None:
+                    try:
+                        active.append(self._begin(job, self.engine, active, before))
+                    except EdgeError as error:
+                        yield job, error
+                if not active:
+                    return
+                self.interrupt.check()
+                finished = self._advance(self.engine, active)
+                for running in finished:
+                    active.remove(running)
+                    self._end(self.engine, running)
+                for running in finished:
+                    yield running.job, running.draft.answer
+        finally:
+            for running in active:
+                running.sampler.close()
+
+    def _begin(self, job: Job, engine: Engine, active: Sequence[Running], before: Callable[[Answer], None]) -> Running:
+        """Give a job the free sequence that shares most with its prompt, or the beginning of a busy one."""
+        answer, prompt, context = self.outline(job.dialog, job.seed)
+        before(answer)
+        taken = {running.sequence.id for running in active}
+        read = prompt[:-1]  # the last token is always fed, for its logits
+        count = {sequence.id: in_common(sequence.tokens, read) for sequence in engine.sequences}
+        free = [sequence for sequence in engine.sequences if sequence.id not in taken]
+        sequence = max(free, key=lambda sequence: (count[sequence.id], -len(sequence.tokens)))
+        source = max(engine.sequences, key=lambda sequence: count[sequence.id])
+        if count[source.id] > count[sequence.id]:
+            engine.share(source, sequence, count[source.id])
+        answer.cached_tokens = engine.keep(sequence, prompt)
+        answer.load_ms, self._load_ms = self._load_ms, 0.0
+        draft = Draft(answer, self.settings, self.model.vocabulary, context)
+        sampler = Sampler(self.model.file, replace(self.settings, seed=job.seed))
+        return Running(job, sequence, len(prompt), prompt[answer.cached_tokens :], draft, sampler)
+
+    def _advance(self, engine: Engine, active: Sequence[Running]) -> list[Running]:
+        """Write a token of every answer and read of the newcomers' prompts what has room; return what is finished."""
+        feeds, written, room = [], [], engine.room
+        for running in sorted(active, key=lambda running: len(running.pending) > 1):  # answers first
+            chunk, running.pending = running.pending[:room], running.pending[room:]
+            if chunk:
+                room -= len(chunk)
+                feeds.append(Feed(running.sequence, chunk, logits=not running.pending))
+                if not running.pending:
+                    written.append(running)
+        rows = [row for row in engine.step(feeds) if row >= 0]
+        if written and written[0].sampler.greedy:
+            tokens = engine.best(len(rows))
+        else:
+            tokens = [running.sampler.draw(engine, row) for running, row in zip(written, rows, strict=True)]
+        for running, token in zip(written, tokens, strict=True):
+            running.draft.add(token)
+            running.pending = [token]
+        return [running for running in written if running.draft.ended]
+
+    def _end(self, engine: Engine, running: Running) -> None:
+        """Complete an answer and leave its prompt in the cache, for one that begins alike."""
+        running.draft.close()
+        running.sampler.close()
+        engine.cut(running.sequence, running.prompt)
 
 
 # =====================================================================================================================
@@ -2129,7 +2385,7 @@ class Repl:
 
     def set_tier(self, tier: Literal["system_info", "user_info"], text: str) -> None:
         """Set a tier of the meta-prompt if there is a text, clear it if that is a dash, and show it."""
-        text = "" if text == "-" else text or getattr(self.dialog, tier)
+        text = "" if text == "-" else expand_profile(text) or getattr(self.dialog, tier)
         if tier == "system_info":
             self.dialog = replace(self.dialog, system_info=text)
         else:
@@ -2174,7 +2430,597 @@ def check_forged(forged: Sequence[str], screen: Screen, strict: bool) -> None:
 
 
 # =====================================================================================================================
-# 12  Commands
+# 12  Evaluation
+# =====================================================================================================================
+# Every answer to a suite is the model's own, those of earlier turns too. Each is written down as it comes: a run that
+# was stopped goes on where it was, and one that is complete prints its results again without the model.
+
+EVAL_SIZE = 60  # cases a section of the built-in suite
+EVAL_TOKENS = {"builtin": 512, "ifeval": 1280}  # of an answer at most; the second is lm-eval's own
+
+
+def preferences(name: str) -> Any:
+    """Import a module of the preferences: suite, report or ifeval."""
+    return importlib.import_module(f"{part('preferences').__name__}.{name}")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What `eval` asks."""
+
+    name: str  # builtin, or a file
+    kind: str  # builtin, own or ifeval
+    cases: list[Any]  # preferences.suite.Case
+    seed: int
+    size: int | None
+    unchecked: list[str]  # IFEval's instructions that cannot be checked here
+
+    @functools.cached_property
+    def asked(self) -> list[Any]:
+        """Return the cases and, for facts to survive, their questions once more without a meta-prompt."""
+        kept = preferences("report").keeps_facts
+        plain = {case.queries[-1]: case.plain for case in self.cases if self.kind != "ifeval" and kept(case)}
+        return [*self.cases, *plain.values()]
+
+    def spread(self, judged: list[Any]) -> list[Any]:
+        """Return what the rates are counted from."""
+        return judged if self.kind != "ifeval" else cast(list[Any], preferences("ifeval").judged_by_instruction(judged))
+
+    @property
+    def summary(self) -> Callable[[Sequence[Any]], dict[str, Any]]:
+        """Return what makes rates of judged answers."""
+        found = preferences("ifeval").summary if self.kind == "ifeval" else preferences("report").results
+        return cast("Callable[[Sequence[Any]], dict[str, Any]]", found)
+
+
+def find_suite(name: str, seed: int, size: int | None, tier: str) -> Suite:
+    """Compose the built-in suite, or read a file: of one's own, or of IFEval's, whose instructions go to `tier`.
+
+    Raises:
+        UsageError: the file is no suite, or IFEval's checkers are not installed. NotFound: it cannot be read.
+    """
+    suite, ifeval = preferences("suite"), preferences("ifeval")
+    if tier not in ifeval.TIERS:
+        raise UsageError(f"--ifeval-tier takes {', '.join(ifeval.TIERS)}, not {tier!r}")
+    if name == "builtin":
+        return Suite(name, name, suite.builtin(seed, size or EVAL_SIZE), seed, size or EVAL_SIZE, [])
+    if name == "ifeval":
+        raise UsageError(ifeval.WHERE)
+    path = Path(name).expanduser()
+    try:
+        if not ifeval.is_ifeval(path):
+            return Suite(name, "own", suite.read_suite(path)[:size], seed, size, [])
+        if ifeval.missing():
+            raise UsageError(ifeval.MISSING)
+        cases, unchecked = ifeval.read_ifeval(path, tier)
+    except suite.InvalidSuite as error:
+        raise UsageError(one_line(error)) from None
+    except ImportError as error:
+        raise UsageError(f"lm-eval does not load ({one_line(error)}): {ifeval.MISSING}") from error
+    except OSError as error:
+        raise NotFound(f"cannot read the suite {path}: {error.strerror}") from None
+    return Suite(name, "ifeval", cases[:size], seed, size, unchecked)
+
+
+class Transcript:
+    """The answers of one run: in memory, and a line each in a file that the same command goes on from.
+
+    Raises:
+        UsageError: the file holds something else. CannotWrite: the user named it, and it cannot be written.
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any], named: bool) -> None:
+        self.path, self.named = path, named
+        self.answers: dict[int, list[dict[str, Any]]] = {}  # by the number of the case, a turn after the other
+        self.seconds = self._before = 0.0  # of all sessions
+        self._started = 0.0
+        self.lost: str | None = None  # why nothing is kept
+        self._file: io.BufferedRandom | None = None
+        try:
+            if not named:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if path.exists() and not path.is_file():
+                raise UsageError(f"{path} is no file: name another with --answers")
+            opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            self._file = os.fdopen(opened, "r+b")
+            self._read(self._file, run)
+        except OSError as error:
+            self._lose(error)
+
+    def _read(self, file: io.BufferedRandom, run: dict[str, Any]) -> None:
+        """Read what an earlier session left, less a last line that it did not finish."""
+        head = json.dumps({"metaalign_edge": "eval", **run}).encode() + b"\n"
+        first = file.readline()
+        if first != head and not (head.startswith(first) and not first.endswith(b"\n")):
+            raise UsageError(f"{self.path} holds {other_run(first, run)}: name another file with --answers")
+        whole = len(first) if first == head else 0
+        for line in file:
+            try:
+                record = json.loads(line)
+                turns = self.answers.setdefault(record["case"], [])
+                if line.endswith(b"\n") and record["turn"] == len(turns):
+                    turns.append(record)
+                    self.seconds = self._before = record["seconds"]
+            except (ValueError, KeyError, TypeError):
+                break
+            whole += len(line) if line.endswith(b"\n") else 0
+        if file.read(1):
+            raise UsageError(f"{self.path} is damaged after byte {whole:,}: remove it, or name another with --answers")
+        file.truncate(whole)
+        if not whole:
+            file.write(head)
+            file.flush()
+
+    def add(self, number: int, turn: int, case: Any, answer: Answer | EdgeError) -> None:
+        """Write down an answer, or why there is none.
+
+        Raises:
+            CannotWrite: the file was named by the user, and is full.
+        """
+        self.seconds = round(self._before + time.monotonic() - self._started, 3)
+        record: dict[str, Any] = {"case": number, "turn": turn, "id": case.id}
+        if isinstance(answer, Answer):
+            record |= {"response": answer.response, "finish_reason": answer.finish_reason}
+            record |= {"truncated": answer.truncated}
+        else:
+            record["error"] = one_line(answer)
+        self.answers.setdefault(number, []).append(record | {"seconds": self.seconds})
+        try:
+            if self._file:
+                self._file.write(json.dumps(self.answers[number][-1]).encode() + b"\n")
+                self._file.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def start(self) -> None:
+        """Begin to count the seconds of this session."""
+        self._started = time.monotonic()
+
+    def _lose(self, error: OSError) -> None:
+        if self.named:
+            raise CannotWrite(f"cannot write {self.path}: {error.strerror}") from None
+        self.close()
+        self.lost = error.strerror or one_line(error)
+
+    def close(self) -> None:
+        """Close the file; again is harmless."""
+        file, self._file = self._file, None
+        if file:
+            with contextlib.suppress(OSError):
+                file.close()
+
+    @property
+    def where(self) -> str:
+        """Say where the answers are kept."""
+        return f"nothing is kept: {self.lost}" if self.lost else f"kept in {self.path}"
+
+    def failed(self, number: int) -> str | None:
+        """Return why a case has no answer, once that is known."""
+        return next((answer["error"] for answer in self.answers.get(number, []) if "error" in answer), None)
+
+    def said(self, number: int) -> list[str]:
+        """Return the responses to a case's questions so far."""
+        return [answer["response"] for answer in self.answers.get(number, []) if "response" in answer]
+
+    def count(self, asked: Sequence[Any]) -> int:
+        """Return how many questions are settled; a case that failed is settled as a whole."""
+        return sum(
+            len(case.queries) if self.failed(number) else len(self.said(number)) for number, case in enumerate(asked)
+        )
+
+
+def other_run(line: bytes, run: Mapping[str, Any]) -> str:
+    """Say in which way the first line of an answers file is not that of this run."""
+    try:
+        found = json.loads(line)
+        if found.pop("metaalign_edge") == "eval":
+            return f"the answers of another run (other {', '.join(key for key in run if found.get(key) != run[key])})"
+    except (ValueError, KeyError, AttributeError, TypeError):
+        pass
+    return "something else than the answers of a run"
+
+
+@dataclass
+class Candidate:
+    """A model under evaluation, its template, and its answers."""
+
+    name: str
+    file: ModelFile
+    chosen: ChatTemplate
+    settings: Settings
+    transcript: Transcript
+
+
+def make_candidate(
+    model: str | None, template: str, settings: Settings, options: RenderOptions, suite: Suite, answers: Path | None
+) -> Candidate:
+    """Find a model, its template and its answers so far, without loading it.
+
+    Raises:
+        NotFound, LoadError, TemplateError, UsageError, CannotWrite: as what it calls.
+    """
+    file = ModelFile(resolve_model(model))
+    chosen = choose_template(template, file)
+    room = settings.context or min(file.context, DEFAULT_CONTEXT)
+    most = settings.max_tokens or min(EVAL_TOKENS.get(suite.kind, EVAL_TOKENS["builtin"]), max(1, room // 3))
+    settings = replace(settings, max_tokens=most)
+    stat = file.path.stat()
+    sources = [chosen.template.source, chosen.meta_prompt.source, chosen.reminder.source, str(chosen.native)]
+    how = [settings.context, most, settings.temperature, settings.seed, *options]
+    run = {
+        "version": __version__,
+        "model": f"{file.path.resolve()}, {stat.st_size} bytes, {stat.st_mtime_ns}",
+        "suite": digest([case.document() for case in suite.asked]),
+        "template": digest(sources),
+        "settings": json.dumps(how),
+    }
+    path = answers or cache_folder() / "answers" / f"{digest(run)}.jsonl"
+    return Candidate(file.path.name, file, chosen, settings, Transcript(path, run, answers is not None))
+
+
+def digest(document: Any) -> str:
+    """Return 32 hexadecimal digits that stand for a JSON document."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def interview(
+    candidate: Candidate, suite: Suite, options: RenderOptions, parallel: int, interrupt: Interrupt, screen: Screen
+) -> None:
+    """Put to a model what its transcript has no answer to yet.
+
+    Raises:
+        Interrupted: Ctrl-C; what was answered is kept. LoadError: the model cannot be loaded. CannotWrite.
+    """
+    transcript, asked = candidate.transcript, suite.asked
+    left = [
+        number
+        for number, case in enumerate(asked)
+        if transcript.failed(number) is None and len(transcript.said(number)) < len(case.queries)
+    ]
+    done, total, lost = transcript.count(asked), sum(len(case.queries) for case in asked), transcript.lost
+    transcript.start()
+    screen.note(f"{candidate.name}: {total:,} answers, {done:,} of them given already ({transcript.where})")
+    if not left:
+        return
+    try:
+        with interrupt, Model(candidate.file, candidate.settings, interrupt) as model:
+            explain(model, candidate.chosen, candidate.settings, screen)
+            room = min(parallel, len(left))
+            with (
+                Parallel(model, candidate.chosen, candidate.settings, options, interrupt, room) as session,
+                answers_bar(screen, candidate.name, done, total) as tell,
+            ):
+                ask_all(session, asked, left, transcript, lambda: tell(transcript.count(asked)))
+    except Interrupted:
+        kept = f"{transcript.count(asked):,} of {total:,} answers, {transcript.where}"
+        screen.note(f"interrupted: {kept}" + ("" if transcript.lost else "; the same command goes on from there"))
+        raise
+    finally:
+        if transcript.lost != lost:
+            screen.note(f"metaalign-edge: warning: {transcript.where}")
+        transcript.close()
+
+
+def ask_all(
+    session: Parallel, asked: Sequence[Any], left: Sequence[int], transcript: Transcript, tell: Callable[[], None]
+) -> None:
+    """Ask what is left, long dialogs first; a dialog goes on as soon as its turn is answered, while it is cached."""
+    waiting = deque(sorted(left, key=lambda number: -len(asked[number].queries)))
+
+    def jobs() -> Iterator[Job]:
+        while waiting:
+            number = waiting.popleft()
+            said = transcript.said(number)
+            try:
+                dialog = case_dialog(asked[number], said)
+            except UsageError as error:
+                transcript.add(number, len(said), asked[number], error)
+                continue
+            seed = random.Random(f"{session.settings.seed}/{number}/{len(said)}").getrandbits(32)
+            yield Job(dialog, seed, number)
+
+    while waiting:  # again, should the last answer of a round have been an early turn's
+        for job, answer in session.run(jobs()):
+            turn = len(job.dialog.turns) - 1
+            transcript.add(job.tag, turn, asked[job.tag], answer)
+            if isinstance(answer, Answer) and turn + 1 < len(asked[job.tag].queries):
+                waiting.appendleft(job.tag)
+            tell()
+
+
+def case_dialog(case: Any, said: Sequence[str]) -> Dialog:
+    """Return a case's dialog up to the question that follows these answers, under the meta-prompt of that time."""
+    last = len(said) + 1 == len(case.queries)
+    system_info, user_info = (case.system_info, case.user_info) if last or case.earlier is None else case.earlier
+    turns = [Turn(query, response) for query, response in zip(case.queries, said, strict=False)]
+    return Dialog(system_info, user_info, (*turns, Turn(case.queries[len(said)])))
+
+
+@contextlib.contextmanager
+def answers_bar(screen: Screen, name: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal's stderr how many answers are done, how fast, and the time left; yield what is to be told."""
+    if screen.quiet or not (sys.stderr and sys.stderr.isatty()):
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    speed = TextColumn("{task.fields[speed]:.1f} answers/s")
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), speed)
+    started = time.monotonic()
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(name, total=total, completed=done, speed=0.0)
+
+        def tell(now: int) -> None:
+            bars.update(task, completed=now, speed=(now - done) / max(0.001, time.monotonic() - started))
+
+        yield tell
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model's answers prove."""
+
+    judged: list[Any]  # a case each, as asked
+    counted: list[Any]  # what the rates are of
+    errors: list[dict[str, str]]  # cases without an answer or a verdict: they count as missed
+    unfinished: int  # answers that were cut off at -n
+    truncated: int  # answers to dialogs whose oldest turns did not fit
+    seconds: float
+    tree: dict[str, Any]
+
+
+def judge(suite: Suite, transcript: Transcript) -> Outcome:
+    """Judge the answers; a case that has none, or whose checker fails, counts as missed."""
+    verdict = preferences("suite").Judged
+    said = {number: transcript.said(number) for number in range(len(suite.asked))}
+    start = len(suite.cases)
+    plain = {case.queries[0]: said[start + place] for place, case in enumerate(suite.asked[start:])}
+    judged, errors = [], []
+    for number, case in enumerate(suite.cases):
+        if reason := transcript.failed(number):
+            errors.append({"id": case.id, "reason": reason})
+        answer = said[number][-1] if len(said[number]) == len(case.queries) else ""
+        yardstick = next(iter(plain.get(case.queries[-1], [])), "")
+        judged.append(verdict(case, answer, yardstick))
+    counted = [sound(one, errors) for one in suite.spread(judged)]
+    kept = [answer for turns in transcript.answers.values() for answer in turns]
+    return Outcome(
+        judged=judged,
+        counted=counted,
+        errors=list({(error["id"], error["reason"]): error for error in errors}.values()),
+        unfinished=sum(answer.get("finish_reason") == "length" for answer in kept),
+        truncated=sum(bool(answer.get("truncated")) for answer in kept),
+        seconds=transcript.seconds,
+        tree=suite.summary(counted),
+    )
+
+
+def sound(one: Any, errors: list[dict[str, str]]) -> Any:
+    """Return a judged answer whose checkers can judge it; where one fails, the case without its answer."""
+    for check in (*one.case.checks, *one.case.losing):
+        try:
+            check.holds(one.response)
+        except Exception as error:  # a checker may be anybody's pattern, an answer anything
+            reason = f"the checker {check.checker} of {check.key} failed: {type(error).__name__}: {one_line(error)}"
+            errors.append({"id": one.case.id, "reason": reason})
+            missed = replace(
+                one.case, checks=(replace(check, checker="mentions", parameters={"text": "\0"}),), losing=()
+            )
+            return replace(one, case=missed, response="")
+    return one
+
+
+def evaluation_document(candidate: Candidate, suite: Suite, outcome: Outcome) -> dict[str, Any]:
+    """Make what `eval --json` prints of one model."""
+    more = {"unchecked": suite.unchecked} if suite.kind == "ifeval" else {}
+    return {
+        "model": candidate.name,
+        "n": len(suite.cases),
+        **preferences("report").document(outcome.tree),
+        "seconds": round(outcome.seconds, 1),
+        "suite": suite.name,
+        "seed": suite.seed,
+        "size": suite.size,
+        "template": candidate.chosen.name,
+        "max_tokens": candidate.settings.max_tokens,
+        "temperature": candidate.settings.temperature,
+        "unfinished": outcome.unfinished,
+        "truncated": outcome.truncated,
+        **more,
+        "errors": outcome.errors,
+    }
+
+
+class Findings(NamedTuple):
+    """The results of one model, or of two."""
+
+    suite: Suite
+    candidates: list[Candidate]
+    outcomes: list[Outcome]
+    differences: Mapping[tuple[str, ...], Any]  # preferences.statistics.Difference
+
+    @property
+    def names(self) -> list[str]:
+        """Return what the models are called: their files' names, or paths where those are the same."""
+        names = [candidate.name for candidate in self.candidates]
+        return names if len({*names}) == len(names) else [str(candidate.file.path) for candidate in self.candidates]
+
+    def document(self) -> dict[str, Any]:
+        """Make what `--json` prints."""
+        report = preferences("report")
+        document, *other = map(evaluation_document, self.candidates, [self.suite] * 2, self.outcomes)
+        if other:
+            differences = report.document(report.branches(self.differences))
+            document["against"] = {
+                **other[0],
+                "differences": differences,
+                "families": report.verdicts(self.differences),
+            }
+        return document
+
+    def groups(self) -> list[Any]:
+        """Return the rates as rows."""
+        trees = [outcome.tree for outcome in self.outcomes]
+        found = preferences("report").groups(trees[0], *trees[1:], differences=self.differences)
+        return cast(list[Any], found)
+
+    def page(self) -> Any:
+        """Return the page of `--report`."""
+        report, suite, first = preferences("report"), self.suite, self.candidates[0]
+        meanings = preferences("suite").SECTIONS | {
+            "prompt": "IFEval: every instruction",
+            "part": "IFEval: some instructions",
+        }
+        drawn = f"{suite.name}, seed {suite.seed}" + (f", size {suite.size}" if suite.size else "")
+        facts = {
+            "Suite": drawn,
+            "Cases": f"{len(suite.cases):,}",
+            "Template": f"{first.chosen.name}, {'native' if first.chosen.native else 'wrapped'}",
+            "Decoding": f"temperature {first.settings.temperature:g}, {first.settings.max_tokens} tokens at most",
+            "Program": f"metaalign-edge {__version__}",
+            **({"Not checked": ", ".join(suite.unchecked)} if suite.unchecked else {}),
+        }
+        groups = self.groups()
+        whole = [one for one in self.outcomes[0].counted if one.case.section != "instruction"]
+        return report.Page(
+            title=f"Is it followed? {self.names[0]}",
+            model=self.names[0],
+            other=self.names[1] if len(self.names) > 1 else "",
+            date=time.strftime("%Y-%m-%d"),
+            command=shlex.join(["metaalign-edge", *sys.argv[1:]]),
+            facts=tuple(facts.items()),
+            groups=tuple(groups),
+            charts=tuple(report.charts(groups, self.names)),
+            verdicts=report.verdicts(self.differences),
+            examples=tuple(report.examples(whole, meanings)),
+            errors=tuple(
+                {"id": f"{name}, {error['id']}", "reason": error["reason"]}
+                for name, outcome in zip(self.names, self.outcomes, strict=True)
+                for error in outcome.errors
+            ),
+        )
+
+
+def compare_candidates(suite: Suite, candidates: list[Candidate]) -> Findings:
+    """Judge the answers of one model, or of two, and how the first differs from the second."""
+    outcomes = [judge(suite, candidate.transcript) for candidate in candidates]
+    differences = {}
+    if len(outcomes) > 1:
+        differences = preferences("report").compare(outcomes[0].counted, outcomes[1].counted, suite.summary)
+    return Findings(suite, candidates, outcomes, differences)
+
+
+def findings_table(found: Findings, screen: Screen) -> str:
+    """Lay out the results for people: a table at a terminal, aligned text in a pipe."""
+    heads, rows = preferences("report").table(found.groups(), len(found.names) > 1)
+    suite = found.suite
+    size = f", size {suite.size}" if suite.size else ""
+    lines = [f"{' against '.join(found.names)}: {suite.name}, seed {suite.seed}{size}, {len(suite.cases):,} cases", ""]
+    lines += rich_table(heads, rows) if screen.terminal else aligned(heads, rows)
+    if len(found.names) > 1:
+        lines += ["", f"points: {found.names[0]} minus {found.names[1]}; families at p < 0.05:"]
+        for kind, families in preferences("report").verdicts(found.differences).items():
+            lines.append(f"  {kind.replace('_', ' ')}: {', '.join(families) or 'none'}")
+    for name, outcome, candidate in zip(found.names, found.outcomes, found.candidates, strict=True):
+        if outcome.unfinished:
+            lines += [
+                "",
+                f"{name}: {outcome.unfinished} answers were cut off after {candidate.settings.max_tokens} tokens (-n)",
+            ]
+        if outcome.truncated:
+            lines += ["", f"{name}: {outcome.truncated} dialogs lost their oldest turns to fit the context (-c)"]
+        if outcome.errors:
+            lines += ["", f"{name}: {len(outcome.errors)} could not be answered or judged, and count as missed:"]
+            lines += [f"  {error['id']}: {error['reason']}" for error in outcome.errors]
+    return "\n".join(lines) + "\n"
+
+
+def aligned(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Return lines with the columns aligned: the first and the last to the left, figures to the right."""
+    cells = [heads, *rows]
+    widths = [max(len(row[place]) for row in cells if len(row) > place + 1) for place in range(len(heads) - 1)]
+    lines = []
+    for first, *figures in cells:
+        middle = "".join(f"  {cell:>{width}}" for cell, width in zip(figures[:-1], widths[1:], strict=False))
+        lines.append(f"{first:<{widths[0]}}{middle}  {figures[-1] if figures else ''}".rstrip())
+    return lines
+
+
+def rich_table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a table for this terminal, without colours; the last column only if it has room."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    width = shutil.get_terminal_size().columns
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    taken = [max(len(row[place]) for row in (heads, *rows) if len(row) > place) for place in range(len(heads) - 1)]
+    if width < sum(taken) + 3 * len(taken) + 24:
+        heads, rows = [*heads[:-1], ""], [row[: len(heads) - 1] for row in rows]
+    for place, head in enumerate(heads):
+        figures = 0 < place < len(heads) - 1
+        table.add_column(Text(head), justify="right" if figures else "left", no_wrap=figures)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, color_system=None).print(table)
+    return [line.rstrip() for line in buffer.getvalue().splitlines() if line.strip()]
+
+
+def check_outputs(report: Path | None, chart: Path | None) -> None:
+    """Make sure, before the hours of answers, that what shall be written can be.
+
+    Raises:
+        UsageError: the chart is of no known kind, or needs matplotlib. CannotWrite: no file can be made there.
+    """
+    if chart and chart.suffix.lower() not in (".png", ".svg"):
+        raise UsageError(f"--chart writes .png or .svg, not {chart.name}")
+    if chart and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError('--chart draws with matplotlib: pip install "metaalign-edge[eval]"')
+    for path in filter(None, (report, chart)):
+        write_whole(path, None)
+
+
+def write_whole(path: Path, data: bytes | None) -> None:
+    """Write a file under a temporary name and give it its own when it is whole; None only tries.
+
+    Raises:
+        CannotWrite: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary.write_bytes(data or b"")
+        if data is not None:
+            os.replace(temporary, path)
+    except OSError as error:
+        raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_outputs(found: Findings, report: Path | None, chart: Path | None) -> None:
+    """Write the report and the chart.
+
+    Raises:
+        CannotWrite: one cannot be written.
+    """
+    if not (report or chart):
+        return
+    pages, page = preferences("report"), found.page()
+    if report:
+        source = read_text(part_folder("templates") / "report.html.jinja", "the template")
+        write_whole(report, pages.write_page(source, page).encode("utf-8", "replace"))
+    if chart:
+        write_whole(chart, pages.draw(page.charts, page.title, chart.suffix[1:].lower()))
+
+
+# =====================================================================================================================
+# 13  Commands
 # =====================================================================================================================
 
 app = typer.Typer(
@@ -2206,7 +3052,7 @@ SystemOption = Annotated[
 ]
 SystemFileOption = Annotated[Path | None, option("--system-file", help="Read System Info from a file.", panel=DIALOG)]
 PrefOption = Annotated[
-    list[str] | None, option("--pref", help="User Info: who you are, what you prefer. Repeat to add.", panel=DIALOG)
+    list[str] | None, option("--pref", help="User Info: a text, or @concise and the like. Repeat to add.", panel=DIALOG)
 ]
 PrefFileOption = Annotated[Path | None, option("--pref-file", help="Read User Info from a file.", panel=DIALOG)]
 TemplateOption = Annotated[
@@ -2756,6 +3602,91 @@ def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None] | N
         yield lambda tensor, done, total: bars.update(task, description=tensor, completed=done, total=total)
 
 
+SuiteOption = Annotated[
+    str, option("--suite", help="builtin, ifeval, or a file: a suite of your own or IFEval's rows.")
+]
+AgainstOption = Annotated[
+    str | None, option("--against", help="A second model to compare with, over the same cases.", panel=MODEL)
+]
+SizeOption = Annotated[
+    int | None,
+    option("--size", help=f"Cases a section of the built-in suite ({EVAL_SIZE}); of a file, its first.", min=1),
+]
+SuiteSeedOption = Annotated[
+    int, option("--seed", help="Draws the built-in suite, and where --temp is not 0 the answers.", env="SEED", min=0)
+]
+ParallelOption = Annotated[
+    int, option("--parallel", help="Answers written at a time.", panel=MODEL, env="PARALLEL", min=1, max=256)
+]
+TierOption = Annotated[
+    str, option("--ifeval-tier", help="Where IFEval's instructions stand: system, user or query (as published).")
+]
+ReportOption = Annotated[Path | None, option("--report", help="Write a page to read: OUT.html.", panel=OUTPUT)]
+ChartOption = Annotated[
+    Path | None, option("--chart", help="Draw the rates: OUT.png or OUT.svg (matplotlib).", panel=OUTPUT)
+]
+AnswersOption = Annotated[
+    Path | None, option("--answers", help="Keep the answers in this file. Default: in the cache.", panel=OUTPUT)
+]
+
+
+@app.command("eval")
+def eval_command(
+    model: ModelOption = None,
+    suite: SuiteOption = "builtin",
+    against: AgainstOption = None,
+    size: SizeOption = None,
+    seed: SuiteSeedOption = 0,
+    parallel: ParallelOption = 8,
+    ifeval_tier: TierOption = "system",
+    template: TemplateOption = "auto",
+    remind: RemindOption = True,
+    think: ThinkOption = None,
+    max_tokens: MaxTokensOption = None,
+    ctx_size: ContextOption = None,
+    gpu_layers: GpuOption = "auto",
+    threads: ThreadsOption = None,
+    temp: TempOption = 0.0,
+    as_json: JsonOption = False,
+    report: ReportOption = None,
+    chart: ChartOption = None,
+    answers: AnswersOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure whether a model follows preferences: a program decides, and every rate has its 95 % interval.
+
+    A run that was stopped goes on where it was when the same command is given again.
+
+    Examples:
+
+        metaalign-edge eval --size 10
+
+        metaalign-edge eval -m model-Q4_K_M.gguf --against model-F16.gguf --report report.html
+    """
+    screen, options, interrupt = Screen(quiet, verbose), RenderOptions(remind, think), Interrupt()
+    layers = checked_gpu_layers(gpu_layers)
+    settings = Settings(ctx_size, layers, threads, max_tokens, temp, seed=seed, verbose=verbose)
+    check_outputs(report, chart)
+    models = [model] + ([against] if against is not None else [])
+    files = [answers, answers and answers.with_name(f"{answers.stem}.against{answers.suffix}")]
+    for name in models:
+        choose_template(template, ModelFile(resolve_model(name)))  # before the suite is composed
+    asked = find_suite(suite, seed, size, ifeval_tier)
+    candidates = [
+        make_candidate(name, template, settings, options, asked, file)
+        for name, file in zip(models, files, strict=False)
+    ]
+    if asked.unchecked:
+        kinds = ", ".join(asked.unchecked)
+        screen.note(f"metaalign-edge: warning: not checked: {kinds}: get `python -m nltk.downloader punkt_tab`")
+    for candidate in candidates:
+        interview(candidate, asked, options, parallel, interrupt, screen)
+    found = compare_candidates(asked, candidates)
+    write_outputs(found, report, chart)
+    screen.json(found.document()) if as_json else screen.write(findings_table(found, screen))
+
+
 def build_dialog(
     system: str | None, system_file: Path | None, pref: list[str] | None, pref_file: Path | None
 ) -> Dialog:
@@ -2775,10 +3706,22 @@ def build_dialog(
         wishes = [standing]
     if any(not wish.strip() for wish in wishes):
         raise UsageError("the preference is empty: say what you prefer, or leave --pref out")
-    for wish in wishes:
-        if re.fullmatch(r"@[\w+@.-]+", wish):
-            raise NotFound(f"no preference profile {wish}: write the preference itself")
-    return Dialog(system or "", "\n".join(wishes))
+    return Dialog(system or "", "\n".join(map(expand_profile, wishes)))
+
+
+def expand_profile(wish: str) -> str:
+    """Return the text of a profile, `@name`, or of several, `@one+@two`; any other wish as it is.
+
+    Raises:
+        NotFound: there is no such profile.
+    """
+    if not re.fullmatch(r"@[\w.-]+(\+@[\w.-]+)*", wish):
+        return wish
+    known = part("preferences").profiles()
+    for name in (names := wish[1:].split("+@")):
+        if name not in known:
+            raise NotFound(f"no preference profile @{name}: there are {', '.join(f'@{one}' for one in known)}")
+    return "\n".join(known[name] for name in names)
 
 
 STDIN_LIMIT = 1 << 23  # bytes; no context holds more, and /dev/zero never ends
@@ -2863,7 +3806,7 @@ def answer_once(session: Chat, dialog: Dialog, screen: Screen, strict: bool, as_
 
 
 # =====================================================================================================================
-# 13  Main
+# 14  Main
 # =====================================================================================================================
 
 

@@ -150,7 +150,7 @@ def test_an_unknown_command_is_exit_2(fails: Fails) -> None:
 
 
 def test_a_profile_or_a_file_that_is_not_there_is_exit_3(tiny: Path, fails: Fails) -> None:
-    assert "@concise" in fails(3, "chat", "-m", str(tiny), "--pref", "@concise", "tea?")
+    assert "@concise" in fails(3, "chat", "-m", str(tiny), "--pref", "@concize", "tea?")
     assert "nowhere.txt" in fails(3, "chat", "-m", str(tiny), "--pref-file", "nowhere.txt", "tea?")
     assert "nowhere.txt" in fails(3, "chat", "-m", str(tiny), "--system-file", "nowhere.txt", "tea?")
 

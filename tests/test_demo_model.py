@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
-from metaalign_edge_tune.dataset import Row
-from metaalign_edge_tune.evaluate import Result, edge_generator, suite
+from metaalign_edge_preferences import families, values
+from metaalign_edge_preferences.dialogs import Plan, Scene, compose, subjects
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture(scope="module")
-def generate(demo: Path) -> Callable[[Row], str]:
-    return edge_generator(demo)
 
 
 def test_the_model_is_small_enough_to_be_carried(demo: Path) -> None:
@@ -48,24 +47,60 @@ def test_it_says_so_when_it_does_not_know(run: Run) -> None:
     assert "I only know" in run("chat", "Who won the chess match in Oslo yesterday?").stdout
 
 
-FLOORS = {
-    "no preference": 0.9,
-    "wording: seen": 0.9,
-    "wording: combination": 0.9,
-    "topic new to the value": 0.9,
-    "conflict": 0.9,
-    "two preferences": 0.8,
-    "preference changed midway": 0.75,
-    "opinion, background: seen": 0.85,
-    "unknown question": 0.85,
-}  # far below what the card reports on more rows, far above what a broken path would give
+CARD = (Path(__file__).parent.parent / "models" / "README.md").read_text(encoding="utf-8")
+# the card's table: | family | value · value |
+TRAINED = {
+    f"{family}.{value.split('(')[0].strip().replace(' ', '_')}"
+    for family, named in re.findall(r"^\| (\w+) \| ([^|]*[^|\s]) \|$", CARD, re.MULTILINE)
+    if family in families()
+    for value in named.split(" · ")
+}
+TOPICS = int(re.findall(r"about (\d+) everyday\s+things", CARD)[0])
 
 
-@pytest.mark.parametrize("section", FLOORS)
-def test_it_obeys_wordings_it_was_not_trained_on(section: str, generate: Callable[[Row], str]) -> None:
-    results = [Result(row, generate(row)) for row in suite(seed=1, size=24)[section]]
-    held = [result.obeyed if result.row.checks else result.exact for result in results]
-    assert sum(held) >= FLOORS[section] * len(held)
+def test_the_card_names_values_that_exist() -> None:
+    assert len(TRAINED) > 20 and set(values()) >= TRAINED, TRAINED - set(values())
+
+
+def scenes(split: str, count: int, conflict: bool = False) -> list[Scene]:
+    """Compose dialogs of one question about a topic that the model knows, under preferences that it was trained on."""
+    rng, keys, found = Random(f"demo/{split}/{conflict}"), sorted(TRAINED), list[Scene]()
+    for key in itertools.cycle(keys):
+        topic = rng.choice(subjects("topic")[:TOPICS])
+        rivals = [other for other in keys if other.split(".")[0] == key.split(".")[0] and other != key]
+        if key.split(".")[0] in ("name", "background") or (
+            key.startswith("units") and "units.metric" not in topic.by_value
+        ):
+            continue
+        losing = rng.choice(rivals) if conflict else None
+        plan = Plan(kind="topic", subject=topic.name, values=(key,), split=split, turns=1, background="")
+        found.append(compose(rng, replace(plan, tiers=("system",), losing=losing) if losing else plan))
+        if len(found) == count:
+            break
+    return found
+
+
+@pytest.mark.parametrize(
+    "split, conflict, least",
+    [("seen", False, 0.9), ("combination", False, 0.9), ("frame", False, 0.8), ("combination", True, 0.85)],
+)
+def test_it_obeys_wordings_it_was_not_trained_on(split: str, conflict: bool, least: float, demo: Path) -> None:
+    import metaalign_edge as edge
+
+    settings, interrupt, file = edge.Settings(temperature=0.0, max_tokens=200), edge.Interrupt(), edge.ModelFile(demo)
+    template = edge.choose_template("auto", file)
+    asked = scenes(split, 60, conflict)
+    jobs = [
+        edge.Job(edge.Dialog(one.prompt.system_info, one.prompt.user_info, (edge.Turn(one.last.query),)), tag=one)
+        for one in asked
+    ]
+    with (
+        edge.Model(file, settings) as model,
+        edge.Parallel(model, template, settings, edge.AS_USUAL, interrupt, 8, context=512) as engine,
+    ):
+        answers = [(job.tag, answer) for job, answer in engine.run(jobs) if isinstance(answer, edge.Answer)]
+    held = [all(check.holds(answer.response) for check in one.checks) for one, answer in answers]
+    assert len(held) == len(asked) and sum(held) >= least * len(held)
 
 
 DIALOGS = [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from metaalign_edge_convert import ARCHITECTURES
+from metaalign_edge_preferences import families, profiles
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 CONSOLE = re.compile(r"(?<=```console\n)(.*?)(?=```)", re.DOTALL)
@@ -55,9 +56,27 @@ def test_the_readme_lists_every_class_that_convert_knows() -> None:
     assert sorted(re.findall(r"`(\w+)`", table)) == sorted(ARCHITECTURES)
 
 
+def preference_tables(text: str) -> str:
+    """Return the README with its tables of families and profiles written anew."""
+    kinds: dict[str, list[str]] = {}
+    for family in families().values():
+        values = ", ".join(value.name for value in family.values)
+        kinds.setdefault(family.kind, []).append(f"{family.name} ({values})")
+    rows = "".join(f"| {kind} | {' · '.join(found)} |\n" for kind, found in kinds.items())
+    text = re.sub(r"(?<=<!-- families -->\n)((?:\|.*\n){2})(?:\|.*\n)*", lambda head: head[1] + rows, text)
+    names = ", ".join(f"`@{name}`" for name in profiles())
+    return re.sub(
+        r"(?<=<!-- profiles -->\n).*\n", f"Profiles, alone or joined (`--pref @json+@child`): {names}.\n", text
+    )
+
+
+def test_the_readme_lists_every_family_and_profile() -> None:
+    assert preference_tables(README.read_text()) == README.read_text()
+
+
 if __name__ == "__main__":
 
     def captured(block: re.Match[str]) -> str:
         return "".join(f"{line}\n{happens(line[2:])}" for line in block[0].splitlines() if line.startswith("$ "))
 
-    README.write_text(CONSOLE.sub(captured, README.read_text()))
+    README.write_text(preference_tables(CONSOLE.sub(captured, README.read_text())))
