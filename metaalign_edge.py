@@ -2122,7 +2122,7 @@ class Job:
     tag: Any = None  # the caller's own
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
     """A job that has a sequence."""
 
@@ -2690,7 +2690,7 @@ def interview(
                 Parallel(model, candidate.chosen, candidate.settings, options, interrupt, room) as session,
                 answers_bar(screen, candidate.name, done, total) as tell,
             ):
-                ask_all(session, asked, left, transcript, lambda: tell(transcript.count(asked)))
+                ask_all(session, asked, left, transcript, tell)
     except Interrupted:
         kept = f"{transcript.count(asked):,} of {total:,} answers, {transcript.where}"
         screen.note(f"interrupted: {kept}" + ("" if transcript.lost else "; the same command goes on from there"))
@@ -2702,9 +2702,12 @@ def interview(
 
 
 def ask_all(
-    session: Parallel, asked: Sequence[Any], left: Sequence[int], transcript: Transcript, tell: Callable[[], None]
+    session: Parallel, asked: Sequence[Any], left: Sequence[int], transcript: Transcript, tell: Callable[[int], None]
 ) -> None:
-    """Ask what is left, long dialogs first; a dialog goes on as soon as its turn is answered, while it is cached."""
+    """Ask what is left, long dialogs first; a dialog goes on as soon as its turn is answered, while it is cached.
+
+    `tell` learns how many questions are settled by each answer; an error settles the rest of its case.
+    """
     waiting = deque(sorted(left, key=lambda number: -len(asked[number].queries)))
 
     def jobs() -> Iterator[Job]:
@@ -2715,17 +2718,18 @@ def ask_all(
                 dialog = case_dialog(asked[number], said)
             except UsageError as error:
                 transcript.add(number, len(said), asked[number], error)
+                tell(len(asked[number].queries) - len(said))
                 continue
             seed = random.Random(f"{session.settings.seed}/{number}/{len(said)}").getrandbits(32)
             yield Job(dialog, seed, number)
 
     while waiting:  # again, should the last answer of a round have been an early turn's
         for job, answer in session.run(jobs()):
-            turn = len(job.dialog.turns) - 1
-            transcript.add(job.tag, turn, asked[job.tag], answer)
-            if isinstance(answer, Answer) and turn + 1 < len(asked[job.tag].queries):
+            case, turn = asked[job.tag], len(job.dialog.turns) - 1
+            transcript.add(job.tag, turn, case, answer)
+            if isinstance(answer, Answer) and turn + 1 < len(case.queries):
                 waiting.appendleft(job.tag)
-            tell()
+            tell(1 if isinstance(answer, Answer) else len(case.queries) - turn)
 
 
 def case_dialog(case: Any, said: Sequence[str]) -> Dialog:
@@ -2738,7 +2742,7 @@ def case_dialog(case: Any, said: Sequence[str]) -> Dialog:
 
 @contextlib.contextmanager
 def answers_bar(screen: Screen, name: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
-    """Show on a terminal's stderr how many answers are done, how fast, and the time left; yield what is to be told."""
+    """Show on a terminal's stderr how many answers are done, how fast, and the time left; yield what counts more."""
     if screen.quiet or not (sys.stderr and sys.stderr.isatty()):
         yield lambda _: None
         return
@@ -2750,9 +2754,12 @@ def answers_bar(screen: Screen, name: str, done: int, total: int) -> Iterator[Ca
     started = time.monotonic()
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(name, total=total, completed=done, speed=0.0)
+        mine = 0
 
-        def tell(now: int) -> None:
-            bars.update(task, completed=now, speed=(now - done) / max(0.001, time.monotonic() - started))
+        def tell(more: int) -> None:
+            nonlocal mine
+            mine += more
+            bars.update(task, advance=more, speed=mine / max(0.001, time.monotonic() - started))
 
         yield tell
 
@@ -2761,8 +2768,7 @@ def answers_bar(screen: Screen, name: str, done: int, total: int) -> Iterator[Ca
 class Outcome:
     """What a model's answers prove."""
 
-    judged: list[Any]  # a case each, as asked
-    counted: list[Any]  # what the rates are of
+    counted: list[Any]  # judged answers, what the rates are of
     errors: list[dict[str, str]]  # cases without an answer or a verdict: they count as missed
     unfinished: int  # answers that were cut off at -n
     truncated: int  # answers to dialogs whose oldest turns did not fit
@@ -2786,7 +2792,6 @@ def judge(suite: Suite, transcript: Transcript) -> Outcome:
     counted = [sound(one, errors) for one in suite.spread(judged)]
     kept = [answer for turns in transcript.answers.values() for answer in turns]
     return Outcome(
-        judged=judged,
         counted=counted,
         errors=list({(error["id"], error["reason"]): error for error in errors}.values()),
         unfinished=sum(answer.get("finish_reason") == "length" for answer in kept),
@@ -2804,9 +2809,8 @@ def sound(one: Any, errors: list[dict[str, str]]) -> Any:
         except Exception as error:  # a checker may be anybody's pattern, an answer anything
             reason = f"the checker {check.checker} of {check.key} failed: {type(error).__name__}: {one_line(error)}"
             errors.append({"id": one.case.id, "reason": reason})
-            missed = replace(
-                one.case, checks=(replace(check, checker="mentions", parameters={"text": "\0"}),), losing=()
-            )
+            never = replace(check, checker="mentions", parameters={"text": "\0"})
+            missed = replace(one.case, checks=(never,), losing=(never,) if one.case.losing else ())
             return replace(one, case=missed, response="")
     return one
 

@@ -84,9 +84,9 @@ contracted = \w+n't|\w+'(?:re|ve|ll|d|m)|(?:it|that|there|here|what|who|where|wh
 slang = hey|hi(?!-)|yeah|yep|nope|(?:so|how) cool|awesome|kinda|guys|dude|lol|wow|my (?:dear )?friend|matey|ar{2,}
 hedged = (?:i|we) (?:think|believe|guess|suppose)(?! with| of)|probably|perhaps|maybe|possibly|presumably|likely|
     apparently|seemingly|(?:as far as|from what) (?:i|we) (?:know|can tell|understand)|to (?:my|our|
-    the best of my) knowledge|unsure|uncertain|(?<!the )might(?! of\b)|if (?:i am|i'm) not mistaken|it (?:seems|
-    appears) (?:that|to me|likely|as)|i (?:may|could) be (?:wrong|mistaken)|(?:not|\w*n't) (?:[\w%]+ )?(?:sure|certain)|
-    (?:fairly|pretty) (?:sure|certain)
+    the best of my) knowledge|unsure|(?<!the )might(?! of\b)|if (?:i am|i'm) not mistaken|it (?:seems|appears) (?:that|
+    to me|likely|as)|i (?:may|could) be (?:wrong|mistaken)|(?:not|\w*n't) (?:[\w%]+ )?(?:sure|certain)|(?:fairly|
+    pretty) (?:sure|certain)
 agreed ~ \A\W*(?:certainly|of course|absolutely|definitely|sure)(?:[!.]|,? (?:here|let me|i can|i'd|i would)\b)
 certain = certainly|definitely|absolutely|of course|undoubtedly|undeniabl[ey]|unquestionably|(?<!but )surely|clearly
     (?=,)|(?:is|are) clearly an?|no (?:doubt|question)|rest assured|make no mistake|for (?:sure|certain)|know for a fact
@@ -483,8 +483,7 @@ def _count(line: str) -> int:
 
 def _is_quoted(text: str) -> bool:
     """Tell whether one pair of quotation marks encloses a text; an emoji or a full stop may stand outside."""
-    whole = text[:-200] + _SHAPE["trailer"].sub("", text[-200:])
-    one = re.sub(r"(?<=[\"'”’»])[.!?,]$", "", _plain(whole))
+    one = re.sub(r"(?<=[\"'”’»])[.!?,]$", "", _plain(text[:-200] + _SHAPE["trailer"].sub("", text[-200:])))
     if len(one) <= 2 or one[-1] not in _QUOTES.get(one[0], ""):
         return False
     inside = re.split(rf"[{re.escape(one[0] + one[-1])}]", one[1:-1], maxsplit=1)

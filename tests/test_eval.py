@@ -214,7 +214,7 @@ def stopped(arguments: list[str], answers: Path, number: int, lines: int) -> tup
     process = subprocess.Popen(
         [*COMMAND, *arguments, "--answers", str(answers)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and (not answers.exists() or answers.read_bytes().count(b"\n") <= lines):
         time.sleep(0.01)
     process.send_signal(number)
@@ -522,6 +522,9 @@ def test_a_checker_that_fails_on_some_answer_costs_that_case_only() -> None:
     ]
     assert not broken.obeyed and broken.case.family == "own"
     assert report.results([fine, broken])["adherence"]["own"].n == 2
+    clash = edge.replace(case, section="conflict", losing=(bad,))
+    conflict = report.results([edge.sound(suites.Judged(clash, "One sentence."), errors)])["conflict"]
+    assert (conflict["neither"].rate, conflict["neither"].n) == (1.0, 1)
 
 
 def test_answers_that_were_cut_off_are_counted(run: Run, tiny: Path, own: Path) -> None:

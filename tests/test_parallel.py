@@ -39,7 +39,7 @@ from metaalign_edge import (
     Turn,
 )  # fmt: skip
 
-GREEDY = Settings(temperature=0.0, threads=1, max_tokens=24)
+GREEDY = Settings(temperature=0.0, threads=1, max_tokens=16)
 SHORT = replace(GREEDY, max_tokens=12, context=256)
 WORDS = "the quick brown fox jumps over a lazy dog and counts penguins".split()
 TIMES = ("load_ms", "first_token_ms", "duration_ms", "tokens_per_second", "cached_tokens")
@@ -144,7 +144,7 @@ def expected(demo_model: Model, conversations: list[Job]) -> list[Answer]:
         return [session.answer(job.dialog, 0, lambda _: None, lambda _: None) for job in conversations]
 
 
-@pytest.mark.parametrize("count, shuffled", [(1, False), (3, False), (8, False), (8, True)])
+@pytest.mark.parametrize("count, shuffled", [(1, False), (3, False), (8, True)])
 def test_answers_given_together_are_those_given_alone(
     count: int, shuffled: bool, demo_model: Model, conversations: list[Job], expected: list[Answer]
 ) -> None:
@@ -206,11 +206,11 @@ def memories(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_every_kind_of_memory_gives_the_answers_given_alone(
     kind: str, memories: dict[str, Path], exact: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = babble(20)
+    jobs = babble(16)
     with Model(ModelFile(memories[kind]), SHORT) as model:
         wanted = content(alone(model, SHORT, jobs))
-        assert len({answer["response"] for answer in wanted}) > 15
-        for count, room in ((2, 512), (5, 32)):  # with little room a prompt takes several steps
+        assert len({answer["response"] for answer in wanted}) > 12
+        for count, room in ((5, 512), (2, 32)):  # with little room a prompt takes several steps
             monkeypatch.setattr(edge, "PREFILL_CHUNK", room)
             with parallel(model, SHORT, count) as desk:
                 for again in (False, True):  # the second time, the first run's prompts are in the cache
@@ -219,13 +219,40 @@ def test_every_kind_of_memory_gives_the_answers_given_alone(
                     assert any(answer.cached_tokens for answer in answers) == (kind != "hybrid")
 
 
+def test_what_a_sliding_window_has_lost_is_read_again(memories: dict[str, Path], exact: None) -> None:
+    def prompt(seed: int, size: int) -> list[int]:
+        return random.Random(seed).choices(range(10, 400), k=size)
+
+    first, second = prompt(1, 300), prompt(2, 300)
+    wanted = second[:150] + prompt(3, 20)
+    with Model(ModelFile(memories["window"]), SHORT) as model:
+        with Engine(model, SHORT, Interrupt(), 512) as engine:
+            engine.prefill(engine.sequences[0], wanted)
+            expected = engine.best(1)
+        with Engine(model, SHORT, Interrupt(), 512, sequences=2) as engine:
+            one, other = engine.sequences
+            engine.prefill(one, first[:200])
+            engine.prefill(other, second[:200])
+            engine.cut(one, 20)
+            engine.prefill(other, second[:300])  # into the cells that are free now
+            engine.prefill(one, first[:20] + prompt(4, 200))  # into those, then into the other's outside its window
+            memory = edge.llama_cpp().llama_get_memory(engine.pointer)
+            assert edge.llama_cpp().llama_memory_seq_pos_min(memory, other.id) > 0
+            engine.share(other, one, 150)
+            assert len(one.tokens) == 220  # nothing was shared
+            engine.prefill(one, wanted)
+            assert engine.best(1) == expected
+            assert engine.prefill(other, wanted) == 0
+            assert engine.best(1) == expected
+
+
 @pytest.mark.parametrize("changes", [
     {"stop": ("the", "e")}, {"max_tokens": 1}, {"max_tokens": None, "context": 128}, {"repeat_penalty": 1.5},
-    {"context": 64}, {"temperature": 1.5}, {"temperature": 1.5, "repeat_penalty": 1.5},
+    {"context": 64}, {"temperature": 1.5, "repeat_penalty": 1.5},
 ])  # fmt: skip
 def test_settings_mean_the_same_as_in_a_chat(changes: dict[str, Any], model: Model) -> None:
     settings = replace(SHORT, **changes)
-    jobs = [job for job in babble(16, seed=1) if len(job.dialog.turns) > 1 or "context" not in changes]
+    jobs = [job for job in babble(10, seed=1) if len(job.dialog.turns) > 1 or "context" not in changes]
     jobs = [replace(job, tag=place) for place, job in enumerate(jobs)]
     with parallel(model, settings, 4) as desk:
         answers = together(desk, jobs)

@@ -385,6 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     resume = given.pop("resume")
     # before any of these libraries is imported, for that is when it looks
     os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # TRL refuses to share one process among several
     if Path(given["model"]).exists():
         os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")  # what libraries say about each other

@@ -62,6 +62,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no library ask a network, and use one core."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setenv("METAALIGN_EDGE_THREADS", "1")
     torch.set_num_threads(1)
 
 
@@ -146,7 +147,7 @@ def convert(*arguments: object) -> Path:
 
 def logits(path: Path, ids: list[int]) -> np.ndarray:
     """Return the scores that llama.cpp computes after each id."""
-    llama = Llama(str(path), n_ctx=64, logits_all=True, n_gpu_layers=0, verbose=False)
+    llama = Llama(str(path), n_ctx=64, logits_all=True, n_gpu_layers=0, n_threads=1, verbose=False)
     llama.eval(ids)
     return np.array(llama.scores[: len(ids)])
 
@@ -218,7 +219,7 @@ def test_long_rows_are_left_out_and_rows_without_a_rejected_response_are_for_sft
     ("name", "options"),
     [
         ("qwen", ["--method", "sft", "--steps", "26"]),
-        ("llama", ["--steps", "24", "--merge"]),
+        ("llama", ["--method", "sft", "--steps", "90", "--merge"]),
     ],
 )
 def test_eight_rows_are_answered_as_they_were_trained(
@@ -339,6 +340,7 @@ def test_an_error_is_one_line_and_its_exit_code(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model, data = base("llama"), write_rows(tmp_path, change.get("rows", ROWS))
+    capsys.readouterr()  # what transformers says where the checkpoint is made
     if "missing" in change:
         monkeypatch.setitem(__import__("sys").modules, change["missing"], None)
     if "full" in change:
