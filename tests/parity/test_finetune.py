@@ -218,7 +218,7 @@ def test_long_rows_are_left_out_and_rows_without_a_rejected_response_are_for_sft
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("qwen", ["--method", "sft", "--steps", "26"]),
+        ("qwen", ["--method", "sft", "--steps", "60"]),
         ("llama", ["--method", "sft", "--steps", "90", "--merge"]),
     ],
 )
