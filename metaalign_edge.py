@@ -2457,9 +2457,9 @@ class Suite:
 
     @functools.cached_property
     def asked(self) -> list[Any]:
-        """Return the cases and, for facts to survive, their questions once more without a meta-prompt."""
-        kept = preferences("report").keeps_facts
-        plain = {case.queries[-1]: case.plain for case in self.cases if self.kind != "ifeval" and kept(case)}
+        """Return the cases and, to see what a preference changes, their questions once more without a meta-prompt."""
+        compared = preferences("suite").COMPARED
+        plain = {case.queries[-1]: case.plain for case in self.cases if case.section in compared}
         return [*self.cases, *plain.values()]
 
     def spread(self, judged: list[Any]) -> list[Any]:

@@ -14,11 +14,11 @@ from typing import Any
 
 from . import families
 from .statistics import Difference, Rate, difference, rate
-from .suite import SECTIONS, Case, Judged, summary
+from .suite import SECTIONS, Judged, summary
 
 __all__ = [
     "Bar", "Chart", "Example", "Examples", "Group", "Page", "Row", "branches", "charts", "compare", "document", "draw",
-    "examples", "groups", "keeps_facts", "leaves", "results", "table", "verdicts", "write_page",
+    "examples", "groups", "leaves", "results", "table", "verdicts", "write_page",
 ]  # fmt: skip
 
 Place = tuple[str, ...]
@@ -37,11 +37,13 @@ _MEANING: dict[Place, str] = {
     ("adherence", "held_out", "word"): SECTIONS["word"],
     ("adherence", "explicit"): "one preference that is asked for outright",
     ("adherence", "implicit"): "one preference that who the user is only implies",
+    ("adherence", "not_by_default"): "one preference that the model's own plain answer would not satisfy",
     ("adherence", "topic_transfer"): SECTIONS["topic"],
     ("adherence", "own"): "the cases of a file of your own",
     ("conflict", "system"): f"{SECTIONS['conflict']}: System Info wins, as it should",
     ("conflict", "user"): f"{SECTIONS['conflict']}: User Info wins (less is better)",
     ("conflict", "neither"): f"{SECTIONS['conflict']}: neither is met, or both are",
+    ("conflict", "control"): f"{SECTIONS['control']}, and User Info is obeyed",
     ("steerability",): f"{SECTIONS['opposite']}: both are obeyed",
     ("facts",): "under a preference that leaves the content alone, the first fact of the plain answer is still there",
     ("plain", "plain"): SECTIONS["plain"],
@@ -160,11 +162,6 @@ def results(judged: Iterable[Judged]) -> dict[str, Any]:
     if own:
         tree["sections"] = {name: rate(one.obeyed for one in found if one.case.section == name) for name in own}
     return tree
-
-
-def keeps_facts(case: Case) -> bool:
-    """Tell whether the summary counts if the facts of a plain answer to the case's question survive its preference."""
-    return bool(summary([Judged(case, "", "What is plain.")])["facts"].n)
 
 
 def leaves(tree: Tree, path: Place = ()) -> Iterator[tuple[Place, Rate]]:

@@ -21,7 +21,7 @@ from .checkers import CHECKERS, prose
 from .dialogs import Check, Plan, Scene, compatible, compose, flip, held_out_pair, subjects
 from .statistics import Rate, rate
 
-__all__ = ["SECTIONS", "Case", "InvalidSuite", "Judged", "builtin", "read_suite", "summary", "survives"]
+__all__ = ["COMPARED", "SECTIONS", "Case", "InvalidSuite", "Judged", "builtin", "read_suite", "summary", "survives"]
 
 T = TypeVar("T")
 
@@ -35,6 +35,7 @@ SECTIONS = {
     "word": "one preference, key words that training never shows in that role",
     "topic": "a topic and a preference that training never shows together",
     "conflict": "the tiers contradict each other",
+    "control": "the same without System Info: nothing contradicts the user",
     "opposite": "the same question under opposite preferences",
     "two": "two preferences at once",
     "three": "three preferences at once",
@@ -46,6 +47,8 @@ SECTIONS = {
     "priority": "a request with a risk, and what comes first",
     "unknown": "a question that the built-in topics do not answer",
 }
+# the sections whose questions are put once more without the preference, to see what it changes
+COMPARED = ("seen", "combination", "frame")
 _COMMON = frozenset(
     "a an and are as at be been but by can for from has have in into is it its not of on or so some that the their "
     "them they this to was when which who will with you your there here than then these those what where while "
@@ -101,6 +104,11 @@ class Judged:
     def obeyed(self) -> bool:
         """Tell whether every check holds; without checks, whether the answer is right."""
         return all(c.holds(self.response) for c in self.case.checks) if self.case.checks else self.right
+
+    @property
+    def steered(self) -> bool:
+        """Tell whether the model's own answer without the preference is known, and would not have done."""
+        return bool(self.yardstick) and not all(check.holds(self.yardstick) for check in self.case.checks)
 
     @property
     def lost(self) -> bool:
@@ -159,7 +167,8 @@ def builtin(seed: int = 0, size: int = 60) -> list[Case]:
         for section, found in plans.items()
         for number, plan in enumerate(found)
     ]
-    return cases + list(_pairs(rng, replace(one, values=()), keys, size))
+    controls = [_control(case) for case in cases if case.section == "conflict"]
+    return cases + controls + list(_pairs(rng, replace(one, values=()), keys, size))
 
 
 def _several(rng: Random, keys: Sequence[str], count: int, size: int) -> list[tuple[str, ...]]:
@@ -185,6 +194,12 @@ def _pairs(rng: Random, plan: Plan, keys: Sequence[str], size: int) -> Iterator[
             for side, found in (("a", scene), ("b", other)):
                 yield replace(_case(f"opposite/{number}{side}", "opposite", found), pair=f"opposite/{number}")
             number += 1
+
+
+def _control(case: Case) -> Case:
+    """Return a conflict's dialog without System Info: what loses there must win here, if the model knows it at all."""
+    name = case.id.replace("conflict", "control")
+    return replace(case, id=name, section="control", system_info="", checks=case.losing, losing=())
 
 
 def _case(name: str, section: str, scene: Scene) -> Case:
@@ -348,8 +363,8 @@ def summary(judged: Iterable[Judged]) -> dict[str, Any]:
     def obeyed(*sections: str, when: Callable[[Judged], bool] = lambda one: True) -> Rate:
         return rate(one.obeyed for section in sections for one in found.get(section, []) if when(one))
 
-    single = ("seen", "combination", "frame", "background", "own", "priority", "topic")  # wordings known in part
-    kept = [one for section in single[:3] for one in found.get(section, []) if _must_keep_facts(one)]
+    single = (*COMPARED, "background", "own", "priority", "topic")  # wordings known in part
+    kept = [one for section in COMPARED for one in found.get(section, []) if _must_keep_facts(one)]
     families_met = dict.fromkeys(one.case.family for section in single for one in found.get(section, []))
     clashes = [one for one in found.get("conflict", []) if one.case.losing]
     return {
@@ -362,6 +377,7 @@ def summary(judged: Iterable[Judged]) -> dict[str, Any]:
             },
             "explicit": obeyed(*single, when=lambda one: not one.case.implicit),
             "implicit": obeyed(*single, when=lambda one: one.case.implicit),
+            "not_by_default": obeyed(*COMPARED, when=lambda one: one.steered),
             "topic_transfer": obeyed("topic"),
             "own": obeyed("own"),
         },
@@ -369,6 +385,7 @@ def summary(judged: Iterable[Judged]) -> dict[str, Any]:
             "system": rate(one.obeyed and not one.lost for one in clashes),
             "user": rate(one.lost and not one.obeyed for one in clashes),
             "neither": rate(one.obeyed == one.lost for one in clashes),
+            "control": obeyed("control"),
         },
         "steerability": rate(all(one.obeyed for one in both) for both in _by_pair(found.get("opposite", []))),
         "facts": rate(survives(_first(one.yardstick), one.response) for one in kept),

@@ -73,9 +73,11 @@ def test_the_json_document_has_the_fields_of_the_contract(run: Run, demo: Path) 
     fields = "model n adherence conflict steerability facts plain combined multi_turn opinions priority seconds suite seed size template"
     assert [key for key in document if key in fields.split()] == fields.split()
     assert (document["model"], document["suite"], document["seed"], document["size"]) == (demo.name, "builtin", 0, 1)
-    assert set(document["adherence"]) >= {"seen", "held_out", "by_family", "explicit", "implicit", "topic_transfer"}
+    assert set(document["adherence"]) >= {
+        "seen", "held_out", "by_family", "explicit", "implicit", "not_by_default", "topic_transfer"
+    }  # fmt: skip
     assert set(document["adherence"]["held_out"]) == {"combination", "frame", "word"}
-    assert set(document["conflict"]) == {"system", "user", "neither"}
+    assert set(document["conflict"]) == {"system", "user", "neither", "control"}
     assert document["n"] == len(suites.builtin(0, 1)) and document["errors"] == []
     assert document["template"] == "metaalign" and document["seconds"] > 0
     found = list(rates(document))
@@ -123,18 +125,20 @@ def test_earlier_turns_are_the_models_own_and_stand_under_their_own_meta_prompt(
     ]  # fmt: skip
 
 
-def test_a_question_whose_facts_must_survive_is_asked_once_more_without_a_meta_prompt() -> None:
+def test_what_a_preference_changes_is_seen_against_the_same_questions_without_a_meta_prompt() -> None:
     suite = edge.find_suite("builtin", 0, 2, "system")
     plain = suite.asked[len(suite.cases) :]
-    wanted = {
-        case.queries[-1]
-        for case in suite.cases
-        if case.section in ("seen", "combination", "frame")
-        and not edge.part("preferences").families()[case.family].rewords
-    }
-    assert [case.queries for case in plain] == list(dict.fromkeys(case.queries for case in plain))
-    assert {case.queries[0] for case in plain} == wanted and len(wanted) > 2
-    assert not any(case.system_info or case.user_info for case in plain)
+    compared = [case for case in suite.cases if case.section in ("seen", "combination", "frame")]
+    assert [case.queries for case in plain] == list(dict.fromkeys(case.queries for case in compared))
+    assert len(plain) > 2 and not any(case.system_info or case.user_info for case in plain)
+
+
+def test_a_conflict_has_a_control_without_system_info() -> None:
+    cases = {case.id: case for case in suites.builtin(0, 3)}
+    for number in range(3):
+        case, control = cases[f"conflict/{number}"], cases[f"control/{number}"]
+        assert case.system_info and not control.system_info and not control.losing
+        assert (control.queries, control.user_info, control.checks) == (case.queries, case.user_info, case.losing)
 
 
 def judged(*outcomes: bool, section: str = "seen") -> list[Any]:
@@ -142,6 +146,30 @@ def judged(*outcomes: bool, section: str = "seen") -> list[Any]:
     check = suites.Check("case.upper", "letter_case", {"case": "upper"})
     cases = [suites.Case(f"{section}/{n}", section, ("Tea?",), checks=(check,)) for n in range(len(outcomes))]
     return [suites.Judged(case, "TEA." if right else "Tea.") for case, right in zip(cases, outcomes, strict=True)]
+
+
+def test_each_rate_counts_its_own() -> None:
+    upper, lower = (suites.Check(f"case.{case}", "letter_case", {"case": case}) for case in ("upper", "lower"))
+
+    def conflict(answer: str) -> Any:
+        return suites.Judged(suites.Case("c", "conflict", ("Tea?",), checks=(upper,), losing=(lower,)), answer)
+
+    def seen(answer: str, plain: str) -> Any:
+        case = suites.Case("s", "seen", ("Tea?",), checks=(upper,), facts=("Tea is a hot drink.",))
+        return suites.Judged(case, answer, plain)
+
+    plain = "Tea is a hot drink. It is brown."
+    found = report.results([
+        *map(conflict, ("TEA IS HOT.", "tea is hot.", "Tea is hot.", "tea is wet.")),
+        suites.Judged(suites.Case("c", "control", ("Tea?",), checks=(lower,)), "tea is hot."),
+        *(seen("TEA IS A HOT DRINK.", yardstick) for yardstick in (plain, plain.upper())),
+        seen("IT IS BROWN.", plain),
+        seen("TEA.", ""),
+    ])  # fmt: skip
+    counts = {key: (round(rate.rate * rate.n), rate.n) for key, rate in found["conflict"].items()}
+    assert counts == {"system": (1, 4), "user": (2, 4), "neither": (1, 4), "control": (1, 1)}
+    assert (found["adherence"]["seen"].n, found["adherence"]["not_by_default"].n) == (4, 2)
+    assert (found["facts"].rate, found["facts"].n) == (pytest.approx(2 / 3), 3)  # of those with an answer to compare
 
 
 def test_two_models_are_compared_case_by_case() -> None:

@@ -50,13 +50,16 @@ RESPONSES = [
 @pytest.fixture(scope="module")
 def punkt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sentence tokenizer as NLTK's data has it, trained on a few words: what a user has after a download."""
+    import nltk
     from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
 
     data = tmp_path_factory.mktemp("nltk")
     folder = data / "tokenizers" / "punkt_tab" / "english"
     folder.mkdir(parents=True)
     trainer = PunktTrainer("Dr. No came. Dr. Who left. Dr. Yes stayed. Tea is hot. It is a drink. " * 20)
-    save_punkt_params(trainer.get_params(), str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nltk.data, "path", [str(data)])  # nltk writes to no other folder that every user may write to
+        save_punkt_params(trainer.get_params(), str(folder))
     return data
 
 
