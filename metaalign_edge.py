@@ -2435,204 +2435,40 @@ def check_forged(forged: Sequence[str], screen: Screen, strict: bool) -> None:
 # Every answer to a suite is the model's own, those of earlier turns too. Each is written down as it comes: a run that
 # was stopped goes on where it was, and one that is complete prints its results again without the model.
 
-EVAL_SIZE = 60  # cases a section of the built-in suite
 EVAL_TOKENS = {"builtin": 512, "ifeval": 1280}  # of an answer at most; the second is lm-eval's own
 
 
 def preferences(name: str) -> Any:
-    """Import a module of the preferences: suite, report or ifeval."""
+    """Import a module of the preferences: suite, findings, transcript or report."""
     return importlib.import_module(f"{part('preferences').__name__}.{name}")
 
 
-@dataclass(frozen=True)
-class Suite:
-    """What `eval` asks."""
-
-    name: str  # builtin, or a file
-    kind: str  # builtin, own or ifeval
-    cases: list[Any]  # preferences.suite.Case
-    seed: int
-    size: int | None
-    unchecked: list[str]  # IFEval's instructions that cannot be checked here
-
-    @functools.cached_property
-    def asked(self) -> list[Any]:
-        """Return the cases and, to see what a preference changes, their questions once more without a meta-prompt."""
-        compared = preferences("suite").COMPARED
-        plain = {case.queries[-1]: case.plain for case in self.cases if case.section in compared}
-        return [*self.cases, *plain.values()]
-
-    def spread(self, judged: list[Any]) -> list[Any]:
-        """Return what the rates are counted from."""
-        return judged if self.kind != "ifeval" else cast(list[Any], preferences("ifeval").judged_by_instruction(judged))
-
-    @property
-    def summary(self) -> Callable[[Sequence[Any]], dict[str, Any]]:
-        """Return what makes rates of judged answers."""
-        found = preferences("ifeval").summary if self.kind == "ifeval" else preferences("report").results
-        return cast("Callable[[Sequence[Any]], dict[str, Any]]", found)
-
-
-def find_suite(name: str, seed: int, size: int | None, tier: str) -> Suite:
+def find_suite(name: str, seed: int, size: int | None, tier: str) -> Any:
     """Compose the built-in suite, or read a file: of one's own, or of IFEval's, whose instructions go to `tier`.
 
     Raises:
         UsageError: the file is no suite, or IFEval's checkers are not installed. NotFound: it cannot be read.
     """
-    suite, ifeval = preferences("suite"), preferences("ifeval")
-    if tier not in ifeval.TIERS:
-        raise UsageError(f"--ifeval-tier takes {', '.join(ifeval.TIERS)}, not {tier!r}")
-    if name == "builtin":
-        return Suite(name, name, suite.builtin(seed, size or EVAL_SIZE), seed, size or EVAL_SIZE, [])
-    if name == "ifeval":
-        raise UsageError(ifeval.WHERE)
-    path = Path(name).expanduser()
     try:
-        if not ifeval.is_ifeval(path):
-            return Suite(name, "own", suite.read_suite(path)[:size], seed, size, [])
-        if ifeval.missing():
-            raise UsageError(ifeval.MISSING)
-        cases, unchecked = ifeval.read_ifeval(path, tier)
-    except suite.InvalidSuite as error:
+        return preferences("findings").find_suite(name, seed, size, tier)
+    except preferences("suite").InvalidSuite as error:
         raise UsageError(one_line(error)) from None
-    except ImportError as error:
-        raise UsageError(f"lm-eval does not load ({one_line(error)}): {ifeval.MISSING}") from error
     except OSError as error:
-        raise NotFound(f"cannot read the suite {path}: {error.strerror}") from None
-    return Suite(name, "ifeval", cases[:size], seed, size, unchecked)
+        raise NotFound(f"cannot read the suite {name}: {error.strerror}") from None
 
 
-class Transcript:
-    """The answers of one run: in memory, and a line each in a file that the same command goes on from.
-
-    Raises:
-        UsageError: the file holds something else. CannotWrite: the user named it, and it cannot be written.
-    """
-
-    def __init__(self, path: Path, run: dict[str, Any], named: bool) -> None:
-        self.path, self.named = path, named
-        self.answers: dict[int, list[dict[str, Any]]] = {}  # by the number of the case, a turn after the other
-        self.seconds = self._before = 0.0  # of all sessions
-        self._started = 0.0
-        self.lost: str | None = None  # why nothing is kept
-        self._file: io.BufferedRandom | None = None
-        try:
-            if not named:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if path.exists() and not path.is_file():
-                raise UsageError(f"{path} is no file: name another with --answers")
-            opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-            self._file = os.fdopen(opened, "r+b")
-            self._read(self._file, run)
-        except OSError as error:
-            self._lose(error)
-
-    def _read(self, file: io.BufferedRandom, run: dict[str, Any]) -> None:
-        """Read what an earlier session left, less a last line that it did not finish."""
-        head = json.dumps({"metaalign_edge": "eval", **run}).encode() + b"\n"
-        first = file.readline()
-        if first != head and not (head.startswith(first) and not first.endswith(b"\n")):
-            raise UsageError(f"{self.path} holds {other_run(first, run)}: name another file with --answers")
-        whole = len(first) if first == head else 0
-        for line in file:
-            try:
-                record = json.loads(line)
-                turns = self.answers.setdefault(record["case"], [])
-                if line.endswith(b"\n") and record["turn"] == len(turns):
-                    turns.append(record)
-                    self.seconds = self._before = record["seconds"]
-            except (ValueError, KeyError, TypeError):
-                break
-            whole += len(line) if line.endswith(b"\n") else 0
-        if file.read(1):
-            raise UsageError(f"{self.path} is damaged after byte {whole:,}: remove it, or name another with --answers")
-        file.truncate(whole)
-        if not whole:
-            file.write(head)
-            file.flush()
-
-    def add(self, number: int, turn: int, case: Any, answer: Answer | EdgeError) -> None:
-        """Write down an answer, or why there is none.
-
-        Raises:
-            CannotWrite: the file was named by the user, and is full.
-        """
-        self.seconds = round(self._before + time.monotonic() - self._started, 3)
-        record: dict[str, Any] = {"case": number, "turn": turn, "id": case.id}
-        if isinstance(answer, Answer):
-            record |= {"response": answer.response, "finish_reason": answer.finish_reason}
-            record |= {"truncated": answer.truncated}
-        else:
-            record["error"] = one_line(answer)
-        self.answers.setdefault(number, []).append(record | {"seconds": self.seconds})
-        try:
-            if self._file:
-                self._file.write(json.dumps(self.answers[number][-1]).encode() + b"\n")
-                self._file.flush()
-        except OSError as error:
-            self._lose(error)
-
-    def start(self) -> None:
-        """Begin to count the seconds of this session."""
-        self._started = time.monotonic()
-
-    def _lose(self, error: OSError) -> None:
-        if self.named:
-            raise CannotWrite(f"cannot write {self.path}: {error.strerror}") from None
-        self.close()
-        self.lost = error.strerror or one_line(error)
-
-    def close(self) -> None:
-        """Close the file; again is harmless."""
-        file, self._file = self._file, None
-        if file:
-            with contextlib.suppress(OSError):
-                file.close()
-
-    @property
-    def where(self) -> str:
-        """Say where the answers are kept."""
-        return f"nothing is kept: {self.lost}" if self.lost else f"kept in {self.path}"
-
-    def failed(self, number: int) -> str | None:
-        """Return why a case has no answer, once that is known."""
-        return next((answer["error"] for answer in self.answers.get(number, []) if "error" in answer), None)
-
-    def said(self, number: int) -> list[str]:
-        """Return the responses to a case's questions so far."""
-        return [answer["response"] for answer in self.answers.get(number, []) if "response" in answer]
-
-    def count(self, asked: Sequence[Any]) -> int:
-        """Return how many questions are settled; a case that failed is settled as a whole."""
-        return sum(
-            len(case.queries) if self.failed(number) else len(self.said(number)) for number, case in enumerate(asked)
-        )
-
-
-def other_run(line: bytes, run: Mapping[str, Any]) -> str:
-    """Say in which way the first line of an answers file is not that of this run."""
-    try:
-        found = json.loads(line)
-        if found.pop("metaalign_edge") == "eval":
-            return f"the answers of another run (other {', '.join(key for key in run if found.get(key) != run[key])})"
-    except (ValueError, KeyError, AttributeError, TypeError):
-        pass
-    return "something else than the answers of a run"
-
-
-@dataclass
+@dataclass(frozen=True)
 class Candidate:
     """A model under evaluation, its template, and its answers."""
 
-    name: str
     file: ModelFile
     chosen: ChatTemplate
     settings: Settings
-    transcript: Transcript
+    run: Any  # preferences.findings.Run
 
 
 def make_candidate(
-    model: str | None, template: str, settings: Settings, options: RenderOptions, suite: Suite, answers: Path | None
+    model: str | None, template: str, settings: Settings, options: RenderOptions, suite: Any, answers: Path | None
 ) -> Candidate:
     """Find a model, its template and its answers so far, without loading it.
 
@@ -2655,7 +2491,16 @@ def make_candidate(
         "settings": json.dumps(how),
     }
     path = answers or cache_folder() / "answers" / f"{digest(run)}.jsonl"
-    return Candidate(file.path.name, file, chosen, settings, Transcript(path, run, answers is not None))
+    transcripts = preferences("transcript")
+    try:
+        transcript = transcripts.Transcript(path, run, answers is not None)
+    except transcripts.ForeignFile as error:
+        raise UsageError(one_line(error)) from None
+    except OSError as error:
+        raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
+    where = (file.path.name, str(file.path), chosen.name, chosen.native)
+    asked = preferences("findings").Run(*where, most, settings.temperature, transcript)
+    return Candidate(file, chosen, settings, asked)
 
 
 def digest(document: Any) -> str:
@@ -2664,22 +2509,18 @@ def digest(document: Any) -> str:
 
 
 def interview(
-    candidate: Candidate, suite: Suite, options: RenderOptions, parallel: int, interrupt: Interrupt, screen: Screen
+    candidate: Candidate, suite: Any, options: RenderOptions, parallel: int, interrupt: Interrupt, screen: Screen
 ) -> None:
     """Put to a model what its transcript has no answer to yet.
 
     Raises:
         Interrupted: Ctrl-C; what was answered is kept. LoadError: the model cannot be loaded. CannotWrite.
     """
-    transcript, asked = candidate.transcript, suite.asked
-    left = [
-        number
-        for number, case in enumerate(asked)
-        if transcript.failed(number) is None and len(transcript.said(number)) < len(case.queries)
-    ]
-    done, total, lost = transcript.count(asked), sum(len(case.queries) for case in asked), transcript.lost
+    name, transcript, asked = candidate.run.name, candidate.run.transcript, suite.asked
+    left, done, lost = transcript.left(asked), transcript.count(asked), transcript.lost
+    total = sum(len(case.queries) for case in asked)
     transcript.start()
-    screen.note(f"{candidate.name}: {total:,} answers, {done:,} of them given already ({transcript.where})")
+    screen.note(f"{name}: {total:,} answers, {done:,} of them given already ({transcript.where})")
     if not left:
         return
     try:
@@ -2688,7 +2529,7 @@ def interview(
             room = min(parallel, len(left))
             with (
                 Parallel(model, candidate.chosen, candidate.settings, options, interrupt, room) as session,
-                answers_bar(screen, candidate.name, done, total) as tell,
+                answers_bar(screen, name, done, total) as tell,
             ):
                 ask_all(session, asked, left, transcript, tell)
     except Interrupted:
@@ -2702,13 +2543,26 @@ def interview(
 
 
 def ask_all(
-    session: Parallel, asked: Sequence[Any], left: Sequence[int], transcript: Transcript, tell: Callable[[int], None]
+    session: Parallel, asked: Sequence[Any], left: Sequence[int], transcript: Any, tell: Callable[[int], None]
 ) -> None:
     """Ask what is left, long dialogs first; a dialog goes on as soon as its turn is answered, while it is cached.
 
     `tell` learns how many questions are settled by each answer; an error settles the rest of its case.
+
+    Raises:
+        CannotWrite: the answers cannot be kept where the user wants them.
     """
     waiting = deque(sorted(left, key=lambda number: -len(asked[number].queries)))
+
+    def settle(number: int, turn: int, answer: Answer | EdgeError) -> None:
+        case, failed = asked[number], isinstance(answer, EdgeError)
+        try:
+            transcript.add(number, turn, case.id, answer_record(answer))
+        except OSError as error:
+            raise CannotWrite(f"cannot write {transcript.path}: {error.strerror}") from None
+        if not failed and turn + 1 < len(case.queries):
+            waiting.appendleft(number)
+        tell(len(case.queries) - turn if failed else 1)
 
     def jobs() -> Iterator[Job]:
         while waiting:
@@ -2717,19 +2571,21 @@ def ask_all(
             try:
                 dialog = case_dialog(asked[number], said)
             except UsageError as error:
-                transcript.add(number, len(said), asked[number], error)
-                tell(len(asked[number].queries) - len(said))
+                settle(number, len(said), error)
                 continue
             seed = random.Random(f"{session.settings.seed}/{number}/{len(said)}").getrandbits(32)
             yield Job(dialog, seed, number)
 
     while waiting:  # again, should the last answer of a round have been an early turn's
         for job, answer in session.run(jobs()):
-            case, turn = asked[job.tag], len(job.dialog.turns) - 1
-            transcript.add(job.tag, turn, case, answer)
-            if isinstance(answer, Answer) and turn + 1 < len(case.queries):
-                waiting.appendleft(job.tag)
-            tell(1 if isinstance(answer, Answer) else len(case.queries) - turn)
+            settle(job.tag, len(job.dialog.turns) - 1, answer)
+
+
+def answer_record(answer: Answer | EdgeError) -> dict[str, Any]:
+    """Return what a transcript keeps of an answer, or of why there is none."""
+    if isinstance(answer, EdgeError):
+        return {"error": one_line(answer)}
+    return {"response": answer.response, "finish_reason": answer.finish_reason, "truncated": answer.truncated}
 
 
 def case_dialog(case: Any, said: Sequence[str]) -> Dialog:
@@ -2762,182 +2618,6 @@ def answers_bar(screen: Screen, name: str, done: int, total: int) -> Iterator[Ca
             bars.update(task, advance=more, speed=mine / max(0.001, time.monotonic() - started))
 
         yield tell
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a model's answers prove."""
-
-    counted: list[Any]  # judged answers, what the rates are of
-    errors: list[dict[str, str]]  # cases without an answer or a verdict: they count as missed
-    unfinished: int  # answers that were cut off at -n
-    truncated: int  # answers to dialogs whose oldest turns did not fit
-    seconds: float
-    tree: dict[str, Any]
-
-
-def judge(suite: Suite, transcript: Transcript) -> Outcome:
-    """Judge the answers; a case that has none, or whose checker fails, counts as missed."""
-    verdict = preferences("suite").Judged
-    said = {number: transcript.said(number) for number in range(len(suite.asked))}
-    start = len(suite.cases)
-    plain = {case.queries[0]: said[start + place] for place, case in enumerate(suite.asked[start:])}
-    judged, errors = [], []
-    for number, case in enumerate(suite.cases):
-        if reason := transcript.failed(number):
-            errors.append({"id": case.id, "reason": reason})
-        answer = said[number][-1] if len(said[number]) == len(case.queries) else ""
-        yardstick = next(iter(plain.get(case.queries[-1], [])), "")
-        judged.append(verdict(case, answer, yardstick))
-    counted = [sound(one, errors) for one in suite.spread(judged)]
-    kept = [answer for turns in transcript.answers.values() for answer in turns]
-    return Outcome(
-        counted=counted,
-        errors=list({(error["id"], error["reason"]): error for error in errors}.values()),
-        unfinished=sum(answer.get("finish_reason") == "length" for answer in kept),
-        truncated=sum(bool(answer.get("truncated")) for answer in kept),
-        seconds=transcript.seconds,
-        tree=suite.summary(counted),
-    )
-
-
-def sound(one: Any, errors: list[dict[str, str]]) -> Any:
-    """Return a judged answer whose checkers can judge it; where one fails, the case without its answer."""
-    for check in (*one.case.checks, *one.case.losing):
-        try:
-            check.holds(one.response)
-        except Exception as error:  # a checker may be anybody's pattern, an answer anything
-            reason = f"the checker {check.checker} of {check.key} failed: {type(error).__name__}: {one_line(error)}"
-            errors.append({"id": one.case.id, "reason": reason})
-            never = replace(check, checker="mentions", parameters={"text": "\0"})
-            missed = replace(one.case, checks=(never,), losing=(never,) if one.case.losing else ())
-            return replace(one, case=missed, response="")
-    return one
-
-
-def evaluation_document(candidate: Candidate, suite: Suite, outcome: Outcome) -> dict[str, Any]:
-    """Make what `eval --json` prints of one model."""
-    more = {"unchecked": suite.unchecked} if suite.kind == "ifeval" else {}
-    return {
-        "model": candidate.name,
-        "n": len(suite.cases),
-        **preferences("report").document(outcome.tree),
-        "seconds": round(outcome.seconds, 1),
-        "suite": suite.name,
-        "seed": suite.seed,
-        "size": suite.size,
-        "template": candidate.chosen.name,
-        "max_tokens": candidate.settings.max_tokens,
-        "temperature": candidate.settings.temperature,
-        "unfinished": outcome.unfinished,
-        "truncated": outcome.truncated,
-        **more,
-        "errors": outcome.errors,
-    }
-
-
-class Findings(NamedTuple):
-    """The results of one model, or of two."""
-
-    suite: Suite
-    candidates: list[Candidate]
-    outcomes: list[Outcome]
-    differences: Mapping[tuple[str, ...], Any]  # preferences.statistics.Difference
-
-    @property
-    def names(self) -> list[str]:
-        """Return what the models are called: their files' names, or paths where those are the same."""
-        names = [candidate.name for candidate in self.candidates]
-        return names if len({*names}) == len(names) else [str(candidate.file.path) for candidate in self.candidates]
-
-    def document(self) -> dict[str, Any]:
-        """Make what `--json` prints."""
-        report = preferences("report")
-        document, *other = map(evaluation_document, self.candidates, [self.suite] * 2, self.outcomes)
-        if other:
-            differences = report.document(report.branches(self.differences))
-            document["against"] = {
-                **other[0],
-                "differences": differences,
-                "families": report.verdicts(self.differences),
-            }
-        return document
-
-    def groups(self) -> list[Any]:
-        """Return the rates as rows."""
-        trees = [outcome.tree for outcome in self.outcomes]
-        found = preferences("report").groups(trees[0], *trees[1:], differences=self.differences)
-        return cast(list[Any], found)
-
-    def page(self) -> Any:
-        """Return the page of `--report`."""
-        report, suite, first = preferences("report"), self.suite, self.candidates[0]
-        meanings = preferences("suite").SECTIONS | {
-            "prompt": "IFEval: every instruction",
-            "part": "IFEval: some instructions",
-        }
-        drawn = f"{suite.name}, seed {suite.seed}" + (f", size {suite.size}" if suite.size else "")
-        facts = {
-            "Suite": drawn,
-            "Cases": f"{len(suite.cases):,}",
-            "Template": f"{first.chosen.name}, {'native' if first.chosen.native else 'wrapped'}",
-            "Decoding": f"temperature {first.settings.temperature:g}, {first.settings.max_tokens} tokens at most",
-            "Program": f"metaalign-edge {__version__}",
-            **({"Not checked": ", ".join(suite.unchecked)} if suite.unchecked else {}),
-        }
-        groups = self.groups()
-        whole = [one for one in self.outcomes[0].counted if one.case.section != "instruction"]
-        return report.Page(
-            title=f"Is it followed? {self.names[0]}",
-            model=self.names[0],
-            other=self.names[1] if len(self.names) > 1 else "",
-            date=time.strftime("%Y-%m-%d"),
-            command=shlex.join(["metaalign-edge", *sys.argv[1:]]),
-            facts=tuple(facts.items()),
-            groups=tuple(groups),
-            charts=tuple(report.charts(groups, self.names)),
-            verdicts=report.verdicts(self.differences),
-            examples=tuple(report.examples(whole, meanings)),
-            errors=tuple(
-                {"id": f"{name}, {error['id']}", "reason": error["reason"]}
-                for name, outcome in zip(self.names, self.outcomes, strict=True)
-                for error in outcome.errors
-            ),
-        )
-
-
-def compare_candidates(suite: Suite, candidates: list[Candidate]) -> Findings:
-    """Judge the answers of one model, or of two, and how the first differs from the second."""
-    outcomes = [judge(suite, candidate.transcript) for candidate in candidates]
-    differences = {}
-    if len(outcomes) > 1:
-        differences = preferences("report").compare(outcomes[0].counted, outcomes[1].counted, suite.summary)
-    return Findings(suite, candidates, outcomes, differences)
-
-
-def findings_table(found: Findings, screen: Screen) -> str:
-    """Lay out the results for people: a table at a terminal, aligned text in a pipe."""
-    heads, rows = preferences("report").table(found.groups(), len(found.names) > 1)
-    suite = found.suite
-    size = f", size {suite.size}" if suite.size else ""
-    lines = [f"{' against '.join(found.names)}: {suite.name}, seed {suite.seed}{size}, {len(suite.cases):,} cases", ""]
-    lines += rich_table(heads, rows) if screen.terminal else aligned(heads, rows)
-    if len(found.names) > 1:
-        lines += ["", f"points: {found.names[0]} minus {found.names[1]}; families at p < 0.05:"]
-        for kind, families in preferences("report").verdicts(found.differences).items():
-            lines.append(f"  {kind.replace('_', ' ')}: {', '.join(families) or 'none'}")
-    for name, outcome, candidate in zip(found.names, found.outcomes, found.candidates, strict=True):
-        if outcome.unfinished:
-            lines += [
-                "",
-                f"{name}: {outcome.unfinished} answers were cut off after {candidate.settings.max_tokens} tokens (-n)",
-            ]
-        if outcome.truncated:
-            lines += ["", f"{name}: {outcome.truncated} dialogs lost their oldest turns to fit the context (-c)"]
-        if outcome.errors:
-            lines += ["", f"{name}: {len(outcome.errors)} could not be answered or judged, and count as missed:"]
-            lines += [f"  {error['id']}: {error['reason']}" for error in outcome.errors]
-    return "\n".join(lines) + "\n"
 
 
 def aligned(heads: list[str], rows: list[list[str]]) -> list[str]:
@@ -3007,15 +2687,16 @@ def write_whole(path: Path, data: bytes | None) -> None:
             temporary.unlink()
 
 
-def write_outputs(found: Findings, report: Path | None, chart: Path | None) -> None:
-    """Write the report and the chart.
+def write_outputs(found: Any, report: Path | None, chart: Path | None) -> None:
+    """Write the report and the chart of a run's findings.
 
     Raises:
         CannotWrite: one cannot be written.
     """
     if not (report or chart):
         return
-    pages, page = preferences("report"), found.page()
+    command, program = shlex.join(["metaalign-edge", *sys.argv[1:]]), f"metaalign-edge {__version__}"
+    pages, page = preferences("report"), found.page(command, time.strftime("%Y-%m-%d"), program)
     if report:
         source = read_text(part_folder("templates") / "report.html.jinja", "the template")
         write_whole(report, pages.write_page(source, page).encode("utf-8", "replace"))
@@ -3614,7 +3295,7 @@ AgainstOption = Annotated[
 ]
 SizeOption = Annotated[
     int | None,
-    option("--size", help=f"Cases a section of the built-in suite ({EVAL_SIZE}); of a file, its first.", min=1),
+    option("--size", help="Cases a section of the built-in suite (60); of a file, its first.", min=1),
 ]
 SuiteSeedOption = Annotated[
     int, option("--seed", help="Draws the built-in suite, and where --temp is not 0 the answers.", env="SEED", min=0)
@@ -3686,9 +3367,9 @@ def eval_command(
         screen.note(f"metaalign-edge: warning: not checked: {kinds}: get `python -m nltk.downloader punkt_tab`")
     for candidate in candidates:
         interview(candidate, asked, options, parallel, interrupt, screen)
-    found = compare_candidates(asked, candidates)
+    found = preferences("findings").Findings(asked, [candidate.run for candidate in candidates])
     write_outputs(found, report, chart)
-    screen.json(found.document()) if as_json else screen.write(findings_table(found, screen))
+    screen.json(found.document()) if as_json else screen.write(found.text(rich_table if screen.terminal else aligned))
 
 
 def build_dialog(

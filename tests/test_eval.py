@@ -25,7 +25,7 @@ import pytest
 
 import metaalign_edge as edge
 
-report, suites = edge.preferences("report"), edge.preferences("suite")
+findings, report, suites = (edge.preferences(name) for name in ("findings", "report", "suite"))
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 COMMAND = [sys.executable, "-m", "metaalign_edge", "eval"]
 TEMPLATE = Path(edge.__file__).parent / "templates" / "report.html.jinja"
@@ -542,16 +542,16 @@ def test_a_checker_that_fails_on_some_answer_costs_that_case_only() -> None:
     bad = suites.Check("own.bad", "sentences", {"at_most": 1, "at_least": "x"})  # compared for one sentence only
     case = suites.Case("bad", "own", ("Tea?",), checks=(bad,), facts=("Tea is hot.",))
     errors: list[dict[str, str]] = []
-    fine = edge.sound(suites.Judged(case, "Two. Sentences."), errors)
+    fine = findings.sound(suites.Judged(case, "Two. Sentences."), errors)
     assert errors == [] and fine.response == "Two. Sentences."
-    broken = edge.sound(suites.Judged(case, "One sentence."), errors)
+    broken = findings.sound(suites.Judged(case, "One sentence."), errors)
     assert [error["id"] for error in errors] == ["bad"] and "sentences of own.bad failed: TypeError" in errors[0][
         "reason"
     ]
     assert not broken.obeyed and broken.case.family == "own"
     assert report.results([fine, broken])["adherence"]["own"].n == 2
     clash = edge.replace(case, section="conflict", losing=(bad,))
-    conflict = report.results([edge.sound(suites.Judged(clash, "One sentence."), errors)])["conflict"]
+    conflict = report.results([findings.sound(suites.Judged(clash, "One sentence."), errors)])["conflict"]
     assert (conflict["neither"].rate, conflict["neither"].n) == (1.0, 1)
 
 

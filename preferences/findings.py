@@ -1,0 +1,247 @@
+"""A run of `eval` without the model: the suite that it asks, the verdicts on the answers, and what they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from . import ifeval
+from .report import Group, Page, Place, branches, charts, compare, document, examples, groups, results, table, verdicts
+from .statistics import Difference
+from .suite import COMPARED, SECTIONS, Case, InvalidSuite, Judged, builtin, read_suite
+from .transcript import Transcript
+
+__all__ = ["Findings", "Outcome", "Run", "Suite", "find_suite", "judge", "sound"]
+
+SIZE = 60  # cases a section of the built-in suite
+_IFEVAL = {"prompt": "IFEval: every instruction", "part": "IFEval: some instructions"}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What `eval` asks."""
+
+    name: str  # builtin, or a file
+    kind: str  # builtin, own or ifeval
+    cases: list[Case]
+    seed: int
+    size: int | None
+    unchecked: list[str]  # IFEval's instructions that cannot be checked here
+
+    @cached_property
+    def asked(self) -> list[Case]:
+        """Return the cases and, to see what a preference changes, their questions once more without a meta-prompt."""
+        plain = {case.queries[-1]: case.plain for case in self.cases if case.section in COMPARED}
+        return [*self.cases, *plain.values()]
+
+    @property
+    def drawn(self) -> str:
+        """Say which suite it is."""
+        return f"{self.name}, seed {self.seed}" + (f", size {self.size}" if self.size else "")
+
+    def spread(self, judged: list[Judged]) -> list[Judged]:
+        """Return what the rates are counted from."""
+        return judged if self.kind != "ifeval" else ifeval.judged_by_instruction(judged)
+
+    @property
+    def summary(self) -> Callable[[Sequence[Judged]], dict[str, Any]]:
+        """Return what makes rates of judged answers."""
+        return ifeval.summary if self.kind == "ifeval" else results
+
+
+def find_suite(name: str, seed: int, size: int | None, tier: str) -> Suite:
+    """Compose the built-in suite, or read a file: of one's own, or of IFEval's, whose instructions go to `tier`.
+
+    Raises:
+        InvalidSuite: the file is no suite, or IFEval's checkers are not installed. OSError: it cannot be read.
+    """
+    if tier not in ifeval.TIERS:
+        raise InvalidSuite(f"--ifeval-tier takes {', '.join(ifeval.TIERS)}, not {tier!r}")
+    if name == "builtin":
+        return Suite(name, name, builtin(seed, size or SIZE), seed, size or SIZE, [])
+    if name == "ifeval":
+        raise InvalidSuite(ifeval.WHERE)
+    path = Path(name).expanduser()
+    if not ifeval.is_ifeval(path):
+        return Suite(name, "own", read_suite(path)[:size], seed, size, [])
+    if ifeval.missing():
+        raise InvalidSuite(ifeval.MISSING)
+    try:
+        cases, unchecked = ifeval.read_ifeval(path, tier)
+    except ImportError as error:
+        raise InvalidSuite(f"lm-eval does not load ({error}): {ifeval.MISSING}") from error
+    return Suite(name, "ifeval", cases[:size], seed, size, unchecked)
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one model was asked, and what it answered."""
+
+    name: str
+    path: str
+    template: str
+    native: bool
+    max_tokens: int
+    temperature: float
+    transcript: Transcript
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model's answers prove."""
+
+    counted: list[Judged]  # what the rates are of
+    errors: list[dict[str, str]]  # cases without an answer or a verdict: they count as missed
+    unfinished: int  # answers that were cut off at -n
+    truncated: int  # answers to dialogs whose oldest turns did not fit
+    seconds: float
+    tree: dict[str, Any]
+
+
+def judge(suite: Suite, transcript: Transcript) -> Outcome:
+    """Judge the answers; a case that has none, or whose checker fails, counts as missed."""
+    said = {number: transcript.said(number) for number in range(len(suite.asked))}
+    start = len(suite.cases)
+    plain = {case.queries[0]: said[start + place] for place, case in enumerate(suite.asked[start:])}
+    judged, errors = [], []
+    for number, case in enumerate(suite.cases):
+        if reason := transcript.failed(number):
+            errors.append({"id": case.id, "reason": reason})
+        answer = said[number][-1] if len(said[number]) == len(case.queries) else ""
+        yardstick = next(iter(plain.get(case.queries[-1], [])), "")
+        judged.append(Judged(case, answer, yardstick))
+    counted = [sound(one, errors) for one in suite.spread(judged)]
+    kept = [answer for turns in transcript.answers.values() for answer in turns]
+    return Outcome(
+        counted=counted,
+        errors=list({(error["id"], error["reason"]): error for error in errors}.values()),
+        unfinished=sum(answer.get("finish_reason") == "length" for answer in kept),
+        truncated=sum(bool(answer.get("truncated")) for answer in kept),
+        seconds=transcript.seconds,
+        tree=suite.summary(counted),
+    )
+
+
+def sound(one: Judged, errors: list[dict[str, str]]) -> Judged:
+    """Return a judged answer whose checkers can judge it; where one fails, the case without its answer."""
+    for check in (*one.case.checks, *one.case.losing):
+        try:
+            check.holds(one.response)
+            check.holds(one.yardstick)
+        except Exception as error:  # a checker may be anybody's pattern, an answer anything
+            said = " ".join(str(error).split())
+            reason = f"the checker {check.checker} of {check.key} failed: {type(error).__name__}: {said}"
+            errors.append({"id": one.case.id, "reason": reason})
+            never = replace(check, checker="mentions", parameters={"text": "\0"})
+            missed = replace(one.case, checks=(never,), losing=(never,) if one.case.losing else ())
+            return replace(one, case=missed, response="", yardstick="")
+    return one
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+class Findings:
+    """The results of one model, or of two and how the first differs from the second."""
+
+    def __init__(self, suite: Suite, runs: Sequence[Run]) -> None:
+        """Judge the answers."""
+        self.suite, self.runs = suite, runs
+        self.outcomes = [judge(suite, run.transcript) for run in runs]
+        self.differences: Mapping[Place, Difference] = {}
+        if len(runs) > 1:
+            first, second = self.outcomes
+            self.differences = compare(first.counted, second.counted, suite.summary)
+
+    @property
+    def names(self) -> list[str]:
+        """Return what the models are called: their files' names, or paths where those are the same."""
+        names = [run.name for run in self.runs]
+        return names if len({*names}) == len(names) else [run.path for run in self.runs]
+
+    def document(self) -> dict[str, Any]:
+        """Make what `--json` prints."""
+        first, *other = map(self._document, self.runs, self.outcomes)
+        if other:
+            differences = document(branches(self.differences))
+            first["against"] = {**other[0], "differences": differences, "families": verdicts(self.differences)}
+        return first
+
+    def _document(self, run: Run, outcome: Outcome) -> dict[str, Any]:
+        suite = self.suite
+        return {
+            "model": run.name,
+            "n": len(suite.cases),
+            **document(outcome.tree),
+            "seconds": round(outcome.seconds, 1),
+            "suite": suite.name,
+            "seed": suite.seed,
+            "size": suite.size,
+            "template": run.template,
+            "max_tokens": run.max_tokens,
+            "temperature": run.temperature,
+            "unfinished": outcome.unfinished,
+            "truncated": outcome.truncated,
+            **({"unchecked": suite.unchecked} if suite.kind == "ifeval" else {}),
+            "errors": outcome.errors,
+        }
+
+    def groups(self) -> list[Group]:
+        """Return the rates as rows."""
+        first, *second = (outcome.tree for outcome in self.outcomes)
+        return groups(first, second[0] if second else None, self.differences)
+
+    def text(self, lay_out: Callable[[list[str], list[list[str]]], Iterable[str]]) -> str:
+        """Return the results for people; `lay_out` makes lines of a table's headings and rows."""
+        suite, names = self.suite, self.names
+        heads, rows = table(self.groups(), len(names) > 1)
+        lines = [f"{' against '.join(names)}: {suite.drawn}, {len(suite.cases):,} cases", "", *lay_out(heads, rows)]
+        if len(names) > 1:
+            lines += ["", f"points: {names[0]} minus {names[1]}; families at p < 0.05:"]
+            for kind, found in verdicts(self.differences).items():
+                lines.append(f"  {kind.replace('_', ' ')}: {', '.join(found) or 'none'}")
+        for name, run, outcome in zip(names, self.runs, self.outcomes, strict=True):
+            if outcome.unfinished:
+                lines += ["", f"{name}: {outcome.unfinished} answers were cut off after {run.max_tokens} tokens (-n)"]
+            if outcome.truncated:
+                lines += ["", f"{name}: {outcome.truncated} dialogs lost their oldest turns to fit the context (-c)"]
+            if outcome.errors:
+                lines += ["", f"{name}: {len(outcome.errors)} could not be answered or judged, and count as missed:"]
+                lines += [f"  {error['id']}: {error['reason']}" for error in outcome.errors]
+        return "\n".join(lines) + "\n"
+
+    def page(self, command: str, date: str, program: str) -> Page:
+        """Return the page of `--report`."""
+        suite, first, names, rows = self.suite, self.runs[0], self.names, self.groups()
+        facts = {
+            "Suite": suite.drawn,
+            "Cases": f"{len(suite.cases):,}",
+            "Template": f"{first.template}, {'native' if first.native else 'wrapped'}",
+            "Decoding": f"temperature {first.temperature:g}, {first.max_tokens} tokens at most",
+            "Program": program,
+            **({"Not checked": ", ".join(suite.unchecked)} if suite.unchecked else {}),
+        }
+        whole = [one for one in self.outcomes[0].counted if one.case.section != "instruction"]
+        return Page(
+            title=f"Is it followed? {names[0]}",
+            model=names[0],
+            other=names[1] if len(names) > 1 else "",
+            date=date,
+            command=command,
+            facts=tuple(facts.items()),
+            groups=tuple(rows),
+            charts=tuple(charts(rows, names)),
+            verdicts=verdicts(self.differences),
+            examples=tuple(examples(whole, SECTIONS | _IFEVAL)),
+            errors=tuple(
+                {"id": f"{name}, {error['id']}", "reason": error["reason"]}
+                for name, outcome in zip(names, self.outcomes, strict=True)
+                for error in outcome.errors
+            ),
+        )
