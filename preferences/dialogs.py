@@ -41,8 +41,8 @@ _HELD_OUT_PAIRS = 12  # one pair of topic and value in so many is kept from trai
 _HELD_OUT_UNKNOWN = 8  # so is one unknown noun or question in so many
 _TRIES = 300  # draws before whatever can be obeyed is taken
 # as usual, and where a dialog is to be hard: how often each kind of subject; none to three preferences; a contradiction
-_KINDS = ((64, 13, 8, 11, 4), (62, 12, 8, 14, 4))
-_COUNTS = ((11, 41, 29, 19), (5, 33, 31, 31))
+_KINDS = ((64, 13, 8, 11, 4), (56, 17, 12, 11, 4))
+_COUNTS = ((11, 41, 29, 19), (7, 32, 32, 29))
 _CONFLICTS = (0.2, 0.5)
 _LENGTHS = (50, 18, 12, 8, 6, 6)  # dialogs of one to six turns
 

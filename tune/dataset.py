@@ -262,6 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if bool(given.out) == bool(given.validate):
         parser.error("give --out FILE to write a dataset, or --validate FILE to check one")
+    if given.rows < 1:
+        parser.error(f"--rows {given.rows}: at least one")
     try:
         if given.validate:
             summary = report(read_rows(given.validate))

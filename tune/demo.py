@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import metaalign_edge_templates
-import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -36,10 +35,9 @@ def build(recipe: Recipe, preference: Preference | None, out: Path, threads: int
     Raises:
         ValueError: the folder holds another recipe's training. OSError: it cannot be written.
     """
-    torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(recipe, out)
-    model, losses = train(recipe, tokenizer, out / "training.pt", every)
+    model, losses = train(recipe, tokenizer, out / "training.pt", every, threads)
     curves = {"SFT": losses}
     if preference:
         save(model, tokenizer, out / "sft")
@@ -47,7 +45,7 @@ def build(recipe: Recipe, preference: Preference | None, out: Path, threads: int
         texts = _candidates(rows, preference, out, threads)
         found = pairs(rows, texts, tokenizer)
         print(f"DPO {len(found):,} pairs from {len(rows):,} rows", flush=True)
-        optimise(model, found, preference, curves.setdefault("DPO", []))
+        optimise(model, found, preference, curves.setdefault("DPO", []), threads)
     save(model, tokenizer, out)
     draw_losses(curves, out / "loss.png")
     print(f"wrote {out}", flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from .dataset import Row, row
 from .model import Llama
+from .parts import differentiate, one_core_each
 from .progress import Progress
 from .sft import pad
 from .vocabulary import encode_prompt, encode_response
@@ -37,6 +39,7 @@ class Preference:
     samples: int = 4  # answers to each
     temperature: float = 1.0
     batch: int = 16  # pairs per step
+    parts: int = 2  # of a batch, for a thread each
     rate: float = 3e-5  # learning rate, falling to 0
     beta: float = 0.1  # how far the model may move from where it started
     likelihood: float = 0.5  # weight of the winner's own likelihood
@@ -122,25 +125,35 @@ def pairs(rows: Sequence[Row], texts: Sequence[Sequence[str]], tokenizer: Tokeni
 # --- optimisation -----------------------------------------------------------------------------------------------------
 
 
-def optimise(model: Llama, found: Sequence[Pair], recipe: Preference, losses: list[float]) -> None:
+def optimise(model: Llama, found: Sequence[Pair], recipe: Preference, losses: list[float], threads: int = 1) -> None:
     """Train the model on pairs, in place: one pass over them in an order that the seed decides."""
     order = list(found)
     Random(recipe.seed).shuffle(order)
     batches = [order[at : at + recipe.batch] for at in range(0, len(order), recipe.batch)]
-    before = [_likelihoods(model, batch).detach() for batch in batches]  # where the model starts from
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.0)
-    with Progress("DPO", len(batches), 0, 20, losses) as progress:
+    with one_core_each(threads) as pool, Progress("DPO", len(batches), 0, 20, losses) as progress:
+        before = list(pool.map(partial(_begin, model), batches))
         for step, (batch, start) in enumerate(zip(batches, before, strict=True)):
             optimizer.param_groups[0]["lr"] = recipe.rate * min(1.0, (step + 1) / 10) * (1 - step / len(batches))
-            now = _likelihoods(model, batch)
-            loss = preference_loss(now, start, recipe.beta)
+            parts = [slice(part, None, recipe.parts) for part in range(min(recipe.parts, len(batch)))]
             words = sum(len(pair.chosen) for pair in batch)
-            total = loss - recipe.likelihood * now[0].sum() / words
-            optimizer.zero_grad()
-            total.backward()  # type: ignore[no-untyped-call]
+            share = partial(_loss, model, recipe, len(batch), words)
+            loss = differentiate(pool, model, [partial(share, batch[part], start[:, part]) for part in parts])
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            progress.step(loss.item(), sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in batch))
+            progress.step(loss, sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in batch))
+
+
+@torch.no_grad()
+def _begin(model: Llama, batch: Sequence[Pair]) -> Tensor:
+    """Return the likelihoods that the model starts from."""
+    return _likelihoods(model, batch)
+
+
+def _loss(model: Llama, recipe: Preference, count: int, words: int, batch: Sequence[Pair], start: Tensor) -> Tensor:
+    """Return what some pairs of a batch of `count`, with `words` chosen tokens, add to its loss."""
+    now = _likelihoods(model, batch)
+    return preference_loss(now, start, recipe.beta) * len(batch) / count - recipe.likelihood * now[0].sum() / words
 
 
 def preference_loss(now: Tensor, start: Tensor, beta: float) -> Tensor:

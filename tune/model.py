@@ -165,10 +165,11 @@ class Llama(nn.Module):
         """Return scores over the vocabulary for hidden states."""
         return F.linear(hidden, self.model.embed_tokens.weight)
 
-    def loss(self, ids: Tensor, learnt: Tensor) -> Tensor:
-        """Return the mean cross-entropy over the learnt tokens; only what leads to their scores is computed."""
+    def loss(self, ids: Tensor, learnt: Tensor, words: int) -> Tensor:
+        """Return the learnt tokens' cross-entropy, summed, over `words`; only what leads to it is computed."""
         wanted = learnt[:, 1:]
-        return F.cross_entropy(self.logits(self.hidden(ids[:, :-1], wanted=wanted)), ids[:, 1:][wanted])
+        scores = self.logits(self.hidden(ids[:, :-1], wanted=wanted))
+        return F.cross_entropy(scores, ids[:, 1:][wanted], reduction="sum") / words
 
     @torch.inference_mode()
     def complete(self, prompt: list[int], end: int, limit: int = 300) -> list[int]:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from .dataset import row
 from .model import Llama, Shape
 from .muon import Muon
+from .parts import differentiate, one_core_each, update
 from .progress import Progress
 from .vocabulary import CONTEXT, PAD, SPECIAL, encode_row
 
@@ -28,26 +30,23 @@ class Recipe:
     """Everything that decides the weights."""
 
     seed: int = 1
-    steps: int = 2600  # and an eighth more, which dwell on what is hard (see Plan)
-    batch: int = 48  # rows per step
-    pool: int = 10  # batches drawn together and sorted by length, so that little is padded
-    peak: float = 2.5e-3  # learning rate
-    floor: float = 0.02  # learning rate before the hard steps, as a share of the peak
-    hard_peak: float = 7e-4  # learning rate at the first of the hard steps
+    steps: int = 7000
+    easy: float = 0.35  # of the steps; the others dwell on what is hard (see Plan)
+    batch: int = 24  # rows per step
+    parts: int = 2  # of a batch, for a thread each
+    pool: int = 20  # batches drawn together and sorted by length, so that little is padded
+    peak: float = 5e-3  # learning rate, which falls to 0
     warmup: int = 100  # steps
     decay: float = 0.05  # weight decay, on matrices only
     clip: float = 1.0
     sample: int = 20000  # rows that the tokenizer is trained on
     shape: Shape = field(default_factory=Shape)  # its vocabulary is an upper bound
 
-    @property
-    def total(self) -> int:
-        """All steps, the hard ones included."""
-        return self.steps + self.steps // 8
 
-
-def train(recipe: Recipe, tokenizer: Tokenizer, state: Path | None, every: int = 100) -> tuple[Llama, list[float]]:
-    """Train a model; return it with the loss of every step.
+def train(
+    recipe: Recipe, tokenizer: Tokenizer, state: Path | None, every: int = 100, threads: int = 1
+) -> tuple[Llama, list[float]]:
+    """Train a model; return it with the loss of every step. The number of threads changes nothing but the time.
 
     `state` is the file to resume from and to write every so many steps.
 
@@ -60,18 +59,16 @@ def train(recipe: Recipe, tokenizer: Tokenizer, state: Path | None, every: int =
     start, losses = _resume(recipe, model, optimizers, state)
     count = sum(p.numel() for p in model.parameters())
     print(f"{count / 1e6:.2f} M parameters, {tokenizer.get_vocab_size()} tokens, from step {start}", flush=True)
-    with Progress("SFT", recipe.total, start, every, losses) as progress:
-        for step, (ids, learnt) in enumerate(_batches(recipe, tokenizer, start), start):
+    with one_core_each(threads) as pool, Progress("SFT", recipe.steps, start, every, losses) as progress:
+        for step, parts in enumerate(_batches(recipe, tokenizer, start), start):
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = _rate(recipe, step)
-            loss = model.loss(ids, learnt)
-            model.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            words = sum(int(learnt[:, 1:].sum()) for _, learnt in parts)
+            loss = differentiate(pool, model, [partial(model.loss, *part, words) for part in parts])
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            for optimizer in optimizers:
-                optimizer.step()
-            progress.step(loss.item(), ids.numel())
-            if (step + 1) % every == 0 or step + 1 == recipe.total:
+            update(pool, optimizers)
+            progress.step(loss, sum(ids.numel() for ids, _ in parts))
+            if (step + 1) % every == 0 or step + 1 == recipe.steps:
                 _checkpoint(recipe, model, optimizers, step + 1, progress.losses, state)
     return model, losses
 
@@ -87,38 +84,35 @@ def pad(encoded: Sequence[tuple[list[int], list[bool]]]) -> tuple[Tensor, Tensor
     return ids, learnt
 
 
-def _batches(recipe: Recipe, tokenizer: Tokenizer, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (ids, learnt), both (batch, time), from step `start` on: a pure function of recipe and step."""
-    for pool in range(start // recipe.pool, math.ceil(recipe.total / recipe.pool)):
+def _batches(recipe: Recipe, tokenizer: Tokenizer, start: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yield batches from step `start` on, in parts (ids, learnt), both (rows, time): a function of recipe and step."""
+    for pool in range(start // recipe.pool, math.ceil(recipe.steps / recipe.pool)):
         size = recipe.pool * recipe.batch
-        hard = pool * recipe.pool >= recipe.steps
+        hard = pool * recipe.pool >= recipe.easy * recipe.steps
         encoded = [encode_row(tokenizer, row(recipe.seed, i, hard)) for i in range(pool * size, (pool + 1) * size)]
         encoded.sort(key=lambda pair: len(pair[0]))
         order = list(range(recipe.pool))
         Random(f"{recipe.seed}/{pool}").shuffle(order)
         for place, index in enumerate(order):
             step = pool * recipe.pool + place
-            if start <= step < recipe.total:
-                yield pad(encoded[index * recipe.batch : (index + 1) * recipe.batch])
+            if start <= step < recipe.steps:
+                batch = encoded[index * recipe.batch : (index + 1) * recipe.batch]
+                yield [pad(batch[part :: recipe.parts]) for part in range(recipe.parts)]
 
 
 def _optimizers(recipe: Recipe, model: Llama) -> tuple[torch.optim.Optimizer, ...]:
-    """Return Muon for the layers' matrices and AdamW for the embedding and the norms."""
-    layers = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    """Return Muon for the matrices of each layer, and AdamW for the embedding and the norms."""
+    layers = [[p for p in layer.parameters() if p.ndim == 2] for layer in model.model.layers]
     norms = [p for p in model.parameters() if p.ndim != 2]
     embedding = {"params": [model.model.embed_tokens.weight], "weight_decay": recipe.decay}
     rest = [embedding, {"params": norms, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(rest, lr=recipe.peak, betas=(0.9, 0.95))
-    return Muon(layers, recipe.peak, recipe.decay), adamw
+    return *(Muon(matrices, recipe.peak, recipe.decay) for matrices in layers), adamw
 
 
 def _rate(recipe: Recipe, step: int) -> float:
-    """Return the learning rate: a linear warm-up, then a cosine down to the floor; over the hard steps down to 0."""
-    if step >= recipe.steps:
-        return recipe.hard_peak * (recipe.total - step) / (recipe.total - recipe.steps)
-    warm = min(1.0, (step + 1) / recipe.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-    return recipe.peak * warm * (recipe.floor + (1 - recipe.floor) * cosine)
+    """Return the learning rate: up in a straight line, then down to 0 in another (Bergsma et al. 2025)."""
+    return recipe.peak * min((step + 1) / recipe.warmup, 1 - step / recipe.steps)
 
 
 def _resume(
