@@ -30,7 +30,6 @@ import contextlib
 import ctypes
 import errno
 import functools
-import hashlib
 import importlib.util
 import io
 import json
@@ -39,7 +38,6 @@ import mmap
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import struct
@@ -1992,13 +1990,8 @@ class Prompter:
         options: RenderOptions,
         interrupt: Interrupt,
     ) -> None:
-        self.model, self.template, self.settings, self.options, self.interrupt = (
-            model,
-            chat_template,
-            settings,
-            options,
-            interrupt,
-        )
+        self.model, self.template = model, chat_template
+        self.settings, self.options, self.interrupt = settings, options, interrupt
         self.engine: Engine | None = None
         self.forged: list[str] = []  # marker words in the tiers of the latest prompt
 
@@ -2468,15 +2461,13 @@ class Candidate:
 
 
 def make_candidate(
-    model: str | None, template: str, settings: Settings, options: RenderOptions, suite: Any, answers: Path | None
+    file: ModelFile, chosen: ChatTemplate, settings: Settings, options: RenderOptions, suite: Any, answers: Path | None
 ) -> Candidate:
-    """Find a model, its template and its answers so far, without loading it.
+    """Find a model's answers so far, without loading it.
 
     Raises:
-        NotFound, LoadError, TemplateError, UsageError, CannotWrite: as what it calls.
+        UsageError: the file of answers is another run's. CannotWrite: the user named it, and it cannot be written.
     """
-    file = ModelFile(resolve_model(model))
-    chosen = choose_template(template, file)
     room = settings.context or min(file.context, DEFAULT_CONTEXT)
     most = settings.max_tokens or min(EVAL_TOKENS.get(suite.kind, EVAL_TOKENS["builtin"]), max(1, room // 3))
     settings = replace(settings, max_tokens=most)
@@ -2505,6 +2496,8 @@ def make_candidate(
 
 def digest(document: Any) -> str:
     """Return 32 hexadecimal digits that stand for a JSON document."""
+    import hashlib  # four milliseconds, for `eval` alone
+
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -2695,6 +2688,8 @@ def write_outputs(found: Any, report: Path | None, chart: Path | None) -> None:
     """
     if not (report or chart):
         return
+    import shlex
+
     command, program = shlex.join(["metaalign-edge", *sys.argv[1:]]), f"metaalign-edge {__version__}"
     pages, page = preferences("report"), found.page(command, time.strftime("%Y-%m-%d"), program)
     if report:
@@ -3355,12 +3350,13 @@ def eval_command(
     check_outputs(report, chart)
     models = [model] + ([against] if against is not None else [])
     files = [answers, answers and answers.with_name(f"{answers.stem}.against{answers.suffix}")]
-    for name in models:
-        choose_template(template, ModelFile(resolve_model(name)))  # before the suite is composed
+    chosen = []
+    for name in models:  # before the suite is composed
+        file = ModelFile(resolve_model(name))
+        chosen.append((file, choose_template(template, file)))
     asked = find_suite(suite, seed, size, ifeval_tier)
     candidates = [
-        make_candidate(name, template, settings, options, asked, file)
-        for name, file in zip(models, files, strict=False)
+        make_candidate(*one, settings, options, asked, path) for one, path in zip(chosen, files, strict=False)
     ]
     if asked.unchecked:
         kinds = ", ".join(asked.unchecked)

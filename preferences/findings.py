@@ -11,12 +11,11 @@ from typing import Any
 from . import ifeval
 from .report import Group, Page, Place, branches, charts, compare, document, examples, groups, results, table, verdicts
 from .statistics import Difference
-from .suite import COMPARED, SECTIONS, Case, InvalidSuite, Judged, builtin, read_suite
+from .suite import COMPARED, SECTIONS, SIZE, Case, InvalidSuite, Judged, builtin, read_suite
 from .transcript import Transcript
 
 __all__ = ["Findings", "Outcome", "Run", "Suite", "find_suite", "judge", "sound"]
 
-SIZE = 60  # cases a section of the built-in suite
 _IFEVAL = {"prompt": "IFEval: every instruction", "part": "IFEval: some instructions"}
 
 

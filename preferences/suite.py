@@ -21,7 +21,18 @@ from .checkers import CHECKERS, prose
 from .dialogs import Check, Plan, Scene, compatible, compose, flip, held_out_pair, subjects
 from .statistics import Rate, rate
 
-__all__ = ["COMPARED", "SECTIONS", "Case", "InvalidSuite", "Judged", "builtin", "read_suite", "summary", "survives"]
+__all__ = [
+    "COMPARED",
+    "SECTIONS",
+    "SIZE",
+    "Case",
+    "InvalidSuite",
+    "Judged",
+    "builtin",
+    "read_suite",
+    "summary",
+    "survives",
+]
 
 T = TypeVar("T")
 
@@ -54,6 +65,7 @@ _COMMON = frozenset(
     "them they this to was when which who will with you your there here than then these those what where while "
     "may".split()
 )
+SIZE = 60  # cases a section of the built-in suite, unless told
 _ENOUGH = 0.6  # of the content words, for a fact to have survived
 
 
@@ -124,7 +136,7 @@ class Judged:
 # --- the built-in suite -----------------------------------------------------------------------------------------------
 
 
-def builtin(seed: int = 0, size: int = 60) -> list[Case]:
+def builtin(seed: int = 0, size: int = SIZE) -> list[Case]:
     """Return the built-in suite: about `size` cases a section, twice as many where they come in pairs."""
     rng = Random(f"evaluation/{seed}")
     drawn = [family for family in families().values() if family.name not in ("background", "stance", "priority")]

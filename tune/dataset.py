@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 from metaalign_edge_preferences import values
 from metaalign_edge_preferences.dialogs import Plan, Scene, compose, flip, held_out_pair
 
+from .files import replacing
 from .responses import respond
 
 __all__ = ["SUBSETS", "InvalidRow", "Row", "Turn", "document", "main", "pair", "read_rows", "report", "row", "rows"]
@@ -281,17 +281,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _write(path: Path, seed: int, count: int, leaked: list[str]) -> Iterator[dict[str, Any]]:
     """Write rows to a file as they come and yield them; the file appears under its name when it is whole."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for index in range(count):
-                one = row(seed, index)
-                leaked += leaks(one)
-                file.write(json.dumps(document(one), ensure_ascii=False) + "\n")
-                yield document(one)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as part, part.open("w", encoding="utf-8") as file:
+        for index in range(count):
+            one = row(seed, index)
+            leaked += leaks(one)
+            file.write(json.dumps(document(one), ensure_ascii=False) + "\n")
+            yield document(one)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from tokenizers import Tokenizer
 
 from .dataset import Row
 from .dpo import Preference, candidates, fresh_rows, optimise, pairs
+from .files import replacing
 from .model import Llama, Shape
 from .progress import draw_losses
 from .sft import Recipe, train
@@ -62,9 +62,8 @@ def _candidates(rows: Sequence[Row], preference: Preference, out: Path, threads:
         return texts
     edge.run(["convert", str(out / "sft"), "-o", str(gguf), "--outtype", "f16", "--force", "--json"])
     texts = candidates(gguf, rows, preference, threads)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(texts), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(texts), encoding="utf-8")
     return texts
 
 
@@ -150,9 +149,8 @@ def _tokenizer(recipe: Recipe, out: Path) -> Tokenizer:
     if path.exists():
         return Tokenizer.from_file(str(path))
     tokenizer = train_tokenizer(recipe.seed, recipe.shape.vocabulary, recipe.sample)
-    temporary = path.with_suffix(".part")
-    tokenizer.save(str(temporary))
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        tokenizer.save(str(part))
     return tokenizer
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -16,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .dataset import row
+from .files import replacing
 from .model import Llama, Shape
 from .muon import Muon
 from .parts import differentiate, one_core_each, update
@@ -138,11 +138,10 @@ def _checkpoint(
     losses: list[float],
     state: Path | None,
 ) -> None:
-    """Write the state under a temporary name and rename it, so that a kill leaves the old one or the new one."""
+    """Write the state, if there shall be one; a kill leaves the old one or the new one."""
     if state is None:
         return
-    temporary = state.with_suffix(".part")
     content: dict[str, Any] = {"recipe": asdict(recipe), "model": model.state_dict(), "step": step, "losses": losses}
     content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    torch.save(content, temporary)
-    os.replace(temporary, state)
+    with replacing(state) as part:
+        torch.save(content, part)
