@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import subprocess
@@ -13,7 +12,8 @@ from random import Random
 
 import pytest
 from metaalign_edge_preferences import families, values
-from metaalign_edge_preferences.dialogs import Plan, Scene, compose, subjects
+from metaalign_edge_preferences.dialogs import Plan, compatible, compose, subjects
+from metaalign_edge_preferences.suite import survives
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -62,34 +62,46 @@ def test_the_card_names_values_that_exist() -> None:
     assert len(TRAINED) > 20 and set(values()) >= TRAINED, TRAINED - set(values())
 
 
-def scenes(split: str, count: int, conflict: bool = False) -> list[Scene]:
-    """Compose dialogs of one question about a topic that the model knows, under preferences that it was trained on."""
-    rng, keys, found = Random(f"demo/{split}/{conflict}"), sorted(TRAINED), list[Scene]()
-    for key in itertools.cycle(keys):
-        topic = rng.choice(subjects("topic")[:TOPICS])
-        rivals = [other for other in keys if other.split(".")[0] == key.split(".")[0] and other != key]
-        if key.split(".")[0] in ("name", "background") or (
-            key.startswith("units") and "units.metric" not in topic.by_value
-        ):
-            continue
-        losing = rng.choice(rivals) if conflict else None
-        plan = Plan(kind="topic", subject=topic.name, values=(key,), split=split, turns=1, background="")
-        found.append(compose(rng, replace(plan, tiers=("system",), losing=losing) if losing else plan))
-        if len(found) == count:
-            break
-    return found
+OTHERS = sorted(key for key in TRAINED if key.split(".")[0] not in ("name", "background", "units"))
 
 
-@pytest.mark.parametrize(
-    "split, conflict, least",
-    [("seen", False, 0.9), ("combination", False, 0.9), ("frame", False, 0.8), ("combination", True, 0.85)],
-)
-def test_it_obeys_wordings_it_was_not_trained_on(split: str, conflict: bool, least: float, demo: Path) -> None:
+def plans(section: str, rng: Random) -> Plan:
+    """Return a plan of a dialog about what the model knows, under preferences that it was trained on."""
+    topic = rng.choice(subjects("topic")[:TOPICS]).name
+    one = Plan(kind="topic", subject=topic, turns=1, background="")
+    while True:
+        first, second = rng.sample(OTHERS, 2)
+        rival = first.split(".")[0] == second.split(".")[0]
+        if section == "conflict" and rival:
+            return replace(one, values=(first,), tiers=("system",), losing=second, split="combination")
+        if section == "two preferences" and not rival and compatible((first, second)):
+            return replace(one, values=(first, second), split="combination")
+        if section in ("seen", "combination", "frame"):
+            return replace(one, values=(first,), split=section)
+        if section == "no preference":
+            return replace(one, values=())
+        if section == "unknown question":
+            return replace(one, kind="unknown", subject=None, values=(), split="word")
+
+
+FLOORS = {
+    "no preference": 0.9,
+    "seen": 0.9,
+    "combination": 0.9,
+    "frame": 0.8,
+    "conflict": 0.9,
+    "two preferences": 0.8,
+    "unknown question": 0.85,
+}  # far below what the card reports on more rows, far above what a broken path would give
+
+
+@pytest.mark.parametrize("section", FLOORS)
+def test_it_obeys_wordings_it_was_not_trained_on(section: str, demo: Path) -> None:
     import metaalign_edge as edge
 
     settings, interrupt, file = edge.Settings(temperature=0.0, max_tokens=200), edge.Interrupt(), edge.ModelFile(demo)
-    template = edge.choose_template("auto", file)
-    asked = scenes(split, 60, conflict)
+    template, rng = edge.choose_template("auto", file), Random(f"demo/{section}")
+    asked = [compose(rng, plans(section, rng)) for _ in range(60)]
     jobs = [
         edge.Job(edge.Dialog(one.prompt.system_info, one.prompt.user_info, (edge.Turn(one.last.query),)), tag=one)
         for one in asked
@@ -99,8 +111,12 @@ def test_it_obeys_wordings_it_was_not_trained_on(split: str, conflict: bool, lea
         edge.Parallel(model, template, settings, edge.AS_USUAL, interrupt, 8, context=512) as engine,
     ):
         answers = [(job.tag, answer) for job, answer in engine.run(jobs) if isinstance(answer, edge.Answer)]
-    held = [all(check.holds(answer.response) for check in one.checks) for one, answer in answers]
-    assert len(held) == len(asked) and sum(held) >= least * len(held)
+    held = [
+        all(check.holds(answer.response) for check in one.checks)
+        and (bool(one.checks) or any(survives(said, answer.response) for said in one.last.subject.says()))
+        for one, answer in answers
+    ]
+    assert len(held) == len(asked) and sum(held) >= FLOORS[section] * len(held)
 
 
 DIALOGS = [
