@@ -2663,6 +2663,8 @@ def check_outputs(report: Path | None, chart: Path | None) -> None:
 def write_whole(path: Path, data: bytes | None) -> None:
     """Write a file under a temporary name and give it its own when it is whole; None only tries.
 
+    A pipe, a terminal or `/dev/null` is written as it is: it must not be replaced by a file.
+
     Raises:
         CannotWrite: it cannot be written.
     """
@@ -2670,6 +2672,10 @@ def write_whole(path: Path, data: bytes | None) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():
+            if data:
+                path.write_bytes(data)
+            return
         temporary.write_bytes(data or b"")
         if data is not None:
             os.replace(temporary, path)

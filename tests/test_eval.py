@@ -13,6 +13,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -376,6 +377,16 @@ class Reader(HTMLParser):
 
 
 HOSTILE = '</pre><script>alert("&amp;")</script>{{ 7 * 7 }}<img src=x onerror=1>'
+
+
+def test_a_pipe_is_written_and_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "page")
+    edge.write_whole(tmp_path / "page", None)  # only tried: nobody reads yet
+    writer = threading.Thread(target=edge.write_whole, args=(tmp_path / "page", b"whole"))
+    writer.start()
+    assert (tmp_path / "page").read_bytes() == b"whole"
+    writer.join()
+    assert (tmp_path / "page").is_fifo() and list(tmp_path.iterdir()) == [tmp_path / "page"]
 
 
 def test_the_report_is_one_page_that_loads_nothing_and_escapes_everything(

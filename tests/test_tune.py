@@ -254,6 +254,22 @@ def test_a_bad_row_is_named_with_its_line_and_field(change, said, tmp_path, caps
     assert said in capsys.readouterr().err
 
 
+def test_every_error_of_a_file_is_named(tmp_path, capsys):
+    wrong = [{**GOOD, "query": 3, "winner": "me"}, GOOD, {**GOOD, "families": ["a", "b"], "subset": None}, [1], GOOD]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in wrong) + "{\n", encoding="utf-8")
+    assert main(["--validate", str(path)]) == 2
+    shown = capsys.readouterr()
+    *lines, last = shown.err.splitlines()
+    assert shown.out == "" and last == f"error: {path}: 4 of 6 rows are wrong"
+    places = [re.search(r"line (\d): (?:field '(\w+)')?", line).groups() for line in lines]
+    assert places == [
+        ("1", "query"), ("1", "winner"), ("3", "subset"), ("3", "families"), ("3", "families"), ("4", None), ("6", None),
+    ]  # fmt: skip
+    path.write_text("\n")
+    assert main(["--validate", str(path)]) == 2 and "holds no row" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("line", "said"), [
     (b'{"query": "\xff"}', "line 1: not UTF-8"), (b"{", "line 1: not JSON"), (b"[]", "line 1: a list where"),
     (b'{"subset": "Priority"}', "field 'system_info' is missing"), (b"[" * 100_000, "line 1: not JSON"),
@@ -267,12 +283,23 @@ def test_a_file_that_holds_no_rows_is_refused(line, said, tmp_path, capsys):
 
 def test_a_file_that_is_missing_or_cannot_be_written_is_an_error_of_one_line(tmp_path, capsys):
     assert main(["--validate", str(tmp_path / "none.jsonl")]) == 3
-    assert main(["--out", str(tmp_path / "no" / "rows.jsonl"), "--rows", "2"]) == 3
+    assert main(["--out", str(tmp_path / "no" / "rows.jsonl"), "--rows", "2"]) == 8
     if os.path.exists("/dev/full"):
         os.symlink("/dev/full", tmp_path / "full.jsonl.part")
         assert main(["--out", str(tmp_path / "full.jsonl"), "--rows", "2"]) == 8
         assert not (tmp_path / "full.jsonl").exists()
     assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
+
+
+def test_a_pipe_is_written_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "rows")
+    command = [sys.executable, "-m", "metaalign_edge_tune.dataset", "--out", str(tmp_path / "rows"), "--rows", "3"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        lines = (tmp_path / "rows").read_text().splitlines()
+    assert process.returncode == 0 and [json.loads(line) for line in lines] == [
+        document(row(1, one)) for one in range(3)
+    ]
+    assert (tmp_path / "rows").is_fifo()
 
 
 # --- the dialog -------------------------------------------------------------------------------------------------------

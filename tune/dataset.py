@@ -27,7 +27,20 @@ from metaalign_edge_preferences.dialogs import Plan, Scene, compose, flip, held_
 from .files import replacing
 from .responses import respond
 
-__all__ = ["SUBSETS", "InvalidRow", "Row", "Turn", "document", "main", "pair", "read_rows", "report", "row", "rows"]
+__all__ = [
+    "SUBSETS",
+    "InvalidRow",
+    "Row",
+    "Turn",
+    "document",
+    "examine",
+    "main",
+    "pair",
+    "read_rows",
+    "report",
+    "row",
+    "rows",
+]
 
 SUBSETS = ("Priority", "Helpful-based", "Consensus", "Diverse-Opinion")
 WINNERS = ("system", "user", "none")  # the tier whose wish decided between the candidates
@@ -151,55 +164,68 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         InvalidRow: a line is no row. OSError: the file cannot be read.
     """
+    for found, wrong in examine(path):
+        if wrong:
+            raise InvalidRow(wrong[0])
+        yield found
+
+
+def examine(path: Path) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Yield the row of each line of a JSONL file, with all that is wrong with it: the row is empty if it is none.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            problem = None
+            found: Any = {}
             try:
                 found = json.loads(line.decode("utf-8"))
-                problem = _problem(found)
+                problems = list(_problems(found))
             except UnicodeDecodeError as error:
-                problem = f"not UTF-8 (byte {error.start + 1}): save it as UTF-8"
+                problems = [f"not UTF-8 (byte {error.start + 1}): save it as UTF-8"]
             except ValueError as error:
-                problem = f"not JSON ({error}): one object on each line"
+                problems = [f"not JSON ({error}): one object on each line"]
             except RecursionError:
-                problem = "not JSON (nested too deeply): one object on each line"
-            if problem:
-                raise InvalidRow(f"{path}, line {number}: {problem}")
-            yield {"turns": [], **found}
+                problems = ["not JSON (nested too deeply): one object on each line"]
+            yield {} if problems else {"turns": [], **found}, [f"{path}, line {number}: {one}" for one in problems]
 
 
-def _problem(found: Any) -> str | None:
-    """Return what is wrong with a row, or None."""
+def _problems(found: Any) -> Iterator[str]:
+    """Yield what is wrong with a row, field by field."""
     if not isinstance(found, dict):
-        return f"a {type(found).__name__} where an object belongs"
+        yield f"a {type(found).__name__} where an object belongs"
+        return
+    texts = {}
     for name, kind in _FIELDS.items():
         if name not in found:
-            return f"field {name!r} is missing"
-        if not isinstance(found[name], kind):
-            return f"field {name!r} must be a string, not {type(found[name]).__name__}"
+            yield f"field {name!r} is missing"
+        elif not isinstance(found[name], kind):
+            yield f"field {name!r} must be a string, not {type(found[name]).__name__}"
+        else:
+            texts[name] = found[name]
     for name, allowed in (("subset", SUBSETS), ("winner", WINNERS)):
-        if found.get(name) not in allowed:
-            return f"field {name!r} must be one of {', '.join(allowed)}, not {found.get(name)!r}"
+        if (name in texts or name not in _FIELDS) and found.get(name) not in allowed:
+            yield f"field {name!r} must be one of {', '.join(allowed)}, not {found.get(name)!r}"
     for name in ("query", "response"):
-        if not found[name].strip():
-            return f"field {name!r} is empty"
-    if found["response"] == found["rejected"]:
-        return "field 'rejected' is the same as 'response': leave it empty if there is no other candidate"
+        if name in texts and not texts[name].strip():
+            yield f"field {name!r} is empty"
+    if "response" in texts and texts["response"] == texts.get("rejected"):
+        yield "field 'rejected' is the same as 'response': leave it empty if there is no other candidate"
     keys = found.get("families")
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        return "field 'families' must be a list of strings such as 'case.upper'"
+        yield "field 'families' must be a list of strings such as 'case.upper'"
+        keys = []
     for key in keys:
         if key not in values():
             near = difflib.get_close_matches(key, values(), 1)
-            return f"field 'families' names {key!r}, which is unknown" + (
-                f": did you mean {near[0]!r}?" if near else ""
-            )
+            hint = f": did you mean {near[0]!r}?" if near else ""
+            yield f"field 'families' names {key!r}, which is unknown{hint}"
     turns = found.get("turns", [])
     if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
-        return "field 'turns' must be a list of objects with the strings 'query' and 'response'"
-    return None
+        yield "field 'turns' must be a list of objects with the strings 'query' and 'response'"
 
 
 def _is_turn(turn: Any) -> bool:
@@ -266,15 +292,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--rows {given.rows}: at least one")
     try:
         if given.validate:
-            summary = report(read_rows(given.validate))
-        else:
-            leaked: list[str] = []
-            summary = report(_write(given.out, given.seed, given.rows, leaked)) | {"held_out_shown": len(leaked)}
-    except (InvalidRow, OSError) as error:
+            return _validate(given.validate)
+        leaked: list[str] = []
+        summary = report(_write(given.out, given.seed, given.rows, leaked)) | {"held_out_shown": len(leaked)}
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InvalidRow) else 3 if isinstance(error, FileNotFoundError) else 8
+        return 3 if given.validate else 8
     except KeyboardInterrupt:
         return 130
+    print(json.dumps(summary, indent=2))
+    return 0
+
+
+def _validate(path: Path) -> int:
+    """Report on a file, or name everything that is wrong with it; return the exit code."""
+    lines = wrong = 0
+
+    def good() -> Iterator[dict[str, Any]]:
+        nonlocal lines, wrong
+        for found, problems in examine(path):
+            lines, wrong = lines + 1, wrong + bool(problems)
+            for problem in problems:
+                print(f"error: {problem}", file=sys.stderr)
+            if not problems:
+                yield found
+
+    summary = report(good())
+    if wrong or not lines:
+        print(
+            f"error: {path}: {wrong:,} of {lines:,} rows are wrong" if wrong else f"error: {path} holds no row",
+            file=sys.stderr,
+        )
+        return 2
     print(json.dumps(summary, indent=2))
     return 0
 

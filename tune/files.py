@@ -12,7 +12,13 @@ __all__ = ["replacing"]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path to write to; what is written gets its own name at the end, or is removed if it fails."""
+    """Yield the path to write to; what is written gets its own name at the end, or is removed if it fails.
+
+    A pipe, a terminal or `/dev/null` is written as it is: it must not be replaced by a file.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
     temporary = path.with_name(path.name + ".part")
     try:
         yield temporary
