@@ -44,7 +44,7 @@ _TRIES = 300  # draws before whatever can be obeyed is taken
 _KINDS = ((64, 13, 8, 11, 4), (56, 17, 12, 11, 4))
 _COUNTS = ((11, 41, 29, 19), (7, 32, 32, 29))
 _CONFLICTS = (0.2, 0.5)
-_LENGTHS = (50, 18, 12, 8, 6, 6)  # dialogs of one to six turns
+_LENGTHS = (60, 15, 9, 7, 5, 4)  # dialogs of one to six turns
 
 
 @dataclass(frozen=True)

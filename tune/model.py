@@ -15,7 +15,7 @@ __all__ = ["Llama", "Shape"]
 class Shape:
     """The size of the model. Row lengths are multiples of 32, as q8_0's blocks need."""
 
-    vocabulary: int = 4096
+    vocabulary: int = 6144
     hidden: int = 256
     layers: int = 4
     heads: int = 4  # of 64 numbers each: twice as many of 32 learn no more, and llama.cpp runs them at 0.6 of the speed

