@@ -193,45 +193,47 @@ def test_convert_refuses_what_is_no_checkpoint(tmp_path: Path, fails: Fails) -> 
     fails(3, "convert", str(tmp_path / "empty"))
 
 
-def test_convert_refuses_an_output_that_exists_and_keeps_it(checkpoint: Path, tmp_path: Path, fails: Fails) -> None:
+def test_convert_refuses_an_output_that_exists_and_keeps_it(checkpoint: Path, tmp_path: Path, refuses: Fails) -> None:
     target = tmp_path / "there.gguf"
     target.write_text("mine")
-    assert "--force" in fails(2, "convert", str(checkpoint), "-o", str(target))
+    assert "--force" in refuses(2, "convert", str(checkpoint), "-o", str(target))
     assert target.read_text() == "mine"
 
 
-def test_convert_refuses_an_output_it_cannot_write(checkpoint: Path, tmp_path: Path, fails: Fails) -> None:
-    fails(8, "convert", str(checkpoint), "-o", str(tmp_path / "no" / "folder" / "x.gguf"))
+def test_convert_refuses_an_output_it_cannot_write(checkpoint: Path, tmp_path: Path, refuses: Fails) -> None:
+    refuses(8, "convert", str(checkpoint), "-o", str(tmp_path / "no" / "folder" / "x.gguf"))
 
 
-def test_convert_refuses_tensors_missing_surplus_or_elsewhere(copy: Path, tmp_path: Path, fails: Fails) -> None:
+def test_convert_refuses_tensors_missing_surplus_or_elsewhere(copy: Path, tmp_path: Path, refuses: Fails) -> None:
     weights = checkpoints.random_weights(checkpoints.CONFIG)
     lost = {name: values for name, values in weights.items() if "layers.1.mlp.up_proj" not in name}
     checkpoints.write_safetensors(copy / "model.safetensors", lost, "F32")
-    assert "up_proj" in fails(5, "convert", str(copy), "-o", str(tmp_path / "x.gguf"))
+    assert "up_proj" in refuses(5, "convert", str(copy), "-o", str(tmp_path / "x.gguf"))
     surplus = {**weights, "model.layers.1.mlp.router.weight": weights["model.norm.weight"]}
     checkpoints.write_safetensors(copy / "model.safetensors", surplus, "F32")
-    assert "router" in fails(5, "convert", str(copy), "-o", str(tmp_path / "x.gguf"))
+    assert "router" in refuses(5, "convert", str(copy), "-o", str(tmp_path / "x.gguf"))
     (copy / "model.safetensors").unlink()
     (copy / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"model.norm.weight": "../../elsewhere.safetensors"}})
     )
-    assert "elsewhere" in fails(5, "convert", str(copy), "-o", str(tmp_path / "x.gguf"))
+    assert "elsewhere" in refuses(5, "convert", str(copy), "-o", str(tmp_path / "x.gguf"))
     (copy / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"model.norm.weight": "model-00002.safetensors"}})
     )
-    assert "model-00002" in fails(5, "convert", str(copy), "-o", str(tmp_path / "x.gguf"))
+    assert "model-00002" in refuses(5, "convert", str(copy), "-o", str(tmp_path / "x.gguf"))
     assert not list(tmp_path.glob("*.gguf*"))
 
 
-def test_convert_refuses_pickles_and_unknown_architectures_and_types(copy: Path, tmp_path: Path, fails: Fails) -> None:
+def test_convert_refuses_pickles_and_unknown_architectures_and_types(
+    copy: Path, tmp_path: Path, refuses: Fails
+) -> None:
     checkpoints.edit_json(copy / "config.json", architectures=["NonsenseForCausalLM"])
-    assert "NonsenseForCausalLM" in fails(5, "convert", str(copy), "-o", str(tmp_path / "x.gguf"))
+    assert "NonsenseForCausalLM" in refuses(5, "convert", str(copy), "-o", str(tmp_path / "x.gguf"))
     checkpoints.edit_json(copy / "config.json", architectures=["LlamaForCausalLM"])
-    assert "q8_0" in fails(2, "convert", str(copy), "--outtype", "q99")
-    assert "keep" in fails(2, "convert", str(copy), "--template", "nonsense")
+    assert "q8_0" in refuses(2, "convert", str(copy), "--outtype", "q99")
+    assert "keep" in refuses(2, "convert", str(copy), "--template", "nonsense")
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    assert "safetensors" in fails(5, "convert", str(copy), "-o", str(tmp_path / "x.gguf"))
+    assert "safetensors" in refuses(5, "convert", str(copy), "-o", str(tmp_path / "x.gguf"))
 
 
 def test_a_model_file_is_read_without_llama_cpp(tiny: Path) -> None:

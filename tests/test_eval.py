@@ -488,31 +488,31 @@ def test_without_matplotlib_the_chart_says_what_to_install(
     (b"", "holds no case"),
     (b"[" * 100_000, "nested"),
 ])  # fmt: skip
-def test_a_suite_that_is_none_is_a_usage_error(text: bytes, said: str, fails: Callable[..., str], tiny: Path) -> None:
+def test_a_suite_that_is_none_is_a_usage_error(text: bytes, said: str, refuses: Callable[..., str], tiny: Path) -> None:
     path = tiny.with_name("suite.jsonl")
     path.write_bytes(text)
-    line = fails(2, "eval", "-m", str(tiny), "--suite", str(path))
+    line = refuses(2, "eval", "-m", str(tiny), "--suite", str(path))
     assert said in line and str(path) in line
 
 
 def test_what_cannot_work_is_said_before_the_first_answer(
-    fails: Callable[..., str], tiny: Path, own: Path, tmp_path: Path
+    refuses: Callable[..., str], tiny: Path, own: Path, tmp_path: Path
 ) -> None:
     short = ("--suite", str(own), "-n", "3")
-    assert "no model file" in fails(3, "eval", "-m", str(tmp_path / "none.gguf"), *short)
-    assert "no model file" in fails(3, "eval", "-m", str(tiny), "--against", "./none.gguf", *short)
-    assert "cannot read the suite" in fails(3, "eval", "-m", str(tiny), "--suite", str(tmp_path / "none"))
-    assert "cannot read the suite" in fails(3, "eval", "-m", str(tiny), "--suite", str(tmp_path))
+    assert "no model file" in refuses(3, "eval", "-m", str(tmp_path / "none.gguf"), *short)
+    assert "no model file" in refuses(3, "eval", "-m", str(tiny), "--against", "./none.gguf", *short)
+    assert "cannot read the suite" in refuses(3, "eval", "-m", str(tiny), "--suite", str(tmp_path / "none"))
+    assert "cannot read the suite" in refuses(3, "eval", "-m", str(tiny), "--suite", str(tmp_path))
     nowhere = str(tmp_path / "no" / "where.html")
     for flag in ("--report", "--answers"):
-        assert nowhere in fails(8, "eval", "-m", str(tiny), *short, flag, nowhere)
-    assert "directory" in fails(8, "eval", "-m", str(tiny), *short, "--report", str(tmp_path))
-    assert ".png or .svg" in fails(2, "eval", "-m", str(tiny), *short, "--chart", str(tmp_path / "c.pdf"))
-    assert "is no file" in fails(2, "eval", "-m", str(tiny), *short, "--answers", str(tmp_path))
-    assert "--ifeval-tier" in fails(2, "eval", "-m", str(tiny), *short, "--ifeval-tier", "nowhere")
+        assert nowhere in refuses(8, "eval", "-m", str(tiny), *short, flag, nowhere)
+    assert "directory" in refuses(8, "eval", "-m", str(tiny), *short, "--report", str(tmp_path))
+    assert ".png or .svg" in refuses(2, "eval", "-m", str(tiny), *short, "--chart", str(tmp_path / "c.pdf"))
+    assert "is no file" in refuses(2, "eval", "-m", str(tiny), *short, "--answers", str(tmp_path))
+    assert "--ifeval-tier" in refuses(2, "eval", "-m", str(tiny), *short, "--ifeval-tier", "nowhere")
     for size in ("0", "-1", "many"):
-        assert "--size" in fails(2, "eval", "-m", str(tiny), "--size", size)
-    assert "--parallel" in fails(2, "eval", "-m", str(tiny), "--parallel", "0")
+        assert "--size" in refuses(2, "eval", "-m", str(tiny), "--size", size)
+    assert "--parallel" in refuses(2, "eval", "-m", str(tiny), "--parallel", "0")
     assert list(tmp_path.glob("cache/answers/*")) == []
 
 
