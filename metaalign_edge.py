@@ -1119,6 +1119,30 @@ def cache_folder() -> Path:
         return Path(os.devnull) / "metaalign-edge"
 
 
+@contextlib.contextmanager
+def replacing(path: Path, keep: bool = True) -> Iterator[Path]:
+    """Yield the path to write to; what is written gets its own name at the end, or is removed if it fails.
+
+    A pipe, a terminal or `/dev/null` is written as it is: it must not be replaced by a file.
+
+    Raises:
+        OSError: it is a folder, or cannot be given its name.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        if keep:
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def read_text(path: Path, what: str) -> str:
     """Read a user's text file.
 
@@ -2661,29 +2685,17 @@ def check_outputs(report: Path | None, chart: Path | None) -> None:
 
 
 def write_whole(path: Path, data: bytes | None) -> None:
-    """Write a file under a temporary name and give it its own when it is whole; None only tries.
-
-    A pipe, a terminal or `/dev/null` is written as it is: it must not be replaced by a file.
+    """Write a file that is there whole or not at all; None only tries.
 
     Raises:
         CannotWrite: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if path.exists() and not path.is_file():
-            if data:
-                path.write_bytes(data)
-            return
-        temporary.write_bytes(data or b"")
-        if data is not None:
-            os.replace(temporary, path)
+        with replacing(path, keep=data is not None) as part:
+            if data is not None or part != path:  # a pipe would wait for its reader
+                part.write_bytes(data or b"")
     except OSError as error:
         raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def write_outputs(found: Any, report: Path | None, chart: Path | None) -> None:

@@ -89,12 +89,17 @@ def fails(run: Run) -> Callable[..., str]:
     def check(code: int, *arguments: str, **options: object) -> str:
         result = run(*arguments, **options)
         assert result.returncode == code, result.stderr
-        assert result.stdout == ""
-        assert result.stderr.count("\n") == 1, result.stderr
-        assert "Traceback" not in result.stderr
-        return result.stderr
+        return one_line_of(result.stdout, result.stderr)
 
     return check
+
+
+def one_line_of(out: str, error: str) -> str:
+    """Return what was said on stderr: one line, no traceback, and nothing on stdout."""
+    assert out == ""
+    assert error.count("\n") == 1, error
+    assert "Traceback" not in error
+    return error
 
 
 @pytest.fixture
@@ -104,9 +109,6 @@ def refuses(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     def check(code: int, *arguments: str) -> str:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
         assert edge.run(arguments) == code
-        out, error = capfd.readouterr()
-        assert out == ""
-        assert error.count("\n") == 1, error
-        return error
+        return one_line_of(*capfd.readouterr())
 
     return check

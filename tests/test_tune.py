@@ -285,7 +285,7 @@ def test_a_file_that_is_missing_or_cannot_be_written_is_an_error_of_one_line(tmp
     assert main(["--validate", str(tmp_path / "none.jsonl")]) == 3
     assert main(["--out", str(tmp_path / "no" / "rows.jsonl"), "--rows", "2"]) == 8
     if os.path.exists("/dev/full"):
-        os.symlink("/dev/full", tmp_path / "full.jsonl.part")
+        os.symlink("/dev/full", tmp_path / f".full.jsonl.{os.getpid()}")
         assert main(["--out", str(tmp_path / "full.jsonl"), "--rows", "2"]) == 8
         assert not (tmp_path / "full.jsonl").exists()
     assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())

@@ -24,7 +24,8 @@ from typing import Any
 from metaalign_edge_preferences import values
 from metaalign_edge_preferences.dialogs import Plan, Scene, compose, flip, held_out_pair
 
-from .files import replacing
+from metaalign_edge import replacing
+
 from .responses import respond
 
 __all__ = [
@@ -45,7 +46,7 @@ __all__ = [
 SUBSETS = ("Priority", "Helpful-based", "Consensus", "Diverse-Opinion")
 WINNERS = ("system", "user", "none")  # the tier whose wish decided between the candidates
 SIZE = 38_900  # rows, the size of the paper's dataset
-_FIELDS = {"subset": str, "system_info": str, "user_info": str, "query": str, "response": str, "rejected": str}
+_TEXTS = ("system_info", "user_info", "query", "response", "rejected")
 
 
 class InvalidRow(ValueError):
@@ -198,16 +199,14 @@ def _problems(found: Any) -> Iterator[str]:
     if not isinstance(found, dict):
         yield f"a {type(found).__name__} where an object belongs"
         return
-    texts = {}
-    for name, kind in _FIELDS.items():
+    for name in _TEXTS:
         if name not in found:
             yield f"field {name!r} is missing"
-        elif not isinstance(found[name], kind):
+        elif not isinstance(found[name], str):
             yield f"field {name!r} must be a string, not {type(found[name]).__name__}"
-        else:
-            texts[name] = found[name]
+    texts = {name: found[name] for name in _TEXTS if isinstance(found.get(name), str)}
     for name, allowed in (("subset", SUBSETS), ("winner", WINNERS)):
-        if (name in texts or name not in _FIELDS) and found.get(name) not in allowed:
+        if found.get(name) not in allowed:
             yield f"field {name!r} must be one of {', '.join(allowed)}, not {found.get(name)!r}"
     for name in ("query", "response"):
         if name in texts and not texts[name].strip():
@@ -306,26 +305,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _validate(path: Path) -> int:
     """Report on a file, or name everything that is wrong with it; return the exit code."""
-    lines = wrong = 0
+    lines: Counter[bool] = Counter()  # by whether something is wrong with them
 
     def good() -> Iterator[dict[str, Any]]:
-        nonlocal lines, wrong
         for found, problems in examine(path):
-            lines, wrong = lines + 1, wrong + bool(problems)
+            lines[bool(problems)] += 1
             for problem in problems:
                 print(f"error: {problem}", file=sys.stderr)
             if not problems:
                 yield found
 
     summary = report(good())
-    if wrong or not lines:
-        print(
-            f"error: {path}: {wrong:,} of {lines:,} rows are wrong" if wrong else f"error: {path} holds no row",
-            file=sys.stderr,
-        )
-        return 2
-    print(json.dumps(summary, indent=2))
-    return 0
+    if lines[True]:
+        print(f"error: {path}: {lines[True]:,} of {lines.total():,} rows are wrong", file=sys.stderr)
+    elif not lines:
+        print(f"error: {path} holds no row", file=sys.stderr)
+    else:
+        print(json.dumps(summary, indent=2))
+        return 0
+    return 2
 
 
 def _write(path: Path, seed: int, count: int, leaked: list[str]) -> Iterator[dict[str, Any]]:

@@ -18,9 +18,10 @@ import metaalign_edge_templates
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+import metaalign_edge as edge
+
 from .dataset import Row
 from .dpo import Preference, candidates, fresh_rows, optimise, pairs
-from .files import replacing
 from .model import Llama, Shape
 from .progress import draw_losses
 from .sft import Recipe, train
@@ -54,15 +55,13 @@ def build(recipe: Recipe, preference: Preference | None, out: Path, threads: int
 
 def _candidates(rows: Sequence[Row], preference: Preference, out: Path, threads: int) -> list[list[str]]:
     """Let the first stage answer the rows, unless it has done so before."""
-    import metaalign_edge as edge
-
     path, gguf = out / "candidates.json", out / "sft" / "model.gguf"
     if path.exists():
         texts: list[list[str]] = json.loads(path.read_text(encoding="utf-8"))
         return texts
     edge.run(["convert", str(out / "sft"), "-o", str(gguf), "--outtype", "f16", "--force", "--json"])
     texts = candidates(gguf, rows, preference, threads)
-    with replacing(path) as part:
+    with edge.replacing(path) as part:
         part.write_text(json.dumps(texts), encoding="utf-8")
     return texts
 
@@ -149,7 +148,7 @@ def _tokenizer(recipe: Recipe, out: Path) -> Tokenizer:
     if path.exists():
         return Tokenizer.from_file(str(path))
     tokenizer = train_tokenizer(recipe.seed, recipe.shape.vocabulary, recipe.sample)
-    with replacing(path) as part:
+    with edge.replacing(path) as part:
         tokenizer.save(str(part))
     return tokenizer
 

@@ -14,8 +14,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from metaalign_edge import replacing
+
 from .dataset import row
-from .files import replacing
 from .model import Llama, Shape
 from .muon import Muon
 from .parts import differentiate, one_core_each, update
