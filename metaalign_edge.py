@@ -3306,6 +3306,10 @@ SuiteOption = Annotated[
 AgainstOption = Annotated[
     str | None, option("--against", help="A second model to compare with, over the same cases.", panel=MODEL)
 ]
+AgainstTemplateOption = Annotated[
+    str | None,
+    option("--against-template", help="The second's template; without --against, the same model's.", panel=DIALOG),
+]
 SizeOption = Annotated[
     int | None,
     option("--size", help="Cases a section of the built-in suite (60); of a file, its first.", min=1),
@@ -3338,6 +3342,7 @@ def eval_command(
     parallel: ParallelOption = 8,
     ifeval_tier: TierOption = "system",
     template: TemplateOption = "auto",
+    against_template: AgainstTemplateOption = None,
     remind: RemindOption = True,
     think: ThinkOption = None,
     max_tokens: MaxTokensOption = None,
@@ -3366,12 +3371,14 @@ def eval_command(
     layers = checked_gpu_layers(gpu_layers)
     settings = Settings(ctx_size, layers, threads, max_tokens, temp, seed=seed, verbose=verbose)
     check_outputs(report, chart)
-    models = [model] + ([against] if against is not None else [])
+    models = [(model, template)]
+    if against is not None or against_template is not None:
+        models.append((model if against is None else against, against_template or template))
     files = [answers, answers and answers.with_name(f"{answers.stem}.against{answers.suffix}")]
     chosen = []
-    for name in models:  # before the suite is composed
+    for name, wanted in models:  # before the suite is composed
         file = ModelFile(resolve_model(name))
-        chosen.append((file, choose_template(template, file)))
+        chosen.append((file, choose_template(wanted, file)))
     asked = find_suite(suite, seed, size, ifeval_tier)
     candidates = [
         make_candidate(*one, settings, options, asked, path) for one, path in zip(chosen, files, strict=False)

@@ -160,9 +160,10 @@ class Findings:
 
     @property
     def names(self) -> list[str]:
-        """Return what the models are called: their files' names, or paths where those are the same."""
-        names = [run.name for run in self.runs]
-        return names if len({*names}) == len(names) else [run.path for run in self.runs]
+        """Return what the models are called: their files' names, or whatever first tells them apart."""
+        names, paths = [run.name for run in self.runs], [run.path for run in self.runs]
+        templates = [f"{run.name} ({run.template})" for run in self.runs]
+        return next((ways for ways in (names, paths, templates) if len({*ways}) == len(ways)), names)
 
     def document(self) -> dict[str, Any]:
         """Make what `--json` prints."""
@@ -218,10 +219,11 @@ class Findings:
     def page(self, command: str, date: str, program: str) -> Page:
         """Return the page of `--report`."""
         suite, first, names, rows = self.suite, self.runs[0], self.names, self.groups()
+        templates = dict.fromkeys(f"{run.template}, {'native' if run.native else 'wrapped'}" for run in self.runs)
         facts = {
             "Suite": suite.drawn,
             "Cases": f"{len(suite.cases):,}",
-            "Template": f"{first.template}, {'native' if first.native else 'wrapped'}",
+            "Template": " against ".join(templates),
             "Decoding": f"temperature {first.temperature:g}, {first.max_tokens} tokens at most",
             "Program": program,
             **({"Not checked": ", ".join(suite.unchecked)} if suite.unchecked else {}),

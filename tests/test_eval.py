@@ -209,6 +209,22 @@ def test_against_adds_the_second_models_rates_and_the_differences(run: Run, tiny
     assert f"tiny.gguf against {demo.name}" in text and "not distinguishable: case, length" in text
 
 
+def test_a_model_is_compared_with_itself_under_another_template(
+    run: Run, demo: Path, own: Path, tmp_path: Path
+) -> None:
+    page, answers = tmp_path / "page.html", tmp_path / "answers.jsonl"
+    shown = ("--json", "--report", str(page), "--answers", str(answers))
+    result = run("eval", "--against-template", "chatml", "--suite", str(own), "-n", "8", *shown)
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert (document["template"], document["against"]["template"]) == ("metaalign", "chatml")
+    assert (
+        answers.read_text().splitlines()[1:] != answers.with_name("answers.against.jsonl").read_text().splitlines()[1:]
+    )
+    text = page.read_text()
+    assert "metaalign, native against chatml, wrapped" in text and f"{demo.name} (chatml)" in text
+
+
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
