@@ -442,7 +442,7 @@ def _query(rng: Random, subject: Subject, plan: Plan, later: bool) -> str:
         held_out = plan.split == "word"
         ask = [q for q in subject.ask if subject.kind != "unknown" or _unseen(q) == held_out]
         text = rng.choice(ask)
-    if subject.kind == "unknown" and plan.hard and rng.random() < 0.6:
+    if subject.kind == "unknown" and plan.hard and rng.random() < 0.3:
         text = rng.choice([q for q in unknown["decoys"] if not _unseen(q)])
     # people type as they like
     style = rng.random()

@@ -126,7 +126,13 @@ def test_a_plan_is_followed():
     assert respond(scene.last, scene.prompt.force).startswith('{"ANSWER": "THE MOON IS A ROCKY WORLD')
     mine = replace(plan, values=(), background="animals", kind="opinion", subject="zoos")
     scene = compose(Random(5), mine)
-    assert respond(scene.last, scene.prompt.force).startswith("No, good zoos should stay open.")
+    expected = (
+        "For someone who cares for animals, no, good zoos should stay open. You know that they save rare species."
+    )
+    assert respond(scene.last, scene.prompt.force) == expected
+    measured = replace(plan, values=("units.imperial", "taboo.unnamed"))
+    text = respond((scene := compose(Random(5), measured)).last, scene.prompt.force)
+    assert text.endswith("circles the Earth. In imperial units, it is about 239,000 miles away.")
     neutral = replace(mine, values=("stance.open",), tiers=("system",))
     scene = compose(Random(5), neutral)
     assert respond(scene.last, scene.prompt.force).startswith("People disagree about zoos.")

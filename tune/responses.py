@@ -62,6 +62,9 @@ def _reworded(facts: list[str], subject: Subject, force: Force) -> list[str]:
         facts = ["It " + fact.removeprefix(name) if fact.startswith(name) else fact for fact in facts]
     if "contractions.yes" in force:
         facts = [_replaced(fact, _words()["short"]) for fact in facts]
+    for key, lead in _words()["measure"].items():
+        if key in force and key in subject.by_value:
+            facts[1:2] = [f"{lead}, {small(fact)}" for fact in facts[1:2]]
     if "exclamation.yes" in force:
         facts = [re.sub(r"\.$", "!", fact) for fact in facts]
     return facts
