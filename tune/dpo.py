@@ -35,7 +35,7 @@ class Preference:
 
     seed: int = 1
     start: int = 10_000_000  # the first row: training has not seen these
-    rows: int = 5000  # rows that the model answers
+    rows: int = 2500  # rows that the model answers
     samples: int = 4  # answers to each
     temperature: float = 1.0
     batch: int = 16  # pairs per step

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-__all__ = ["Llama", "Shape"]
+__all__ = ["Llama", "Shape", "Spellings"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,31 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(shape.vocabulary, shape.hidden)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.hidden, shape.norm_eps)
+
+
+class Spellings(nn.Module):
+    """In training, a token's embedding is the sum of its own, of the plainly written word's, and of its spelling's.
+
+    What the model learns of " volcano" so holds for "Volcano" and "VOLCANO", and to write in capitals is one direction.
+    `plain`, (vocabulary,), is the plain token of each, or the token itself; `spelling`, (vocabulary,), counts from 0,
+    the plain one.
+    """
+
+    def __init__(self, embedding: nn.Embedding, plain: Tensor, spelling: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("plain", plain, persistent=False)
+        self.register_buffer("spelling", spelling, persistent=False)
+        self.register_buffer("other", (spelling > 0).float().unsqueeze(1), persistent=False)
+        self.directions = nn.Parameter(torch.zeros(int(spelling.max()) + 1, embedding.embedding_dim))
+        nn.init.normal_(self.directions, std=0.02)
+        with torch.no_grad():
+            embedding.weight.mul_(1 - self.get_buffer("other"))
+        parametrize.register_parametrization(embedding, "weight", self)
+
+    def forward(self, own: Tensor) -> Tensor:
+        """Return what the tokens mean, from what is their own; both (vocabulary, hidden)."""
+        shared = own[self.get_buffer("plain")] + self.directions[self.get_buffer("spelling")]
+        return own + self.get_buffer("other") * shared
 
 
 class Past:

@@ -21,12 +21,14 @@ __all__ = [
     "encode_response",
     "encode_row",
     "save_tokenizer",
+    "spellings",
     "train_tokenizer",
 ]
 
 END, PAD = "<|end|>", "<|pad|>"
 SYSTEM, USER_INFO, USER, ASSISTANT = "<|system_info|>", "<|user_info|>", "<|user|>", "<|assistant|>"
 SPECIAL = (END, PAD, SYSTEM, USER_INFO, USER, ASSISTANT)  # their ids are their places in this tuple
+_SPACE = "Ġ"  # how byte-level BPE writes the space before a word
 CONTEXT = 1024  # tokens; three long turns with a full meta-prompt stay below 600
 
 
@@ -55,6 +57,20 @@ def train_tokenizer(seed: int, size: int, sample: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(_texts(seed, sample), trainer)
     return tokenizer
+
+
+def spellings(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return for each token the same word in small letters after a space, or itself; and how it is spelt, 0 if so."""
+    ids = tokenizer.get_vocab()
+    plain, spelling = list(range(len(ids))), [0] * len(ids)
+    for text, token in ids.items():
+        word = text.removeprefix(_SPACE)
+        small = (_SPACE + word.lower(), word.lower())
+        base = next((ids[one] for one in small if one in ids), token)
+        if base != token and len(word) > 1 and word.isalpha():
+            kind = 1 if word.isupper() else 2 if word.istitle() else 0
+            plain[token], spelling[token] = base, 1 + 2 * kind + text.startswith(_SPACE)
+    return plain, spelling
 
 
 def encode_row(tokenizer: Tokenizer, row: Dialog) -> tuple[list[int], list[bool]]:

@@ -15,11 +15,12 @@ from metaalign_edge_tune import dpo, sft
 from metaalign_edge_tune.dataset import Turn, row
 from metaalign_edge_tune.demo import build, load
 from metaalign_edge_tune.dpo import Pair, Preference, optimise, preference_loss, rank
-from metaalign_edge_tune.model import Llama, Shape
+from metaalign_edge_tune.model import Llama, Shape, Spellings
 from metaalign_edge_tune.muon import Muon, orthogonal
 from metaalign_edge_tune.sft import Recipe, train
-from metaalign_edge_tune.vocabulary import SPECIAL, encode_prompt, encode_row, train_tokenizer
+from metaalign_edge_tune.vocabulary import SPECIAL, encode_prompt, encode_row, spellings, train_tokenizer
 from tokenizers import Tokenizer
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TINY = Shape(vocabulary=700, hidden=64, layers=2, heads=2, kv_heads=1, inner=96)
@@ -99,6 +100,35 @@ def test_only_trained_responses_and_their_end_are_learnt(tokenizer):
 def test_the_vocabulary_comes_from_the_seed():
     first, second = (train_tokenizer(3, 500, 100).to_str() for _ in range(2))
     assert first == second
+
+
+def test_the_spellings_of_a_word_are_known():
+    tokenizer = train_tokenizer(1, 2500, 300)
+    plain, spelling = spellings(tokenizer)
+    others = [token for token, kind in enumerate(spelling) if kind]
+    words = {token: tokenizer.decode([token]) for token in others}
+    assert {"It", " IT", " THE"} <= {*words.values()}
+    looks = {}
+    for token, word in words.items():
+        base = tokenizer.decode([plain[token]])
+        assert spelling[plain[token]] == 0 and base.strip() == word.strip().lower() and base != word
+        looks.setdefault(spelling[token], set()).add((word[0] == " ", word.isupper(), word.istitle()))
+    assert len(looks) > 2 and all(len(one) == 1 for one in looks.values())
+    assert all(plain[token] == token for token in range(len(plain)) if token not in words)
+
+
+def test_spellings_of_a_word_share_what_is_learnt_of_it():
+    embedding = torch.nn.Embedding(3, 8)
+    before = embedding.weight.detach().clone()
+    shared = Spellings(embedding, torch.tensor([0, 0, 2]), torch.tensor([0, 1, 0]))
+    assert torch.equal(embedding.weight[[0, 2]], before[[0, 2]])
+    assert torch.equal(embedding.weight[1], before[0] + shared.directions[1])
+    own, directions = embedding.parameters()
+    gradients = torch.autograd.grad(embedding.weight[1].sum(), (own, directions))
+    assert gradients[0].sum(1).tolist() == [8.0, 8.0, 0.0] and gradients[1].sum(1).tolist() == [0.0, 8.0]
+    weight = embedding.weight.detach().clone()
+    parametrize.remove_parametrizations(embedding, "weight")
+    assert dict(embedding.named_parameters()).keys() == {"weight"} and torch.equal(embedding.weight, weight)
 
 
 def test_dialogs_fit_the_context(tokenizer):
