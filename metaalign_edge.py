@@ -30,6 +30,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import glob
 import importlib.util
 import io
 import json
@@ -1134,10 +1135,18 @@ def replacing(path: Path, keep: bool = True) -> Iterator[Path]:
         yield path
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):  # what a killed process left
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            if left.suffix[1:].isdecimal() and left.lstat().st_mtime < time.time() - 3600:
+                left.unlink()
     try:
         yield temporary
         if keep:
             os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):  # say the name that the user knows
+            error.filename = str(path)
+        raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -3373,7 +3382,9 @@ def eval_command(
     check_outputs(report, chart)
     models = [(model, template)]
     if against is not None or against_template is not None:
-        models.append((model if against is None else against, against_template or template))
+        models.append(
+            (model if against is None else against, template if against_template is None else against_template)
+        )
     files = [answers, answers and answers.with_name(f"{answers.stem}.against{answers.suffix}")]
     chosen = []
     for name, wanted in models:  # before the suite is composed

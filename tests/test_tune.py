@@ -267,7 +267,7 @@ def test_every_error_of_a_file_is_named(tmp_path, capsys):
     assert main(["--validate", str(path)]) == 2
     shown = capsys.readouterr()
     *lines, last = shown.err.splitlines()
-    assert shown.out == "" and last == f"error: {path}: 4 of 6 rows are wrong"
+    assert shown.out == "" and last == f"dataset: {path}: 4 of 6 rows are wrong"
     places = [re.search(r"line (\d): (?:field '(\w+)')?", line).groups() for line in lines]
     assert places == [
         ("1", "query"), ("1", "winner"), ("3", "subset"), ("3", "families"), ("3", "families"), ("4", None), ("6", None),
@@ -294,7 +294,7 @@ def test_a_file_that_is_missing_or_cannot_be_written_is_an_error_of_one_line(tmp
         os.symlink("/dev/full", tmp_path / f".full.jsonl.{os.getpid()}")
         assert main(["--out", str(tmp_path / "full.jsonl"), "--rows", "2"]) == 8
         assert not (tmp_path / "full.jsonl").exists()
-    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
+    assert all(line.startswith("dataset: ") for line in capsys.readouterr().err.splitlines())
 
 
 def test_a_pipe_is_written_and_not_replaced(tmp_path):
@@ -327,3 +327,13 @@ def test_the_dataset_needs_no_torch():
     heavy = {"torch", "tokenizers", "llama_cpp", "transformers"}
     code = f"import sys, metaalign_edge_tune.dataset; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
+    left, used, other = (tmp_path / name for name in (".rows.jsonl.1", ".rows.jsonl.2", ".rows.jsonl.txt"))
+    for path in (left, used, other):
+        path.write_text("half")
+    for path in (left, other):
+        os.utime(path, (1, 1))
+    assert main(["--out", str(tmp_path / "rows.jsonl"), "--rows", "2"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", used.name, other.name}

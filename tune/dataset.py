@@ -24,8 +24,9 @@ from typing import Any
 from metaalign_edge_preferences import values
 from metaalign_edge_preferences.dialogs import Plan, Scene, compose, flip, held_out_pair
 
-from metaalign_edge import replacing
+import metaalign_edge as edge
 
+from .ending import finish, say
 from .responses import respond
 
 __all__ = [
@@ -49,7 +50,7 @@ SIZE = 38_900  # rows, the size of the paper's dataset
 _TEXTS = ("system_info", "user_info", "query", "response", "rejected")
 
 
-class InvalidRow(ValueError):
+class InvalidRow(edge.UsageError):
     """A row of a file that is no row; the text says which line and field, and what to do."""
 
 
@@ -163,7 +164,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSONL file; `turns` is there even if the file left it out.
 
     Raises:
-        InvalidRow: a line is no row. OSError: the file cannot be read.
+        InvalidRow: a line is no row. NotFound: the file cannot be read.
     """
     for found, wrong in examine(path):
         if wrong:
@@ -175,9 +176,13 @@ def examine(path: Path) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Yield the row of each line of a JSONL file, with all that is wrong with it: the row is empty if it is none.
 
     Raises:
-        OSError: the file cannot be read.
+        NotFound: the file cannot be read.
     """
-    with path.open("rb") as file:
+    try:
+        opened = path.open("rb")
+    except OSError as error:
+        raise edge.NotFound(f"{path}: {str(error.strerror).lower()}: give a JSONL file of rows") from None
+    with opened as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -289,16 +294,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give --out FILE to write a dataset, or --validate FILE to check one")
     if given.rows < 1:
         parser.error(f"--rows {given.rows}: at least one")
-    try:
-        if given.validate:
-            return _validate(given.validate)
-        leaked: list[str] = []
-        summary = report(_write(given.out, given.seed, given.rows, leaked)) | {"held_out_shown": len(leaked)}
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3 if given.validate else 8
-    except KeyboardInterrupt:
-        return 130
+    if given.validate:
+        return finish("dataset", given.validate, "start it again", lambda: _validate(given.validate))
+    return finish("dataset", given.out, "start it again", lambda: _generate(given.out, given.seed, given.rows))
+
+
+def _generate(path: Path, seed: int, count: int) -> int:
+    """Write rows and report on them; return the exit code."""
+    leaked: list[str] = []
+    summary = report(_write(path, seed, count, leaked)) | {"held_out_shown": len(leaked)}
     print(json.dumps(summary, indent=2))
     return 0
 
@@ -311,15 +315,15 @@ def _validate(path: Path) -> int:
         for found, problems in examine(path):
             lines[bool(problems)] += 1
             for problem in problems:
-                print(f"error: {problem}", file=sys.stderr)
+                say("dataset", problem)
             if not problems:
                 yield found
 
     summary = report(good())
     if lines[True]:
-        print(f"error: {path}: {lines[True]:,} of {lines.total():,} rows are wrong", file=sys.stderr)
+        say("dataset", f"{path}: {lines[True]:,} of {lines.total():,} rows are wrong")
     elif not lines:
-        print(f"error: {path} holds no row", file=sys.stderr)
+        say("dataset", f"{path} holds no row")
     else:
         print(json.dumps(summary, indent=2))
         return 0
@@ -328,7 +332,7 @@ def _validate(path: Path) -> int:
 
 def _write(path: Path, seed: int, count: int, leaked: list[str]) -> Iterator[dict[str, Any]]:
     """Write rows to a file as they come and yield them; the file appears under its name when it is whole."""
-    with replacing(path) as part, part.open("w", encoding="utf-8") as file:
+    with edge.replacing(path) as part, part.open("w", encoding="utf-8") as file:
         for index in range(count):
             one = row(seed, index)
             leaked += leaks(one)

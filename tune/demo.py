@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import metaalign_edge_templates
+from metaalign_edge_convert import open_checkpoint, write_gguf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -22,6 +23,7 @@ import metaalign_edge as edge
 
 from .dataset import Row
 from .dpo import Preference, candidates, fresh_rows, optimise, pairs
+from .ending import finish
 from .model import Llama, Shape
 from .progress import draw_losses
 from .sft import Recipe, train
@@ -34,7 +36,7 @@ def build(recipe: Recipe, preference: Preference | None, out: Path, threads: int
     """Train, or go on training, and write the checkpoint folder and the loss as a curve; `out/sft` is the first stage.
 
     Raises:
-        ValueError: the folder holds another recipe's training. OSError: it cannot be written.
+        UsageError: the folder holds another recipe's training, or a damaged one. OSError: it cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(recipe, out)
@@ -59,7 +61,9 @@ def _candidates(rows: Sequence[Row], preference: Preference, out: Path, threads:
     if path.exists():
         texts: list[list[str]] = json.loads(path.read_text(encoding="utf-8"))
         return texts
-    edge.run(["convert", str(out / "sft"), "-o", str(gguf), "--outtype", "f16", "--force", "--json"])
+    checkpoint = open_checkpoint(out / "sft")
+    name, template = edge.conversion_template("auto", checkpoint)
+    write_gguf(checkpoint, gguf, outtype="f16", chat_template=template, template_name=name, force=True)
     texts = candidates(gguf, rows, preference, threads)
     with edge.replacing(path) as part:
         part.write_text(json.dumps(texts), encoding="utf-8")
@@ -131,15 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-dpo", action="store_true", help="stop after SFT")
     given = parser.parse_args(arguments)
     preference = None if given.no_dpo else Preference(seed=given.seed)
-    try:
-        build(Recipe(seed=given.seed, steps=given.steps), preference, given.out, given.threads, given.every)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 8 if isinstance(error, OSError) else 2
-    except KeyboardInterrupt:
-        print(f"interrupted: the same command goes on from {given.out}", file=sys.stderr)
-        return 130
-    return 0
+    recipe = Recipe(seed=given.seed, steps=given.steps)
+
+    def work() -> None:
+        build(recipe, preference, given.out, given.threads, given.every)
+
+    return finish("demo", given.out, "the same command goes on from there", work)
 
 
 def _tokenizer(recipe: Recipe, out: Path) -> Tokenizer:

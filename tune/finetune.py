@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import errno
 import json
 import os
 import shutil
@@ -35,13 +34,13 @@ from metaalign_edge_convert.tokens import looks_special
 import metaalign_edge as edge
 
 from . import dataset
+from .ending import finish, say
 
 __all__ = ["Encoded", "Settings", "encode", "encode_prompt", "encode_row", "finetune", "main", "read_tokenizer"]
 
 END = "<|end|>"
 MARKERS = ("<|system_info|>", "<|user_info|>", "<|user|>", "<|assistant|>", END)
 UNLEARNT = -100  # the label that a loss passes over
-FULL = ("os error 28", "PytorchStreamWriter", "unexpected pos")  # how safetensors and torch say it of a disk
 RESULTS = ("adapter_config.json", "config.json")  # one of them is in a folder that is finished
 
 Encoded = dict[str, list[int]]  # a row as DPOTrainer takes it: prompt_ids, chosen_ids, rejected_ids
@@ -144,10 +143,13 @@ def plan(rows: Sequence[Encoded], settings: Settings) -> dict[str, list[Encoded]
     sizes = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
     short = [row for row, size in zip(rows, sizes, strict=True) if size <= settings.max_length]
     if len(short) < len(rows):
-        note(f"{len(rows) - len(short)} of {len(rows)} rows exceed {settings.max_length} tokens and are left out")
+        say(
+            "finetune",
+            f"{len(rows) - len(short)} of {len(rows)} rows exceed {settings.max_length} tokens and are left out",
+        )
     pairs = [row for row in short if row["rejected_ids"]]
     if settings.method == "both" and short and not pairs:
-        note("no row has a rejected response, so there will be no DPO")
+        say("finetune", "no row has a rejected response, so there will be no DPO")
     found = {"sft": short, "dpo": pairs}
     found = {method: left for method, left in found.items() if left and settings.method in (method, "both")}
     if not found:
@@ -345,27 +347,6 @@ def finetune(settings: Settings, resume: bool = False) -> None:
     print(f"wrote {settings.out}: metaalign-edge convert {source}", flush=True)
 
 
-def note(text: str) -> None:
-    """Say something on stderr."""
-    print(f"finetune: {edge.one_line(text)}", file=sys.stderr, flush=True)
-
-
-def explained(error: Exception, data: Path, out: Path) -> Exception:
-    """Return one of the toolkit's errors for what libraries raise."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or any(words in str(error) for words in FULL):
-        return edge.CannotWrite(f"{out}: the disk is full; make room, and go on with --resume")
-    if isinstance(error, FileNotFoundError) and error.filename == str(data):
-        return edge.NotFound(f"{data}: no such file")
-    if isinstance(error, OSError) and error.errno:
-        return edge.CannotWrite(f"{error.filename or out}: {error.strerror}")
-    if isinstance(error, dataset.InvalidRow):
-        return edge.UsageError(str(error))
-    if type(error).__name__ == "OutOfMemoryError":  # torch's
-        return edge.LoadError("the GPU's memory is too small: lower --batch or --max-length, or leave out --full")
-    return error
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe from the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m metaalign_edge_tune.finetune", description=__doc__)
@@ -389,17 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if Path(given["model"]).exists():
         os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")  # what libraries say about each other
-    try:
-        finetune(Settings(**given), resume)
-        return 0
-    except KeyboardInterrupt:
-        note("interrupted; go on with --resume")
-        return edge.Interrupted.exit_code
-    except Exception as error:
-        told = explained(error, given["data"], given["out"])
-        code = edge.exit_code(told)
-        note(str(told) if code else f"unexpected {type(error).__name__}: {error}: please report it with the command")
-        return code or 1
+    return finish("finetune", given["out"], "go on with --resume", lambda: finetune(Settings(**given), resume))
 
 
 if __name__ == "__main__":

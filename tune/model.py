@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 __all__ = ["Llama", "Shape", "Spellings"]
 
@@ -117,24 +116,25 @@ class Spellings(nn.Module):
 
     What the model learns of " volcano" so holds for "Volcano" and "VOLCANO", and to write in capitals is one direction.
     `plain`, (vocabulary,), is the plain token of each, or the token itself; `spelling`, (vocabulary,), counts from 0,
-    the plain one.
+    the plain one. It is registered as the parametrization of the embedding's weight.
     """
 
-    def __init__(self, embedding: nn.Embedding, plain: Tensor, spelling: Tensor) -> None:
+    def __init__(self, plain: Tensor, spelling: Tensor, hidden: int) -> None:
         super().__init__()
         self.register_buffer("plain", plain, persistent=False)
         self.register_buffer("spelling", spelling, persistent=False)
         self.register_buffer("other", (spelling > 0).float().unsqueeze(1), persistent=False)
-        self.directions = nn.Parameter(torch.zeros(int(spelling.max()) + 1, embedding.embedding_dim))
+        self.directions = nn.Parameter(torch.empty(int(spelling.max()) + 1, hidden))
         nn.init.normal_(self.directions, std=0.02)
-        with torch.no_grad():
-            embedding.weight.mul_(1 - self.get_buffer("other"))
-        parametrize.register_parametrization(embedding, "weight", self)
 
     def forward(self, own: Tensor) -> Tensor:
         """Return what the tokens mean, from what is their own; both (vocabulary, hidden)."""
         shared = own[self.get_buffer("plain")] + self.directions[self.get_buffer("spelling")]
         return own + self.get_buffer("other") * shared
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return what is the tokens' own at the start: nothing, where there is a plain one."""
+        return weight * (1 - self.get_buffer("other"))
 
 
 class Past:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from metaalign_edge import replacing
+import metaalign_edge as edge
 
 from .dataset import row
 from .model import Llama, Shape, Spellings
@@ -53,11 +53,14 @@ def train(
     `state` is the file to resume from and to write every so many steps.
 
     Raises:
-        ValueError: the file belongs to another recipe. OSError: it cannot be written; the last one stays.
+        UsageError: the file belongs to another recipe, or is damaged.
+        OSError: it cannot be written; the last one stays.
     """
     torch.manual_seed(recipe.seed)
     model = Llama(Shape(**asdict(recipe.shape) | {"vocabulary": tokenizer.get_vocab_size()}))
-    Spellings(model.model.embed_tokens, *map(torch.tensor, spellings(tokenizer)))
+    plain, spelling = map(torch.tensor, spellings(tokenizer))
+    shared = Spellings(plain, spelling, recipe.shape.hidden)
+    parametrize.register_parametrization(model.model.embed_tokens, "weight", shared)
     optimizers = _optimizers(recipe, model)
     start, losses = _resume(recipe, model, optimizers, state)
     count = sum(p.numel() for p in model.parameters())
@@ -125,9 +128,14 @@ def _resume(
     """Load a checkpoint of the same recipe; return its step and the losses so far."""
     if state is None or not state.exists():
         return 0, []
-    saved = torch.load(state, weights_only=True)
+    try:
+        saved = torch.load(state, weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # whichever of torch's and pickle's
+        raise edge.UsageError(f"{state} is damaged: remove it to begin anew") from None
     if saved["recipe"] != asdict(recipe):
-        raise ValueError(f"{state} belongs to another recipe: remove it, or use its options")
+        raise edge.UsageError(f"{state} belongs to another recipe: remove it, or use its options")
     model.load_state_dict(saved["model"])
     for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(content)
@@ -147,5 +155,5 @@ def _checkpoint(
         return
     content: dict[str, Any] = {"recipe": asdict(recipe), "model": model.state_dict(), "step": step, "losses": losses}
     content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    with replacing(state) as part:
+    with edge.replacing(state) as part:
         torch.save(content, part)

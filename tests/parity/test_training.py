@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from metaalign_edge_tune import dpo, sft
 from metaalign_edge_tune.dataset import Turn, row
-from metaalign_edge_tune.demo import build, load
+from metaalign_edge_tune.demo import build, load, main
 from metaalign_edge_tune.dpo import Pair, Preference, optimise, preference_loss, rank
 from metaalign_edge_tune.model import Llama, Shape, Spellings
 from metaalign_edge_tune.muon import Muon, orthogonal
@@ -22,6 +23,8 @@ from metaalign_edge_tune.vocabulary import SPECIAL, encode_prompt, encode_row, s
 from tokenizers import Tokenizer
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import metaalign_edge as edge
 
 TINY = Shape(vocabulary=700, hidden=64, layers=2, heads=2, kv_heads=1, inner=96)
 RECIPE = Recipe(steps=24, batch=4, pool=4, warmup=4, sample=300, shape=TINY)
@@ -120,7 +123,8 @@ def test_the_spellings_of_a_word_are_known():
 def test_spellings_of_a_word_share_what_is_learnt_of_it():
     embedding = torch.nn.Embedding(3, 8)
     before = embedding.weight.detach().clone()
-    shared = Spellings(embedding, torch.tensor([0, 0, 2]), torch.tensor([0, 1, 0]))
+    shared = Spellings(torch.tensor([0, 0, 2]), torch.tensor([0, 1, 0]), 8)
+    parametrize.register_parametrization(embedding, "weight", shared)
     assert torch.equal(embedding.weight[[0, 2]], before[[0, 2]])
     assert torch.equal(embedding.weight[1], before[0] + shared.directions[1])
     own, directions = embedding.parameters()
@@ -204,8 +208,21 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tokenizer, tmp_path, mon
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(folder):
-    with pytest.raises(ValueError, match="another recipe"):
+    with pytest.raises(edge.UsageError, match="another recipe"):
         build(replace(RECIPE, steps=30), None, folder, threads=1)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system cannot play a full disk")
+def test_a_full_disk_is_said_and_a_damaged_checkpoint_too(folder, tmp_path, capsys):
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / f".training.pt.{os.getpid()}").symlink_to("/dev/full")
+    command = ["--out", str(tmp_path), "--steps", "1", "--every", "1", "--no-dpo"]
+    assert main(command) == 8
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"demo: {tmp_path}: the disk is full; make room, and the same command goes on from there"
+    assert main(command) == 0 and (tmp_path / "model.safetensors").exists()
+    (tmp_path / "training.pt").write_bytes(b"half")
+    assert main(command) == 2 and "training.pt is damaged" in capsys.readouterr().err
 
 
 def test_finished_training_is_not_repeated(folder, capsys):

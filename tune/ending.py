@@ -1,0 +1,49 @@
+"""How a recipe that is run from the command line ends: with an exit code, and with one line on stderr if it fails."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import metaalign_edge as edge
+
+__all__ = ["finish", "say"]
+
+# A full disk, as tokenizers and safetensors say it, and torch, twice.
+FULL = ("os error 28", "PytorchStreamWriter", "unexpected pos")
+
+
+def say(name: str, text: str) -> None:
+    """Say something on stderr, in one line."""
+    print(f"{name}: {edge.one_line(text)}", file=sys.stderr, flush=True)
+
+
+def finish(name: str, out: Path, again: str, work: Callable[[], int | None]) -> int:
+    """Do the work that writes `out` and return its exit code; `again` says how to go on after it was stopped."""
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        say(name, f"interrupted; {again}")
+        return edge.Interrupted.exit_code
+    except Exception as error:
+        told = _explained(error, out, again)
+        code = edge.exit_code(told)
+        say(
+            name,
+            str(told) if code else f"unexpected {type(error).__name__}: {error}: please report it with the command",
+        )
+        return code or 1
+
+
+def _explained(error: Exception, out: Path, again: str) -> Exception:
+    """Return one of the toolkit's errors for what libraries raise."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or any(words in str(error) for words in FULL):
+        return edge.CannotWrite(f"{out}: the disk is full; make room, and {again}")
+    if isinstance(error, OSError) and error.errno:
+        return edge.CannotWrite(f"{error.filename or out}: {error.strerror}")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        return edge.LoadError("the GPU's memory is too small: lower --batch or --max-length, or leave out --full")
+    return error
