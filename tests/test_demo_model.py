@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from random import Random
+from typing import Any
 
 import pytest
-from metaalign_edge_preferences import families, values
-from metaalign_edge_preferences.dialogs import Plan, compatible, compose, subjects
-from metaalign_edge_preferences.suite import survives
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -47,76 +43,49 @@ def test_it_says_so_when_it_does_not_know(run: Run) -> None:
     assert "I only know" in run("chat", "Who won the chess match in Oslo yesterday?").stdout
 
 
-CARD = (Path(__file__).parent.parent / "models" / "README.md").read_text(encoding="utf-8")
-# the card's table: | family | value · value |
-TRAINED = {
-    f"{family}.{value.split('(')[0].strip().replace(' ', '_')}"
-    for family, named in re.findall(r"^\| (\w+) \| ([^|]*[^|\s]) \|$", CARD, re.MULTILINE)
-    if family in families()
-    for value in named.split(" · ")
-}
-TOPICS = int(re.findall(r"about (\d+) everyday\s+things", CARD)[0])
-
-
-def test_the_card_names_values_that_exist() -> None:
-    assert len(TRAINED) > 20 and set(values()) >= TRAINED, TRAINED - set(values())
-
-
-OTHERS = sorted(key for key in TRAINED if key.split(".")[0] not in ("name", "background", "units"))
-
-
-def plans(section: str, rng: Random) -> Plan:
-    """Return a plan of a dialog about what the model knows, under preferences that it was trained on."""
-    topic = rng.choice(subjects("topic")[:TOPICS]).name
-    one = Plan(kind="topic", subject=topic, turns=1, background="")
-    while True:
-        first, second = rng.sample(OTHERS, 2)
-        rival = first.split(".")[0] == second.split(".")[0]
-        if section == "conflict" and rival:
-            return replace(one, values=(first,), tiers=("system",), losing=second, split="combination")
-        if section == "two preferences" and not rival and compatible((first, second)):
-            return replace(one, values=(first, second), split="combination")
-        if section in ("seen", "combination", "frame"):
-            return replace(one, values=(first,), split=section)
-        if section == "no preference":
-            return replace(one, values=())
-        if section == "unknown question":
-            return replace(one, kind="unknown", subject=None, values=(), split="word")
-
-
 FLOORS = {
-    "no preference": 0.9,
-    "seen": 0.9,
-    "combination": 0.9,
-    "frame": 0.8,
-    "conflict": 0.9,
-    "two preferences": 0.8,
-    "unknown question": 0.85,
-}  # far below what the card reports on more rows, far above what a broken path would give
+    "adherence.seen": 0.9,
+    "adherence.held_out.combination": 0.9,
+    "adherence.held_out.frame": 0.8,
+    "adherence.held_out.word": 0.2,
+    "adherence.topic_transfer": 0.9,
+    "adherence.explicit": 0.9,
+    "adherence.implicit": 0.85,
+    "conflict.system": 0.9,
+    "conflict.control": 0.9,
+    "steerability": 0.9,
+    "facts": 0.9,
+    "plain.plain": 0.9,
+    "plain.form": 0.5,
+    "plain.unknown": 0.85,
+    "combined.two": 0.8,
+    "combined.three": 0.6,
+    "multi_turn.same": 0.9,
+    "multi_turn.changed": 0.85,
+    "opinions.background": 0.8,
+    "opinions.stranger": 0.25,
+    "opinions.consensus": 0.9,
+    "priority": 0.8,
+}  # far below what the card reports on more cases, far above what a broken path would give
 
 
-@pytest.mark.parametrize("section", FLOORS)
-def test_it_obeys_wordings_it_was_not_trained_on(section: str, demo: Path) -> None:
-    import metaalign_edge as edge
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `eval` says of the embedded model, on a few cases of each section."""
+    answers = tmp_path_factory.mktemp("eval") / "answers.jsonl"
+    arguments = ["eval", "--size", "40", "--seed", "1", "--json", "--answers", str(answers)]
+    line = subprocess.run([sys.executable, "-m", "metaalign_edge", *arguments], capture_output=True, text=True)
+    assert line.returncode == 0, line.stderr
+    found: dict[str, Any] = json.loads(line.stdout)
+    return found
 
-    settings, interrupt, file = edge.Settings(temperature=0.0, max_tokens=200), edge.Interrupt(), edge.ModelFile(demo)
-    template, rng = edge.choose_template("auto", file), Random(f"demo/{section}")
-    asked = [compose(rng, plans(section, rng)) for _ in range(60)]
-    jobs = [
-        edge.Job(edge.Dialog(one.prompt.system_info, one.prompt.user_info, (edge.Turn(one.last.query),)), tag=one)
-        for one in asked
-    ]
-    with (
-        edge.Model(file, settings) as model,
-        edge.Parallel(model, template, settings, edge.AS_USUAL, interrupt, 8, context=512) as engine,
-    ):
-        answers = [(job.tag, answer) for job, answer in engine.run(jobs) if isinstance(answer, edge.Answer)]
-    held = [
-        all(check.holds(answer.response) for check in one.checks)
-        and (bool(one.checks) or any(survives(said, answer.response) for said in one.last.subject.says()))
-        for one, answer in answers
-    ]
-    assert len(held) == len(asked) and sum(held) >= FLOORS[section] * len(held)
+
+@pytest.mark.parametrize("rate", FLOORS)
+def test_it_follows_what_it_was_not_trained_on(rate: str, evaluated: dict[str, Any]) -> None:
+    found = evaluated
+    for key in rate.split("."):
+        found = found[key]
+    assert found["n"] >= 40 and found["rate"] >= FLOORS[rate], found
 
 
 DIALOGS = [
