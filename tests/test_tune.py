@@ -337,3 +337,15 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
         os.utime(path, (1, 1))
     assert main(["--out", str(tmp_path / "rows.jsonl"), "--rows", "2"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", used.name, other.name}
+
+
+@pytest.mark.parametrize(("arguments", "code", "said"), [
+    ([], 5, 'demo: torch is not installed: pip install "metaalign-edge[tune]"'),
+    (["--every", "0"], 2, "--every 0: at least one"),
+])  # fmt: skip
+def test_the_recipe_says_what_it_lacks_before_it_writes(arguments, code, said, tmp_path):
+    script = "import sys; sys.modules['torch'] = None; from metaalign_edge_tune.demo import main; sys.exit(main())"
+    command = [sys.executable, "-c", script, "--out", str(tmp_path / "out"), *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == code and said in ended.stderr and "Traceback" not in ended.stderr
+    assert not (tmp_path / "out").exists()

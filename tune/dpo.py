@@ -23,26 +23,11 @@ from .dataset import Row, row
 from .model import Llama
 from .parts import differentiate, one_core_each
 from .progress import Progress
+from .recipe import Preference
 from .sft import pad
 from .vocabulary import encode_prompt, encode_response
 
-__all__ = ["Pair", "Preference", "candidates", "fresh_rows", "optimise", "pairs", "rank"]
-
-
-@dataclass(frozen=True)
-class Preference:
-    """Everything that decides the second stage."""
-
-    seed: int = 1
-    start: int = 10_000_000  # the first row: training has not seen these
-    rows: int = 2500  # rows that the model answers
-    samples: int = 4  # answers to each
-    temperature: float = 1.0
-    batch: int = 16  # pairs per step
-    parts: int = 2  # of a batch, for a thread each
-    rate: float = 3e-5  # learning rate, falling to 0
-    beta: float = 0.1  # how far the model may move from where it started
-    likelihood: float = 0.5  # weight of the winner's own likelihood
+__all__ = ["Pair", "candidates", "fresh_rows", "optimise", "pairs", "rank"]
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,22 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import metaalign_edge as edge
 
-__all__ = ["finish", "say"]
+__all__ = ["finish", "require", "say"]
 
 # A full disk, as tokenizers and safetensors say it, and torch, twice.
 FULL = ("os error 28", "PytorchStreamWriter", "unexpected pos")
+
+
+def require(*modules: str) -> None:
+    """See that the libraries of the extra are there. Raises LoadError."""
+    for name in modules:
+        if not find_spec(name):
+            raise edge.LoadError(f'{name} is not installed: pip install "metaalign-edge[tune]"')
 
 
 def say(name: str, text: str) -> None:
@@ -30,10 +38,8 @@ def finish(name: str, out: Path, again: str, work: Callable[[], int | None]) -> 
     except Exception as error:
         told = _explained(error, out, again)
         code = edge.exit_code(told)
-        say(
-            name,
-            str(told) if code else f"unexpected {type(error).__name__}: {error}: please report it with the command",
-        )
+        surprise = f"unexpected {type(error).__name__}: {error}: please report it with the command"
+        say(name, str(told) if code else surprise)
         return code or 1
 
 

@@ -24,7 +24,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from metaalign_edge_convert.tokens import looks_special
 import metaalign_edge as edge
 
 from . import dataset
-from .ending import finish, say
+from .ending import finish, require, say
 
 __all__ = ["Encoded", "Settings", "encode", "encode_prompt", "encode_row", "finetune", "main", "read_tokenizer"]
 
@@ -325,9 +324,7 @@ def save(model: Any, tokenizer: Any, settings: Settings, folder: Path) -> None:
 
 def finetune(settings: Settings, resume: bool = False) -> None:
     """Train as the settings say and write the result. resume: go on where an earlier start stopped."""
-    missing = [name for name in ("torch", "transformers", "peft", "trl", "datasets") if not find_spec(name)]
-    if missing:
-        raise edge.LoadError(f'{missing[0]} is not installed: pip install "metaalign-edge[tune]"')
+    require("torch", "transformers", "peft", "trl", "datasets")
     folder = edge.find_checkpoint(settings.model, edge.Screen())
     base = open_checkpoint(folder)  # what cannot be converted need not be trained
     rows = list(dataset.read_rows(settings.data))

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Llama", "Shape", "Spellings"]
+from .recipe import Shape
 
-
-@dataclass(frozen=True)
-class Shape:
-    """The size of the model. Row lengths are multiples of 32, as q8_0's blocks need."""
-
-    vocabulary: int = 6144
-    hidden: int = 256
-    layers: int = 4
-    heads: int = 4  # of 64 numbers each: twice as many of 32 learn no more, and llama.cpp runs them at 0.6 of the speed
-    kv_heads: int = 2
-    inner: int = 704
-    context: int = 1024  # tokens
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
+__all__ = ["Llama", "Spellings"]
 
 
 class RMSNorm(nn.Module):

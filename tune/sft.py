@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -18,31 +18,14 @@ from torch.nn.utils import parametrize
 import metaalign_edge as edge
 
 from .dataset import row
-from .model import Llama, Shape, Spellings
+from .model import Llama, Spellings
 from .muon import Muon
 from .parts import differentiate, one_core_each, update
 from .progress import Progress
+from .recipe import Recipe, Shape
 from .vocabulary import CONTEXT, PAD, SPECIAL, encode_row, spellings
 
-__all__ = ["Recipe", "pad", "train"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the weights."""
-
-    seed: int = 1
-    steps: int = 4400
-    easy: float = 0.35  # of the steps; the others dwell on what is hard (see Plan)
-    batch: int = 48  # rows per step
-    parts: int = 2  # of a batch, for a thread each
-    pool: int = 20  # batches drawn together and sorted by length, so that little is padded
-    peak: float = 3e-3  # learning rate, which falls to 0
-    warmup: int = 100  # steps
-    decay: float = 0.05  # weight decay, on matrices only
-    clip: float = 1.0
-    sample: int = 20000  # rows that the tokenizer is trained on
-    shape: Shape = field(default_factory=Shape)  # its vocabulary is an upper bound
+__all__ = ["pad", "train"]
 
 
 def train(

@@ -13,12 +13,14 @@ import pytest
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from metaalign_edge_tune import dpo, sft
+from metaalign_edge_tune.build import build, load
 from metaalign_edge_tune.dataset import Turn, row
-from metaalign_edge_tune.demo import build, load, main
-from metaalign_edge_tune.dpo import Pair, Preference, optimise, preference_loss, rank
-from metaalign_edge_tune.model import Llama, Shape, Spellings
+from metaalign_edge_tune.demo import main
+from metaalign_edge_tune.dpo import Pair, optimise, preference_loss, rank
+from metaalign_edge_tune.model import Llama, Spellings
 from metaalign_edge_tune.muon import Muon, orthogonal
-from metaalign_edge_tune.sft import Recipe, train
+from metaalign_edge_tune.recipe import Preference, Recipe, Shape
+from metaalign_edge_tune.sft import train
 from metaalign_edge_tune.vocabulary import SPECIAL, encode_prompt, encode_row, spellings, train_tokenizer
 from tokenizers import Tokenizer
 from torch.nn.utils import parametrize
