@@ -56,6 +56,19 @@ def test_the_readme_lists_every_class_that_convert_knows() -> None:
     assert sorted(re.findall(r"`(\w+)`", table)) == sorted(ARCHITECTURES)
 
 
+def test_the_readme_quotes_the_models_card() -> None:
+    card = (README.parent / "models" / "README.md").read_text()
+    said = README.read_text()
+    for row, quoted in (
+        (
+            "adherence: held out combination",
+            r"obeys ([\d.]+ %) of\s+preferences in wordings that are put together anew",
+        ),
+        ("conflict: system", r"System Info wins ([\d.]+ %) of\s+conflicts"),
+    ):
+        assert re.findall(rf"^\| {row} \| .* \| ([\d.]+ %) \(", card, re.MULTILINE) == re.findall(quoted, said)
+
+
 def preference_tables(text: str) -> str:
     """Return the README with its tables of families and profiles written anew."""
     kinds: dict[str, list[str]] = {}
