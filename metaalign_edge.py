@@ -16,11 +16,12 @@ Contents, in dependency order (nothing refers upward):
      7  Tier-safe tokens
      8  Stores
      9  Engine
-    10  Generation
-    11  Presentation
-    12  Evaluation
-    13  Commands
-    14  Main
+    10  Guidance
+    11  Generation
+    12  Presentation
+    13  Evaluation
+    14  Commands
+    15  Main
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 Tier = Literal["system_info", "user_info", "query", "response"]
+Strength = float | Literal["auto"]
 TIERS: tuple[Tier, ...] = ("system_info", "user_info", "query", "response")
 
 DEFAULT_CONTEXT = 4096  # tokens per sequence, unless the model has fewer or the dialog needs more
@@ -1389,6 +1391,8 @@ class Settings:
     seed: int = 0
     stop: tuple[str, ...] = ()
     verbose: bool = False
+    system_strength: float = 1.0  # see Guidance
+    pref_strength: Strength = 1.0
 
 
 class Interrupt:
@@ -1739,10 +1743,6 @@ class Engine:
             self._llama.llama_free(self.pointer)
             self.pointer = None
 
-    def keep(self, sequence: SequenceState, tokens: Sequence[int]) -> int:
-        """Cut a sequence back to what it shares with a prompt less its last token; return how many tokens stay."""
-        return self.cut(sequence, in_common(sequence.tokens, tokens[:-1]))
-
     def cut(self, sequence: SequenceState, length: int) -> int:
         """Forget a sequence's tokens from a length on, or all of them if its state cannot be cut; return what stays."""
         forget, memory = self._llama.llama_memory_seq_rm, self._memory
@@ -1763,19 +1763,6 @@ class Engine:
     def _is_whole(self, sequence: SequenceState) -> bool:
         """Tell whether the cache has all positions: a recurrent state has the last, a sliding window may lose some."""
         return bool(self._llama.llama_memory_seq_pos_min(self._memory, sequence.id) <= 0)
-
-    def prefill(self, sequence: SequenceState, tokens: Sequence[int]) -> int:
-        """Bring a sequence to a prompt and compute the logits after it; return how many tokens were there already.
-
-        Raises:
-            Interrupted: Ctrl-C; the sequence stays consistent.
-        """
-        cached = self.keep(sequence, tokens)
-        for start in range(cached, len(tokens), PREFILL_CHUNK):
-            self.interrupt.check()
-            chunk = tokens[start : start + PREFILL_CHUNK]
-            self.step([Feed(sequence, chunk, logits=start + len(chunk) == len(tokens))])
-        return cached
 
     def step(self, feeds: Sequence[Feed]) -> list[int]:
         """Decode tokens of several sequences in one llama_decode; return each feed's row of logits (-1: none asked).
@@ -1826,17 +1813,12 @@ class Engine:
         finally:  # not while generating: it costs some 0.3 ms a token there
             self._llama.llama_set_abort_callback(self.pointer, self._llama.ggml_abort_callback(), None)
 
-    def best(self, rows: int) -> list[int]:
-        """Return the likeliest token of each row of logits that the latest step was asked for, the first of equals.
-
-        What llama.cpp's greedy sampler draws, without a list of the whole vocabulary made for each row.
-        """
+    def logits(self, row: int) -> Any:
+        """Return a row of logits that the latest step was asked for, as an array over llama.cpp's own memory."""
         import numpy as np
 
-        logits = self._llama.llama_get_logits(self.pointer)
-        table = np.ctypeslib.as_array(logits, (rows, self.model.vocabulary.size))
-        found: list[int] = table.argmax(axis=1).tolist()
-        return found
+        pointer = self._llama.llama_get_logits_ith(self.pointer, row)
+        return np.ctypeslib.as_array(pointer, (self.model.vocabulary.size,))
 
 
 def in_common(ours: Sequence[int], theirs: Sequence[int]) -> int:
@@ -1890,15 +1872,92 @@ class Sampler:
             self._llama.llama_sampler_free(self.pointer)
             self.pointer = None
 
-    def draw(self, engine: Engine, row: int) -> int:
-        """Draw the next token from a row of logits and accept it."""
+    def draw(self, engine: Engine, row: int, several: bool = False) -> int:
+        """Draw the next token from a row of logits and accept it.
+
+        llama.cpp's greedy sampler makes a list of the whole vocabulary first. Where there are several rows to draw
+        from, numpy pays for its import: of equal logits both take the first.
+        """
+        if several and self.greedy:
+            return int(engine.logits(row).argmax())
         return int(self._llama.llama_sampler_sample(self.pointer, engine.pointer, row))
 
 
 # =====================================================================================================================
-# 10  Generation
+# 10  Guidance
 # =====================================================================================================================
-# Three layers: tokens, then pieces of text, then an answer with its figures.
+# A strength for each tier. With l0 the logits given the query alone, l1 given System Info too, and l2 given both tiers,
+#
+#     l = (1 - s) l0 + (s - u) l1 + u l2        that is, l0 + s (l1 - l0) + u (l2 - l1)
+#
+# Classifier-free guidance (arXiv 2306.17806) and context-aware decoding (arXiv 2305.14739) are cases of it. As the
+# coefficients sum to 1, what a softmax would take from each context is the same for all tokens, so none is needed.
+
+MOST_STRENGTH = 100  # beyond, single precision drowns in what is weighed
+PLAUSIBLE = math.log(0.1)  # a token must be a tenth as likely as the likeliest, given all that is evaluated
+IMPLAUSIBLE = 1e4  # taken from the logits of the others: they come last, but a grammar may leave nothing else
+
+
+class Guidance:
+    """Which contexts of a dialog are evaluated, and how their logits become the ones that are drawn from.
+
+    `dialogs` are the contexts whose coefficients are not zero, the most conditioned first. With strengths of 1, and
+    for a tier that is empty, contexts fall together: a single one is the model as it is.
+    """
+
+    def __init__(self, dialog: Dialog, system: float, pref: Strength) -> None:
+        self._system = system if dialog.system_info.strip() else 1.0
+        self._pref: Strength = pref if dialog.user_info.strip() else self._system
+        contexts = (dialog, replace(dialog, user_info=""), replace(dialog, system_info="", user_info=""))
+        unknown = math.nan  # an adaptive strength: no coefficient of it is zero
+        coefficients = self._coefficients(unknown if self._pref == "auto" else self._pref)
+        used = [(dialog, value) for dialog, value in zip(contexts, coefficients, strict=True) if value != 0]
+        self.dialogs = [dialog for dialog, _ in used]
+        self._fixed = tuple(value for _, value in used)
+
+    def _coefficients(self, pref: float) -> tuple[float, float, float]:
+        """Return those of l2, l1 and l0."""
+        return pref, self._system - pref, 1 - self._system
+
+    def combine(self, rows: Sequence[Any]) -> None:
+        """Combine logits in place, in the first row; the others are spent.
+
+        Args:
+            rows: one float32 array of the vocabulary's size for each of `dialogs`, in their order.
+        """
+        import numpy as np
+
+        coefficients: tuple[float, ...] = self._fixed
+        if self._pref == "auto":  # AdaCAD (arXiv 2409.07394): the strength grows with what the preference changes
+            coefficients = self._coefficients(1 + divergence(rows[0], rows[1]))[: len(rows)]
+        conditioned, *others = rows
+        implausible = conditioned < conditioned.max() + PLAUSIBLE
+        last = conditioned - IMPLAUSIBLE
+        conditioned *= coefficients[0]
+        for row, coefficient in zip(others, coefficients[1:], strict=True):
+            row *= coefficient
+            conditioned += row
+        np.copyto(conditioned, last, where=implausible)
+
+
+def divergence(one: Any, other: Any) -> float:
+    """Return the Jensen-Shannon divergence of two distributions given as logits, in bits: from 0 to 1 (Lin, 1991)."""
+    import numpy as np
+
+    first, second = (np.exp(row - row.max()) for row in (one, other))
+    first, second = first / first.sum(), second / second.sum()
+    middle = np.maximum((first + second) / 2, np.finfo(np.float32).tiny)
+
+    def surprise(row: Any) -> float:
+        return float((row * np.log2(np.maximum(row, np.finfo(np.float32).tiny) / middle)).sum())
+
+    return min(max((surprise(first) + surprise(second)) / 2, 0.0), 1.0)
+
+
+# =====================================================================================================================
+# 11  Generation
+# =====================================================================================================================
+# Three layers: pieces of text, an answer with its figures, and sessions, in which any number of them are written.
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -1956,23 +2015,6 @@ class Incremental:
         return held
 
 
-def generate_tokens(
-    engine: Engine, sequence: SequenceState, prompt: Sequence[int], sampler: Sampler, on_prefill: Callable[[int], None]
-) -> Iterator[int]:
-    """Yield the tokens that follow a prompt, up to and with the one that ends the generation.
-
-    Raises:
-        Interrupted: Ctrl-C. ContextOverflow: the KV cache is full.
-    """
-    on_prefill(engine.prefill(sequence, prompt))
-    row = -1  # llama.cpp's own count from the end: the last row of logits
-    while True:
-        engine.interrupt.check()
-        token = sampler.draw(engine, row)
-        yield token
-        (row,) = engine.step([Feed(sequence, [token])])
-
-
 class Draft:
     """An answer while it is written: tokens go in, text comes out, and the figures are kept."""
 
@@ -2012,8 +2054,80 @@ class Draft:
         return piece
 
 
-class Prompter:
-    """A model and its template: dialogs become prompts that fit a context, and answers that are yet to be written."""
+class Outline(NamedTuple):
+    """What is to be read for an answer that has no word yet."""
+
+    answer: Answer
+    guidance: Guidance
+    prompts: list[list[int]]  # of the guidance's contexts
+    context: int  # tokens that a sequence needs
+
+
+@dataclass(frozen=True)
+class Job:
+    """A dialog to be answered."""
+
+    dialog: Dialog
+    seed: int = 0
+    tag: Any = None  # the caller's own
+    show: Callable[[str], None] = lambda _: None  # sees the text as it comes
+
+
+@dataclass(eq=False)
+class Lane:
+    """One context of a running job: a sequence, and the tokens that it has yet to read.
+
+    Those are what is left of the prompt, then the latest token of the answer. With `after`, the sequence is empty, and
+    begins as another does as soon as that one has read so many tokens.
+    """
+
+    sequence: SequenceState
+    prompt: list[int]
+    pending: list[int]
+    after: tuple[SequenceState, int] | None = None
+
+    @property
+    def known(self) -> list[int]:
+        """Return what the sequence will hold before it waits for others: all but the token whose logits are wanted."""
+        return self.sequence.tokens + self.pending[:-1]
+
+    def begin(self, engine: Engine) -> None:
+        """Begin as the other sequence, if that one is so far."""
+        if self.after and len(self.after[0].tokens) >= self.after[1]:
+            engine.share(self.after[0], self.sequence, self.after[1])
+            self.pending, self.after = self.prompt[len(self.sequence.tokens) :], None
+
+
+@dataclass(eq=False)
+class Running:
+    """A job that is being answered, in a sequence for each of its contexts."""
+
+    job: Job
+    guidance: Guidance
+    lanes: list[Lane]
+    draft: Draft
+    sampler: Sampler
+
+    def join(self, engine: Engine) -> None:
+        """Let the contexts that wait for another sequence begin as it does, where it is so far."""
+        for lane in self.lanes:
+            if lane.after:
+                lane.begin(engine)
+                if lane is self.lanes[0]:
+                    self.draft.answer.cached_tokens = len(lane.sequence.tokens)
+
+    @property
+    def reading(self) -> bool:
+        """Tell whether a prompt has not been read yet."""
+        return any(lane.after or len(lane.pending) > 1 for lane in self.lanes)
+
+
+class Session:
+    """A model, its template and a context of some sequences: dialogs become prompts that fit, and prompts answers.
+
+    A job takes a sequence for each context of its guidance. What any sequence knows, or is about to read, is not read
+    again: another one begins as it does.
+    """
 
     def __init__(
         self,
@@ -2022,8 +2136,9 @@ class Prompter:
         settings: Settings,
         options: RenderOptions,
         interrupt: Interrupt,
+        parallel: int = 1,
     ) -> None:
-        self.model, self.template = model, chat_template
+        self.model, self.template, self.parallel = model, chat_template, parallel
         self.settings, self.options, self.interrupt = settings, options, interrupt
         self.engine: Engine | None = None
         self.forged: list[str] = []  # marker words in the tiers of the latest prompt
@@ -2046,48 +2161,49 @@ class Prompter:
         """Return the tokens kept free for the answer."""
         return self.settings.max_tokens or context // 4
 
-    def fit(self, dialog: Dialog) -> tuple[Dialog, list[int], int]:
-        """Drop the oldest turns until a dialog fits; return it, its prompt, and the context it needs.
+    def guidance(self, dialog: Dialog) -> Guidance:
+        """Return how a dialog is guided under these settings."""
+        return Guidance(dialog, self.settings.system_strength, self.settings.pref_strength)
+
+    def outline(self, dialog: Dialog, seed: int) -> Outline:
+        """Drop the oldest turns until a dialog fits, in each of its contexts.
 
         Raises:
             ContextOverflow: the Info tiers and the newest query alone do not fit.
         """
+        fitted = dialog
         while True:
-            tokens = tokenize(render(dialog, self.template, self.options), self.model.vocabulary, self.limit)
-            self.forged = tokens.forged
-            prompt = tokens.ids
-            needed = len(prompt) + (self.settings.max_tokens or len(prompt) // 3 + 1)
+            guidance = self.guidance(fitted)
+            read = [self._tokenize(one) for one in guidance.dialogs]
+            prompts, longest = [tokens.ids for tokens in read], max(len(tokens.tokens) for tokens in read)
+            needed = longest + (self.settings.max_tokens or longest // 3 + 1)
             context = self.settings.context or min(self.limit, max(DEFAULT_CONTEXT, -(-needed // 256) * 256))
-            if len(prompt) + self.reserve(context) <= context:
-                return dialog, prompt, context
-            if len(dialog.turns) <= 1:
+            if longest + self.reserve(context) <= context:
+                break
+            if len(fitted.turns) <= 1:
                 raise ContextOverflow(
-                    f"the prompt has {len(prompt):,} tokens and the answer reserves {self.reserve(context):,}; "
+                    f"the prompt has {longest:,} tokens and the answer reserves {self.reserve(context):,}; "
                     f"the context holds {context:,}: shorten the text, lower -n or raise -c"
                 )
-            dialog = replace(dialog, turns=dialog.turns[1:])
-
-    def outline(self, dialog: Dialog, seed: int) -> tuple[Answer, list[int], int]:
-        """Fit a dialog; return its answer without a word yet, its prompt, and the context it needs.
-
-        Raises:
-            ContextOverflow: the Info tiers and the newest query alone do not fit.
-        """
-        fitted, prompt, context = self.fit(dialog)
+            fitted = replace(fitted, turns=fitted.turns[1:])
+        self.forged = read[0].forged
         answer = Answer(
             model=self.model.file.path.name,
             template=self.template.name,
             system_info=dialog.system_info,
             user_info=dialog.user_info,
             query=dialog.turns[-1].query,
-            input_tokens=len(prompt),
+            input_tokens=len(prompts[0]),
             seed=seed,
             truncated=len(dialog.turns) - len(fitted.turns),
         )
-        return answer, prompt, context
+        return Outline(answer, guidance, prompts, context)
 
-    def open(self, context: int, sequences: int = 1) -> tuple[Engine, float]:
-        """Make the context; return it, and the milliseconds that it and the loading of the model took.
+    def _tokenize(self, dialog: Dialog) -> Tokens:
+        return tokenize(render(dialog, self.template, self.options), self.model.vocabulary, self.limit)
+
+    def open(self, context: int, sequences: int = 1) -> float:
+        """Make the context anew; return the milliseconds that it and the loading of the model took.
 
         Raises:
             LoadError: llama.cpp cannot make it.
@@ -2095,11 +2211,112 @@ class Prompter:
         self.close()
         started = time.monotonic()
         self.engine = Engine(self.model, self.settings, self.interrupt, context, sequences)
-        return self.engine, round(self.model.load_ms + (time.monotonic() - started) * 1000, 1)
+        return round(self.model.load_ms + (time.monotonic() - started) * 1000, 1)
+
+    def prepare(self, outline: Outline) -> Engine:
+        """Return a context with room for an answer.
+
+        Raises:
+            LoadError: llama.cpp cannot make it. RuntimeError: it is closed.
+        """
+        if self.engine is None:
+            raise RuntimeError("the context is closed")
+        return self.engine
+
+    def run(
+        self, jobs: Iterable[Job], before: Callable[[Answer], None] = lambda _: None
+    ) -> Iterator[tuple[Job, Answer | EdgeError]]:
+        """Yield each job with its answer, or with the error that kept it from one, as they come to an end.
+
+        The next job is taken whenever there is room for it, and `before` sees its answer before it is begun.
+
+        Raises:
+            Interrupted: Ctrl-C; what has been written of the answers is theirs, and `interrupted` their finish reason.
+            RuntimeError: closed.
+        """
+        waiting = iter(jobs)
+        active: list[Running] = []
+        try:
+            while True:
+                while len(active) < self.parallel and (job := next(waiting, None)) is not None:
+                    try:
+                        active.append(self._begin(job, active, before))
+                    except EdgeError as error:
+                        yield job, error
+                if not active:
+                    return
+                self.interrupt.check()
+                finished = self._advance(active)
+                for running in finished:
+                    active.remove(running)
+                    self._end(running)
+                for running in finished:
+                    yield running.job, running.draft.answer
+        except Interrupted:
+            for running in active:
+                running.draft.answer.finish_reason = "interrupted"
+                running.job.show(running.draft.close())
+            raise
+        finally:
+            for running in active:
+                running.sampler.close()
+
+    def _begin(self, job: Job, active: Sequence[Running], before: Callable[[Answer], None]) -> Running:
+        """Give each of a job's contexts a sequence."""
+        outline = self.outline(job.dialog, job.seed)
+        answer = outline.answer
+        before(answer)
+        engine = self.prepare(outline)
+        busy = {lane.sequence.id: lane for running in active for lane in running.lanes}
+        lanes = []
+        for prompt in outline.prompts:
+            lane = place(engine, prompt, busy)
+            busy[lane.sequence.id] = lane
+            lanes.append(lane)
+        answer.cached_tokens = len(lanes[0].prompt) - len(lanes[0].pending)
+        draft = Draft(answer, self.settings, self.model.vocabulary, engine.context)
+        return Running(
+            job, outline.guidance, lanes, draft, Sampler(self.model.file, replace(self.settings, seed=job.seed))
+        )
+
+    def _advance(self, active: Sequence[Running]) -> list[Running]:
+        """Write a token of every answer and read of the newcomers' prompts what has room; return what is finished.
+
+        The contexts of a job end their prompts in one step, so that the logits of all are there to be combined.
+        """
+        engine = cast(Engine, self.engine)
+        feeds, writing, room = [], [], engine.room
+        for running in sorted(active, key=lambda running: running.reading):  # answers first
+            lanes = [lane for lane in running.lanes if not lane.after]
+            ready = len(lanes) == len(running.lanes) and sum(len(lane.pending) for lane in lanes) <= room
+            for lane in lanes:
+                size = len(lane.pending) if ready else min(len(lane.pending) - 1, room)
+                if size:
+                    feeds.append(Feed(lane.sequence, lane.pending[:size], logits=ready))
+                    lane.pending, room = lane.pending[size:], room - size
+            if ready:
+                writing.append(running)
+        rows = iter([row for row in engine.step(feeds) if row >= 0])
+        for running in active:
+            running.join(engine)
+        for running in writing:
+            mine = [next(rows) for _ in running.lanes]
+            if len(mine) > 1:
+                running.guidance.combine([engine.logits(row) for row in mine])
+            token = running.sampler.draw(engine, mine[0], several=len(feeds) > 1)
+            running.job.show(running.draft.add(token))
+            for lane in running.lanes:
+                lane.pending = [token]
+        return [running for running in writing if running.draft.ended]
+
+    def _end(self, running: Running) -> None:
+        """Complete an answer."""
+        running.job.show(running.draft.close())
+        running.sampler.close()
 
 
-class Chat(Prompter):
-    """One conversation's KV cache: answers a dialog at a time, and shows the text as it comes.
+class Chat(Session):
+    """One conversation: answers a dialog at a time, and what was said stays in the KV cache for the next.
 
     The context grows when a dialog needs it; the Info tiers and the newest query are pinned, the oldest turns go first.
     """
@@ -2107,61 +2324,34 @@ class Chat(Prompter):
     def __enter__(self) -> Chat:
         return self
 
+    def prepare(self, outline: Outline) -> Engine:
+        """Return the context, made anew if the dialog needs more of it; its time is this answer's."""
+        engine, sequences = self.engine, len(outline.prompts)
+        if engine is None or engine.context < outline.context or len(engine.sequences) < sequences:
+            outline.answer.load_ms = self.open(outline.context, sequences)
+        return super().prepare(outline)
+
     def answer(
         self, dialog: Dialog, seed: int, show: Callable[[str], None], before: Callable[[Answer], None]
     ) -> Answer:
         """Answer the newest query, showing text as it comes; an interruption is a finish reason, not an exception."""
-        answer, prompt, context = self.outline(dialog, seed)
-        before(answer)
-        engine = self.engine
-        if engine is None or engine.context < context:
-            engine, answer.load_ms = self.open(context)
-        with Sampler(self.model.file, replace(self.settings, seed=seed)) as sampler:
-            self._write(answer, engine, prompt, sampler, show)
+        begun: list[Answer] = []
+
+        def begin(answer: Answer) -> None:
+            begun.append(answer)
+            before(answer)
+
+        try:
+            ((_, answer),) = self.run([Job(dialog, seed, show=show)], begin)
+        except Interrupted:
+            return begun[0]
+        if isinstance(answer, EdgeError):
+            raise answer
         return answer
 
-    def _write(
-        self, answer: Answer, engine: Engine, prompt: list[int], sampler: Sampler, show: Callable[[str], None]
-    ) -> None:
-        def prefilled(cached: int) -> None:
-            answer.cached_tokens = cached
 
-        draft = Draft(answer, self.settings, self.model.vocabulary, engine.context)
-        try:
-            for token in generate_tokens(engine, engine.sequences[0], prompt, sampler, prefilled):
-                if piece := draft.add(token):
-                    show(piece)
-                if draft.ended:
-                    break
-        except Interrupted:
-            answer.finish_reason = "interrupted"
-        if piece := draft.close():
-            show(piece)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A dialog to be answered by `Parallel`."""
-
-    dialog: Dialog
-    seed: int = 0
-    tag: Any = None  # the caller's own
-
-
-@dataclass(eq=False)
-class Running:
-    """A job that has a sequence."""
-
-    job: Job
-    sequence: SequenceState
-    prompt: int  # tokens
-    pending: list[int]  # tokens to be fed: what is left of the prompt, then the latest token of the answer
-    draft: Draft
-    sampler: Sampler
-
-
-class Parallel(Prompter):
-    """Many dialogs answered together, each in a sequence of one context; when one ends, the next job begins at once.
+class Parallel(Session):
+    """Many dialogs answered together in one context; when one ends, the next job begins at once.
 
     The context is made once, with as many tokens for each sequence: those given, else `-c`, else the smaller of the
     model's own and DEFAULT_CONTEXT. All of it is allocated.
@@ -2184,93 +2374,47 @@ class Parallel(Prompter):
         context: int | None = None,
     ) -> None:
         context = context or settings.context or min(model.file.context, DEFAULT_CONTEXT)
-        super().__init__(model, chat_template, replace(settings, context=context), options, interrupt)
-        self._load_ms = self.open(context, parallel)[1]  # the first answer's
+        super().__init__(model, chat_template, replace(settings, context=context), options, interrupt, parallel)
+        lanes = len(self.guidance(Dialog("both", "tiers")).dialogs)
+        self._load_ms = self.open(context, parallel * lanes)  # the first answer's
 
     def __enter__(self) -> Parallel:
         return self
 
-    def run(
-        self, jobs: Iterable[Job], before: Callable[[Answer], None] = lambda _: None
-    ) -> Iterator[tuple[Job, Answer | EdgeError]]:
-        """Yield each job with its answer, or with the error that kept it from one, as they come to an end.
+    def prepare(self, outline: Outline) -> Engine:
+        """Return the context."""
+        outline.answer.load_ms, self._load_ms = self._load_ms, 0.0
+        return super().prepare(outline)
 
-        The next job is taken whenever a sequence is free, and `before` sees its answer before it is begun.
-
-        Raises:
-            Interrupted: Ctrl-C; what is not finished is dropped. RuntimeError: closed.
-        """
-        if self.engine is None:
-            raise RuntimeError("the context is closed")
-        waiting = iter(jobs)
-        active: list[Running] = []
-        try:
-            while True:
-                while len(active) < len(self.engine.sequences) and (job := next(waiting, None)) is not None:
-                    try:
-                        active.append(self._begin(job, self.engine, active, before))
-                    except EdgeError as error:
-                        yield job, error
-                if not active:
-                    return
-                self.interrupt.check()
-                finished = self._advance(self.engine, active)
-                for running in finished:
-                    active.remove(running)
-                    self._end(self.engine, running)
-                for running in finished:
-                    yield running.job, running.draft.answer
-        finally:
-            for running in active:
-                running.sampler.close()
-
-    def _begin(self, job: Job, engine: Engine, active: Sequence[Running], before: Callable[[Answer], None]) -> Running:
-        """Give a job the free sequence that shares most with its prompt, or the beginning of a busy one."""
-        answer, prompt, context = self.outline(job.dialog, job.seed)
-        before(answer)
-        taken = {running.sequence.id for running in active}
-        read = prompt[:-1]  # the last token is always fed, for its logits
-        count = {sequence.id: in_common(sequence.tokens, read) for sequence in engine.sequences}
-        free = [sequence for sequence in engine.sequences if sequence.id not in taken]
-        sequence = max(free, key=lambda sequence: (count[sequence.id], -len(sequence.tokens)))
-        source = max(engine.sequences, key=lambda sequence: count[sequence.id])
-        if count[source.id] > count[sequence.id]:
-            engine.share(source, sequence, count[source.id])
-        answer.cached_tokens = engine.keep(sequence, prompt)
-        answer.load_ms, self._load_ms = self._load_ms, 0.0
-        draft = Draft(answer, self.settings, self.model.vocabulary, context)
-        sampler = Sampler(self.model.file, replace(self.settings, seed=job.seed))
-        return Running(job, sequence, len(prompt), prompt[answer.cached_tokens :], draft, sampler)
-
-    def _advance(self, engine: Engine, active: Sequence[Running]) -> list[Running]:
-        """Write a token of every answer and read of the newcomers' prompts what has room; return what is finished."""
-        feeds, written, room = [], [], engine.room
-        for running in sorted(active, key=lambda running: len(running.pending) > 1):  # answers first
-            chunk, running.pending = running.pending[:room], running.pending[room:]
-            if chunk:
-                room -= len(chunk)
-                feeds.append(Feed(running.sequence, chunk, logits=not running.pending))
-                if not running.pending:
-                    written.append(running)
-        rows = [row for row in engine.step(feeds) if row >= 0]
-        if written and written[0].sampler.greedy:
-            tokens = engine.best(len(rows))
-        else:
-            tokens = [running.sampler.draw(engine, row) for running, row in zip(written, rows, strict=True)]
-        for running, token in zip(written, tokens, strict=True):
-            running.draft.add(token)
-            running.pending = [token]
-        return [running for running in written if running.draft.ended]
-
-    def _end(self, engine: Engine, running: Running) -> None:
+    def _end(self, running: Running) -> None:
         """Complete an answer and leave its prompt in the cache, for one that begins alike."""
-        running.draft.close()
-        running.sampler.close()
-        engine.cut(running.sequence, running.prompt)
+        super()._end(running)
+        for lane in running.lanes:
+            cast(Engine, self.engine).cut(lane.sequence, len(lane.prompt))
+
+
+def place(engine: Engine, prompt: list[int], busy: Mapping[int, Lane]) -> Lane:
+    """Give a prompt the free sequence that shares most with it, or the beginning of a busy one.
+
+    Args:
+        busy: the lanes that have a sequence, by its number.
+    """
+    read = prompt[:-1]  # the last token is always fed, for its logits
+    known = {one.id: busy[one.id].known if one.id in busy else one.tokens for one in engine.sequences}
+    count = {number: in_common(tokens, read) for number, tokens in known.items()}
+    free = [sequence for sequence in engine.sequences if sequence.id not in busy]
+    sequence = max(free, key=lambda sequence: (count[sequence.id], -len(sequence.tokens)))
+    source = max(engine.sequences, key=lambda sequence: count[sequence.id])
+    if count[source.id] <= count[sequence.id]:
+        return Lane(sequence, prompt, prompt[engine.cut(sequence, count[sequence.id]) :])
+    engine.cut(sequence, 0)
+    lane = Lane(sequence, prompt, prompt, (source, count[source.id]))
+    lane.begin(engine)
+    return lane
 
 
 # =====================================================================================================================
-# 11  Presentation
+# 12  Presentation
 # =====================================================================================================================
 # stdout is the answer, or one JSON document; everything else is on stderr.
 
@@ -2456,7 +2600,7 @@ def check_forged(forged: Sequence[str], screen: Screen, strict: bool) -> None:
 
 
 # =====================================================================================================================
-# 12  Evaluation
+# 13  Evaluation
 # =====================================================================================================================
 # Every answer to a suite is the model's own, those of earlier turns too. Each is written down as it comes: a run that
 # was stopped goes on where it was, and one that is complete prints its results again without the model.
@@ -2727,7 +2871,7 @@ def write_outputs(found: Any, report: Path | None, chart: Path | None) -> None:
 
 
 # =====================================================================================================================
-# 13  Commands
+# 14  Commands
 # =====================================================================================================================
 
 app = typer.Typer(
@@ -2770,6 +2914,24 @@ StrictOption = Annotated[
 ]
 RemindOption = Annotated[
     bool, option("--remind/--no-remind", help="Restate the priority next to the query (wrapped only).", panel=DIALOG)
+]
+SystemStrengthOption = Annotated[
+    float,
+    option(
+        "--system-strength",
+        help="How hard System Info pulls: 1 as the model was trained, 2 twice as far, 0 not at all.",
+        panel=DIALOG,
+        env="SYSTEM_STRENGTH",
+    ),
+]
+PrefStrengthOption = Annotated[
+    str,
+    option(
+        "--pref-strength",
+        help="How hard User Info pulls, or auto: as hard as it changes each token.",
+        panel=DIALOG,
+        env="PREF_STRENGTH",
+    ),
 ]
 ThinkOption = Annotated[
     bool | None, option("--think/--no-think", help="Tell a thinking model's template.", panel=DIALOG)
@@ -2865,6 +3027,8 @@ def chat(
     template: TemplateOption = "auto",
     strict_tiers: StrictOption = False,
     remind: RemindOption = True,
+    system_strength: SystemStrengthOption = 1.0,
+    pref_strength: PrefStrengthOption = "1",
     think: ThinkOption = None,
     max_tokens: MaxTokensOption = None,
     ctx_size: ContextOption = None,
@@ -2908,6 +3072,8 @@ def chat(
         seed=random.SystemRandom().randrange(2**32) if seed is None else seed,
         stop=tuple(stop or ()),
         verbose=verbose,
+        system_strength=checked_strength(system_strength, "--system-strength"),
+        pref_strength=pref_strength_of(pref_strength),
     )
     asked = read_query(query, no_stdin, repl=not as_json)
     file = ModelFile(resolve_model(model))
@@ -3275,7 +3441,7 @@ def check_conversion(path: Path, settings: Settings) -> list[str]:
         else:
             found.append("carries no chat template: chat will need --template")
             with Engine(model, settings, interrupt, cast(int, settings.context)) as engine:
-                engine.prefill(engine.sequences[0], [0])
+                engine.step([Feed(engine.sequences[0], [0])])
                 found.append(check_logits(engine))
     return found
 
@@ -3482,6 +3648,32 @@ def checked_gpu_layers(value: str) -> str:
     raise UsageError(f"-ngl takes auto, all or a number of layers, not {value!r}")
 
 
+def checked_strength(value: float, flag: str) -> float:
+    """Return a strength if it is a number that logits can be weighed with.
+
+    Raises:
+        UsageError: it is negative, infinite or none.
+    """
+    if not 0 <= value <= MOST_STRENGTH:
+        raise UsageError(f"{flag} takes a number from 0 to {MOST_STRENGTH}, not {value:g}")
+    return value
+
+
+def pref_strength_of(value: str) -> Strength:
+    """Read the strength of User Info.
+
+    Raises:
+        UsageError: it is neither auto nor a number that logits can be weighed with.
+    """
+    if value == "auto":
+        return "auto"
+    try:
+        number = float(value)
+    except ValueError:
+        raise UsageError(f"--pref-strength takes auto or a number, not {value!r}") from None
+    return checked_strength(number, "--pref-strength")
+
+
 def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Screen) -> None:
     """Say with -v what was chosen, and why."""
     device = (
@@ -3497,6 +3689,8 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
     screen.detail(f"model {model.file.path}: {model.file.architecture}, loaded in {model.load_ms:.0f} ms")
     screen.detail(f"template {chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}")
     screen.detail(f"{layers} on {device}, {threads_for(model, settings)} threads, seed {settings.seed}")
+    if (settings.system_strength, settings.pref_strength) != (1.0, 1.0):
+        screen.detail(f"guided: System Info {settings.system_strength:g}, User Info {settings.pref_strength}")
 
 
 def answer_once(session: Chat, dialog: Dialog, screen: Screen, strict: bool, as_json: bool, stream: bool) -> None:
@@ -3523,7 +3717,7 @@ def answer_once(session: Chat, dialog: Dialog, screen: Screen, strict: bool, as_
 
 
 # =====================================================================================================================
-# 14  Main
+# 15  Main
 # =====================================================================================================================
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
@@ -112,3 +113,18 @@ def refuses(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return one_line_of(*capfd.readouterr())
 
     return check
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute attention in 32 bits: random weights have near ties, which the usual 16 bits decide one way or another."""
+    llama = edge.llama_cpp()
+    usual = llama.llama_context_default_params
+
+    def params() -> Any:
+        found = usual()
+        found.type_k = found.type_v = 0  # GGML_TYPE_F32
+        found.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
+        return found
+
+    monkeypatch.setattr(llama, "llama_context_default_params", params)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from reading import read, write
 
 import metaalign_edge as edge
 from metaalign_edge import (
@@ -43,7 +44,7 @@ def prompts(model: Model) -> list[list[int]]:
 
 def alone(model: Model, prompt: list[int], count: int) -> list[int]:
     with Engine(model, GREEDY, Interrupt(), 128) as engine, Sampler(model.file, GREEDY) as sampler:
-        tokens = edge.generate_tokens(engine, engine.sequences[0], prompt, sampler, lambda _: None)
+        tokens = write(engine, engine.sequences[0], prompt, sampler)
         return [next(tokens) for _ in range(count)]
 
 
@@ -79,11 +80,10 @@ def test_a_shared_prefix_stays_in_the_cache_and_changes_no_answer(model: Model) 
     expected = alone(model, second, 6)
     with Engine(model, GREEDY, Interrupt(), 128) as engine, Sampler(model.file, GREEDY) as sampler:
         sequence = engine.sequences[0]
-        assert engine.prefill(sequence, first) == 0
-        tokens = edge.generate_tokens(engine, sequence, second, sampler, lambda cached: counts.append(cached))
-        counts: list[int] = []
+        assert read(engine, sequence, first) == 0
+        assert read(engine, sequence, second) == 8
+        tokens = write(engine, sequence, second, sampler)
         assert [next(tokens) for _ in range(6)] == expected
-        assert counts == [8]
 
 
 def test_an_interrupt_stops_a_prefill_and_the_sequence_can_be_used_again(model: Model) -> None:
@@ -94,9 +94,9 @@ def test_an_interrupt_stops_a_prefill_and_the_sequence_can_be_used_again(model: 
         sequence = engine.sequences[0]
         interrupt.raised = True
         with pytest.raises(Interrupted):
-            engine.step([Feed(sequence, prompt)]) if not engine.prefill(sequence, prompt) else None
+            engine.step([Feed(sequence, prompt)])
         interrupt.raised = False
-        tokens = edge.generate_tokens(engine, sequence, prompt, sampler, lambda _: None)
+        tokens = write(engine, sequence, prompt, sampler)
         assert [next(tokens) for _ in range(4)] == expected
 
 
@@ -139,16 +139,17 @@ def chat(model: Model, settings: Settings) -> Chat:
 def test_the_context_grows_when_a_dialog_needs_it_up_to_the_models_own(model: Model) -> None:
     assert model.file.context == 512
     with chat(model, Settings(max_tokens=4, temperature=0.0)) as session:
-        dialog, prompt, context = session.fit(Dialog(turns=(Turn("tea " * 40),)))
-        assert context == 512 and len(prompt) + 4 <= context and len(dialog.turns) == 1
+        outline = session.outline(Dialog(turns=(Turn("tea " * 40),)), 0)
+        assert outline.context == 512 and outline.answer.input_tokens + 4 <= 512 and not outline.answer.truncated
 
 
 def test_the_oldest_turns_go_first_and_the_meta_prompt_and_the_newest_query_stay(model: Model) -> None:
     turns = tuple(Turn(f"question {index} " * 4, f"answer {index} " * 4) for index in range(20))
     asked = Dialog("be kind", "short", (*turns, Turn("newest")))
     with chat(model, Settings(max_tokens=8, temperature=0.0, context=256)) as session:
-        fitted, prompt, _ = session.fit(asked)
-        assert 1 < len(fitted.turns) < 21 and len(prompt) + 8 <= 256
+        outline = session.outline(asked, 0)
+        (fitted,) = outline.guidance.dialogs
+        assert 1 < len(fitted.turns) < 21 and len(outline.prompts[0]) + 8 <= 256
         assert fitted.turns == asked.turns[-len(fitted.turns) :]
         assert (fitted.system_info, fitted.user_info) == ("be kind", "short")
         answer = session.answer(asked, 0, lambda _: None, lambda _: None)
@@ -160,7 +161,7 @@ def test_what_is_pinned_and_does_not_fit_is_an_error_with_the_counts(model: Mode
         chat(model, Settings(max_tokens=8, context=64)) as session,
         pytest.raises(ContextOverflow, match=r"\d+ tokens .* 8; .* 64"),
     ):
-        session.fit(Dialog("be kind " * 50, "", (Turn("q"),)))
+        session.outline(Dialog("be kind " * 50, "", (Turn("q"),)), 0)
 
 
 def test_text_is_never_half_a_character() -> None:

@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 from families import make_family
+from reading import read
 
 import metaalign_edge as edge
 from metaalign_edge import (
@@ -49,21 +50,6 @@ TIMES = ("load_ms", "first_token_ms", "duration_ms", "tokens_per_second", "cache
 def demo_model(demo: Path) -> Iterator[Model]:
     with Model(ModelFile(demo), GREEDY) as model:
         yield model
-
-
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute attention in 32 bits: random weights have near ties, which the usual 16 bits decide one way or another."""
-    llama = edge.llama_cpp()
-    usual = llama.llama_context_default_params
-
-    def params() -> Any:
-        found = usual()
-        found.type_k = found.type_v = 0  # GGML_TYPE_F32
-        found.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
-        return found
-
-    monkeypatch.setattr(llama, "llama_context_default_params", params)
 
 
 @pytest.fixture
@@ -202,6 +188,11 @@ def memories(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {"full": tiny, "window": folder / "window.gguf", "hybrid": hybrid(tiny, folder / "hybrid.gguf")}
 
 
+def likeliest(engine: Engine) -> int:
+    """Return what the latest step finds likeliest to come next."""
+    return int(engine.logits(-1).argmax())
+
+
 @pytest.mark.parametrize("kind", ["full", "window", "hybrid"])
 def test_every_kind_of_memory_gives_the_answers_given_alone(
     kind: str, memories: dict[str, Path], exact: None, monkeypatch: pytest.MonkeyPatch
@@ -227,23 +218,23 @@ def test_what_a_sliding_window_has_lost_is_read_again(memories: dict[str, Path],
     wanted = second[:150] + prompt(3, 20)
     with Model(ModelFile(memories["window"]), SHORT) as model:
         with Engine(model, SHORT, Interrupt(), 512) as engine:
-            engine.prefill(engine.sequences[0], wanted)
-            expected = engine.best(1)
+            read(engine, engine.sequences[0], wanted)
+            expected = likeliest(engine)
         with Engine(model, SHORT, Interrupt(), 512, sequences=2) as engine:
             one, other = engine.sequences
-            engine.prefill(one, first[:200])
-            engine.prefill(other, second[:200])
+            read(engine, one, first[:200])
+            read(engine, other, second[:200])
             engine.cut(one, 20)
-            engine.prefill(other, second[:300])  # into the cells that are free now
-            engine.prefill(one, first[:20] + prompt(4, 200))  # into those, then into the other's outside its window
+            read(engine, other, second[:300])  # into the cells that are free now
+            read(engine, one, first[:20] + prompt(4, 200))  # into those, then into the other's outside its window
             memory = edge.llama_cpp().llama_get_memory(engine.pointer)
             assert edge.llama_cpp().llama_memory_seq_pos_min(memory, other.id) > 0
             engine.share(other, one, 150)
             assert len(one.tokens) == 220  # nothing was shared
-            engine.prefill(one, wanted)
-            assert engine.best(1) == expected
-            assert engine.prefill(other, wanted) == 0
-            assert engine.best(1) == expected
+            read(engine, one, wanted)
+            assert likeliest(engine) == expected
+            assert read(engine, other, wanted) == 0
+            assert likeliest(engine) == expected
 
 
 @pytest.mark.parametrize("changes", [
@@ -342,7 +333,7 @@ def test_what_is_finished_leaves_only_its_prompt_which_is_not_read_again(model: 
     with parallel(model, SHORT, 3) as desk:
         together(desk, jobs)
         assert desk.engine
-        prompts = sorted(desk.fit(job.dialog)[1] for job in jobs)
+        prompts = sorted(desk.outline(job.dialog, 0).prompts[0] for job in jobs)
         assert sorted(sequence.tokens for sequence in desk.engine.sequences) == prompts
         memory = llama.llama_get_memory(desk.engine.pointer)
         for sequence in desk.engine.sequences:
@@ -416,17 +407,17 @@ def test_a_state_that_cannot_be_cut_is_computed_anew_after_an_interruption(
     interrupt, prompt = Late(), list(range(5, 45))
     with Model(ModelFile(memories[kind]), SHORT) as model, Sampler(model.file, SHORT) as sampler:
         with Engine(model, SHORT, Interrupt(), 64) as engine:
-            engine.prefill(engine.sequences[0], prompt)
-            wanted = sampler.draw(engine, -1), engine.best(1)
+            read(engine, engine.sequences[0], prompt)
+            wanted = sampler.draw(engine, -1), likeliest(engine)
         with Engine(model, SHORT, interrupt, 64) as engine:
             (sequence,) = engine.sequences
-            engine.prefill(sequence, prompt[:10])
+            read(engine, sequence, prompt[:10])
             interrupt.looks = 40
             with pytest.raises(Interrupted):
-                engine.prefill(sequence, prompt)
+                read(engine, sequence, prompt)
             interrupt.looks, kept = Late.looks, 0 if kind == "hybrid" else 10
-            assert len(sequence.tokens) == kept == engine.prefill(sequence, prompt)
-            assert (sampler.draw(engine, -1), engine.best(1)) == wanted
+            assert len(sequence.tokens) == kept == read(engine, sequence, prompt)
+            assert (sampler.draw(engine, -1), likeliest(engine)) == wanted
 
 
 def test_of_equal_logits_the_first_is_taken_as_llama_cpps_greedy_sampler_does(model: Model) -> None:
@@ -436,13 +427,21 @@ def test_of_equal_logits_the_first_is_taken_as_llama_cpps_greedy_sampler_does(mo
         rows = [row for row in engine.step(feeds) if row >= 0]
         pointer = edge.llama_cpp().llama_get_logits(engine.pointer)
         table = np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (3, model.vocabulary.size))
-        assert engine.best(3) == [sampler.draw(engine, row) for row in rows] == table.argmax(axis=1).tolist()
+        assert (
+            [sampler.draw(engine, row, several=True) for row in rows]
+            == [sampler.draw(engine, row) for row in rows]
+            == table.argmax(axis=1).tolist()
+        )
         table[0] = 1.0
         table[1, [300, 7, 9]] = 99.0
         table[2] = -np.inf
         table[2, -1] = -1e30
         expected = [0, 7, model.vocabulary.size - 1]
-        assert engine.best(3) == [sampler.draw(engine, row) for row in rows] == expected
+        assert (
+            [sampler.draw(engine, row, several=True) for row in rows]
+            == [sampler.draw(engine, row) for row in rows]
+            == expected
+        )
 
 
 def test_a_context_that_cannot_be_made_is_refused_politely(model: Model) -> None:
