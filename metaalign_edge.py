@@ -19,9 +19,10 @@ Contents, in dependency order (nothing refers upward):
     10  Guidance
     11  Generation
     12  Presentation
-    13  Evaluation
-    14  Commands
-    15  Main
+    13  Batch
+    14  Evaluation
+    15  Commands
+    16  Main
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ import errno
 import functools
 import glob
 import importlib.util
+import inspect
 import io
+import itertools
 import json
 import math
 import mmap
@@ -51,7 +54,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import BuiltinMethodType, MethodType, ModuleType, TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, SupportsIndex, TextIO, cast
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    Protocol,
+    SupportsIndex,
+    TextIO,
+    cast,
+    get_type_hints,
+)
 
 import typer
 
@@ -762,6 +776,11 @@ class ChatTemplate:
     bos_token: str = ""
     eos_token: str = ""
 
+    @property
+    def identity(self) -> str:
+        """Return a digest of all that is rendered by."""
+        return digest([*(one.source for one in (self.template, self.meta_prompt, self.reminder)), self.native])
+
 
 @dataclass(frozen=True)
 class Rendering:
@@ -1168,6 +1187,13 @@ def read_text(path: Path, what: str) -> str:
         raise NotFound(f"cannot read {what} {path}: {error.strerror}") from None
 
 
+def digest(document: Any) -> str:
+    """Return 32 hexadecimal digits that stand for a JSON document."""
+    import hashlib  # four milliseconds
+
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
+
+
 class GGUFArray(NamedTuple):
     """Where an array of a GGUF's metadata lies. Vocabularies have 150,000 strings: they are read when asked for."""
 
@@ -1290,6 +1316,12 @@ class ModelFile:
         return int(self.metadata.get(f"{self.architecture}.context_length", DEFAULT_CONTEXT))
 
     @property
+    def identity(self) -> str:
+        """Return what changes when the file does, without reading it."""
+        stat = self.path.stat()
+        return f"{self.path.resolve()}, {stat.st_size} bytes, {stat.st_mtime_ns}"
+
+    @property
     def templates(self) -> dict[str, str]:
         """Return the chat templates in the file by name, the default one first as `default`."""
         prefix = "tokenizer.chat_template"
@@ -1393,6 +1425,11 @@ class Settings:
     verbose: bool = False
     system_strength: float = 1.0  # see Guidance
     pref_strength: Strength = 1.0
+
+    def deciding(self) -> list[Any]:
+        """Return what decides the text of an answer, in JSON's types."""
+        aside = ("gpu_layers", "threads", "verbose")
+        return [value for name, value in asdict(self).items() if name not in aside]
 
 
 class Interrupt:
@@ -2070,6 +2107,7 @@ class Job:
     dialog: Dialog
     seed: int = 0
     tag: Any = None  # the caller's own
+    max_tokens: int | None = None  # as the settings say
     show: Callable[[str], None] = lambda _: None  # sees the text as it comes
 
 
@@ -2157,32 +2195,29 @@ class Session:
         """The largest context a dialog may use."""
         return self.settings.context or self.model.file.context
 
-    def reserve(self, context: int) -> int:
-        """Return the tokens kept free for the answer."""
-        return self.settings.max_tokens or context // 4
-
     def guidance(self, dialog: Dialog) -> Guidance:
         """Return how a dialog is guided under these settings."""
         return Guidance(dialog, self.settings.system_strength, self.settings.pref_strength)
 
-    def outline(self, dialog: Dialog, seed: int) -> Outline:
-        """Drop the oldest turns until a dialog fits, in each of its contexts.
+    def outline(self, dialog: Dialog, seed: int = 0, most: int | None = None) -> Outline:
+        """Drop the oldest turns until a dialog and its answer, of so many tokens at most, fit in each of its contexts.
 
         Raises:
             ContextOverflow: the Info tiers and the newest query alone do not fit.
         """
-        fitted = dialog
+        fitted, most = dialog, most or self.settings.max_tokens
         while True:
             guidance = self.guidance(fitted)
             read = [self._tokenize(one) for one in guidance.dialogs]
             prompts, longest = [tokens.ids for tokens in read], max(len(tokens.tokens) for tokens in read)
-            needed = longest + (self.settings.max_tokens or longest // 3 + 1)
+            needed = longest + (most or longest // 3 + 1)
             context = self.settings.context or min(self.limit, max(DEFAULT_CONTEXT, -(-needed // 256) * 256))
-            if longest + self.reserve(context) <= context:
+            reserved = most or context // 4
+            if longest + reserved <= context:
                 break
             if len(fitted.turns) <= 1:
                 raise ContextOverflow(
-                    f"the prompt has {longest:,} tokens and the answer reserves {self.reserve(context):,}; "
+                    f"the prompt has {longest:,} tokens and the answer reserves {reserved:,}; "
                     f"the context holds {context:,}: shorten the text, lower -n or raise -c"
                 )
             fitted = replace(fitted, turns=fitted.turns[1:])
@@ -2263,7 +2298,8 @@ class Session:
 
     def _begin(self, job: Job, active: Sequence[Running], before: Callable[[Answer], None]) -> Running:
         """Give each of a job's contexts a sequence."""
-        outline = self.outline(job.dialog, job.seed)
+        settings = replace(self.settings, seed=job.seed, max_tokens=job.max_tokens or self.settings.max_tokens)
+        outline = self.outline(job.dialog, job.seed, job.max_tokens)
         answer = outline.answer
         before(answer)
         engine = self.prepare(outline)
@@ -2274,10 +2310,8 @@ class Session:
             busy[lane.sequence.id] = lane
             lanes.append(lane)
         answer.cached_tokens = len(lanes[0].prompt) - len(lanes[0].pending)
-        draft = Draft(answer, self.settings, self.model.vocabulary, engine.context)
-        return Running(
-            job, outline.guidance, lanes, draft, Sampler(self.model.file, replace(self.settings, seed=job.seed))
-        )
+        draft = Draft(answer, settings, self.model.vocabulary, engine.context)
+        return Running(job, outline.guidance, lanes, draft, Sampler(self.model.file, settings))
 
     def _advance(self, active: Sequence[Running]) -> list[Running]:
         """Write a token of every answer and read of the newcomers' prompts what has room; return what is finished.
@@ -2578,7 +2612,71 @@ class Repl:
         self.dialog = replace(asked, turns=(*asked.turns[:-1], Turn(query, answer.response)))
 
 
-def warn(chat: Chat, answer: Answer, screen: Screen, strict: bool) -> None:
+COLUMN = 24  # characters; with less room than that for each, answers are shown one after the other
+
+
+class Columns:
+    """Answers that are written together: side by side where a terminal is wide enough, else one after the other."""
+
+    def __init__(self, heads: Sequence[str], screen: Screen) -> None:
+        self._heads, self._screen = [one_line(head).translate(CONTROLS) for head in heads], screen
+        self._texts = [""] * len(heads)
+        self._at, self._done = -1, set[int]()  # of those one after the other
+        self._live: Any = None
+        if screen.terminal and shutil.get_terminal_size().columns >= COLUMN * len(heads):
+            from rich.live import Live
+
+            self._live = Live(get_renderable=self._table, transient=True, refresh_per_second=12)
+
+    def __enter__(self) -> Columns:
+        if self._live:
+            self._live.start()
+        else:
+            self._head(0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave what was said so far on the screen."""
+        if self._live:
+            self._live.stop()
+            self._live.console.print(self._table())
+            return
+        for place in range(len(self._heads)):
+            self.end(place)
+
+    def _table(self) -> Any:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+        for head in self._heads:
+            table.add_column(Text(head), ratio=1, overflow="fold")
+        table.add_row(*(Text(text.translate(CONTROLS)) for text in self._texts))
+        return table
+
+    def _head(self, place: int) -> None:
+        self._at = place
+        self._screen.write(("\n" if place else "") + f"[{self._heads[place]}]\n" + self._texts[place])
+
+    def show(self, place: int, piece: str) -> None:
+        """Add to an answer."""
+        self._texts[place] += piece
+        if not self._live and place == self._at:
+            self._screen.write(piece)
+
+    def end(self, place: int) -> None:
+        """Note that an answer is complete."""
+        self._done.add(place)
+        while not self._live and self._at in self._done:
+            if not self._texts[self._at].endswith("\n"):
+                self._screen.write("\n")
+            self._at += 1
+            if self._at < len(self._heads):
+                self._head(self._at)
+
+
+def warn(chat: Session, answer: Answer, screen: Screen, strict: bool) -> None:
     """Say what was dropped, and what a tier forges that ids cannot protect.
 
     Raises:
@@ -2600,7 +2698,276 @@ def check_forged(forged: Sequence[str], screen: Screen, strict: bool) -> None:
 
 
 # =====================================================================================================================
-# 13  Evaluation
+# 13  Batch
+# =====================================================================================================================
+# A line of JSON in, a line of JSON out. What is finished is on the disk, whatever happens next.
+
+ROW = {"id", "query", "pref", "user_info", "system_info", "turns", "max_tokens", "seed"}
+WINDOW = 8  # rows for each sequence that are read ahead, so that neighbours begin alike
+
+
+class BadRow(ValueError):
+    """A line is no row; the text says why."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the input."""
+
+    index: int  # from 0, without blank lines
+    line: int  # from 1
+    id: Any
+    job: Job | None  # its tag is the row's index
+    asked: str  # a digest of what it asks for
+    error: str | None
+
+
+def read_rows(lines: Iterable[bytes], standing: Dialog, seed: int, unknown: set[str]) -> Iterator[Row]:
+    """Yield the rows of a JSONL file, the bad ones with what is wrong.
+
+    Args:
+        standing: its tiers are those of rows that have none of their own.
+        unknown: is filled with the names of fields that mean nothing.
+    """
+    index = 0
+    for line, data in enumerate(lines, 1):
+        if not data.strip():
+            continue
+        found: Any = None
+        try:
+            found = json.loads(data)
+            job, error = read_row(found, standing, seed, index), None
+            unknown |= found.keys() - ROW
+        except UnicodeDecodeError as wrong:
+            job, error = None, f"it is not UTF-8 (byte {wrong.start})"
+        except json.JSONDecodeError as wrong:
+            job, error = None, f"it is no JSON ({wrong.msg}, column {wrong.colno})"
+        except (BadRow, EdgeError, RecursionError) as wrong:
+            job, error = None, one_line(wrong)
+        known = found if isinstance(found, dict) else {}
+        asked = digest([asdict(job.dialog), job.max_tokens, known.get("seed")]) if job else ""
+        yield Row(index, line, known.get("id"), job, asked, error)
+        index += 1
+
+
+def read_row(found: Any, standing: Dialog, seed: int, index: int) -> Job:
+    """Make a job of a row.
+
+    Raises:
+        BadRow: a field is missing or of another type. EdgeError: there is no such profile, or no such text.
+    """
+    if not isinstance(found, dict):
+        raise BadRow(f"it is a {type(found).__name__}, not an object with a `query`")
+
+    def text(holder: Any, key: str) -> str | None:
+        value = holder.get(key) if isinstance(holder, dict) else holder
+        if value is not None and not isinstance(value, str):
+            raise BadRow(f"`{key}` is a {type(value).__name__}, not a text")
+        return value
+
+    def number(key: str, least: int, most: int) -> int | None:
+        value = found.get(key)
+        if value is not None and not (type(value) is int and least <= value <= most):
+            raise BadRow(f"`{key}` is not a number from {least} to {most}")
+        return value
+
+    query, turns = text(found, "query"), found.get("turns") or []
+    if not query or not query.strip():
+        raise BadRow("`query` is missing or empty")
+    if found.get("pref") is not None and found.get("user_info") is not None:
+        raise BadRow("`pref` and `user_info` are the same tier: give one")
+    wishes = found["pref"] if isinstance(found.get("pref"), list) else [found.get("pref")]
+    user_info = text(found, "user_info")
+    if any(wish is not None for wish in wishes):
+        user_info = "\n".join(expand_profile(text(wish, "pref") or "") for wish in wishes)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadRow("`turns` is not a list of {query, response}")
+    past = [(text(turn, "query"), text(turn, "response")) for turn in turns]
+    if not all(query is not None and response is not None for query, response in past):
+        raise BadRow("a turn lacks its `query` or its `response`")
+    system_info = text(found, "system_info")
+    dialog = Dialog(
+        standing.system_info if system_info is None else system_info,
+        standing.user_info if user_info is None else user_info,
+        (*(Turn(query or "", response) for query, response in past), Turn(query)),
+    )
+    row_seed = number("seed", 0, 2**32 - 1)
+    return Job(dialog, seed if row_seed is None else row_seed, index, number("max_tokens", 1, 2**31 - 1))
+
+
+class Ledger:
+    """What a batch has finished: rows appended to a file as they end, and put in order when all are there.
+
+    Raises:
+        UsageError: the file holds something else, or another process writes it. CannotWrite: it cannot be written.
+    """
+
+    def __init__(self, path: Path, run: str, force: bool) -> None:
+        """Open the file, and read what an earlier call of the same run left. run: what that is told from others by."""
+        self.path, self.run = path, run
+        self._places: dict[int, tuple[int, str]] = {}  # of a row, where it begins, and the digest of what was asked
+        try:
+            if path.exists() and not path.is_file():
+                raise UsageError(f"{path} is no file: name another with -o")
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        except OSError as error:
+            raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
+        try:
+            self._lock()
+            if force:
+                self._file.truncate(0)
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"another process is writing {self.path}: wait for it, or name another with -o") from None
+
+    def _read(self) -> None:
+        at = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):  # killed in the middle of it
+                break
+            try:
+                row = json.loads(line)
+                index, run, asked = row["index"], row["run"], row["asked"]
+            except (ValueError, KeyError, TypeError):
+                raise UsageError(f"{self.path} holds something else than a batch's rows: --force replaces it") from None
+            if run != self.run:
+                raise UsageError(
+                    f"{self.path} holds the rows of another run (its model or options differ): --force replaces it"
+                )
+            if row["error"] is None:
+                self._places[index] = (at, asked)
+            at += len(line)
+        self._file.seek(at)
+        self._file.truncate()
+
+    def has(self, index: int, asked: str) -> bool:
+        """Tell whether a row has been answered, and what was asked is the same."""
+        return self._places.get(index, (0, ""))[1] == asked
+
+    def add(self, row: Mapping[str, Any], asked: str) -> None:
+        """Write down a finished row; it is on the disk when this returns.
+
+        Raises:
+            CannotWrite: the disk is full.
+        """
+        document = {**row, "run": self.run, "asked": asked}
+        try:
+            at = self._file.tell()
+            self._file.write(json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise CannotWrite(
+                f"cannot write {self.path}: {error.strerror}; the same command goes on from here"
+            ) from None
+        self._places[row["index"]] = (at, asked)
+
+    def finish(self, count: int) -> None:
+        """Put the first `count` rows in order, in a new file that takes the place of this one.
+
+        Raises:
+            CannotWrite: the disk is full; the rows stay as they are.
+        """
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as ordered:
+                for index in range(count):
+                    self._file.seek(self._places[index][0])
+                    ordered.write(self._file.readline())
+                ordered.flush()
+                os.fsync(ordered.fileno())
+            shutil.copymode(self.path, temporary)
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise CannotWrite(f"cannot write {self.path}: {error.strerror}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+class InOrder:
+    """Rows for stdout: each is written as soon as all before it have been."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen, self._next, self._waiting = screen, 0, dict[int, str]()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Take a finished row."""
+        self._waiting[row["index"]] = json.dumps(row, ensure_ascii=False)
+        while self._next in self._waiting:
+            self._screen.write(self._waiting.pop(self._next) + "\n")
+            self._next += 1
+
+
+class Batch:
+    """Rows on their way to a file or to stdout, and how many of them have come to what end."""
+
+    def __init__(self, rows: Iterator[Row], ledger: Ledger | None, screen: Screen, name: str) -> None:
+        self._rows, self._ledger, self._screen, self._name = rows, ledger, screen, name
+        self._stdout = InOrder(screen)
+        self._open: dict[int, Row] = {}
+        self.total = self.before = self.answered = self.failed = 0
+
+    def jobs(self, window: int) -> Iterator[Job]:
+        """Yield what has to be asked; of so many rows at a time, those that begin alike one after the other."""
+        while rows := list(itertools.islice(self._rows, window)):
+            jobs = []
+            for row in rows:
+                self.total += 1
+                if row.job is None:
+                    self._settle(row, {}, f"line {row.line}: {row.error}")
+                elif self._ledger and self._ledger.has(row.index, row.asked):
+                    self.before += 1
+                else:
+                    self._open[row.index] = row
+                    jobs.append(row.job)
+            yield from sorted(jobs, key=lambda job: (job.dialog.system_info, job.dialog.user_info, job.tag))
+
+    def settle(self, job: Job, answer: Answer | EdgeError) -> None:
+        """Write down how a job ended.
+
+        Raises:
+            CannotWrite: it cannot be written. OutputClosed: nobody reads stdout any more.
+        """
+        row = self._open.pop(job.tag)
+        if isinstance(answer, EdgeError):
+            self._settle(row, {}, f"line {row.line}: {one_line(answer)}")
+        else:
+            self._settle(row, asdict(answer), None)
+
+    def _settle(self, row: Row, answer: dict[str, Any], error: str | None) -> None:
+        document = {"index": row.index, "id": row.id, "error": error, **answer}
+        if error is None:
+            self.answered += 1
+        else:
+            self.failed += 1
+            self._screen._say(f"metaalign-edge: {self._name}, {error}")
+        if self._ledger:
+            self._ledger.add(document, row.asked)
+        else:
+            self._stdout.add(document)
+
+
+# =====================================================================================================================
+# 14  Evaluation
 # =====================================================================================================================
 # Every answer to a suite is the model's own, those of earlier turns too. Each is written down as it comes: a run that
 # was stopped goes on where it was, and one that is complete prints its results again without the model.
@@ -2648,15 +3015,12 @@ def make_candidate(
     room = settings.context or min(file.context, DEFAULT_CONTEXT)
     most = settings.max_tokens or min(EVAL_TOKENS.get(suite.kind, EVAL_TOKENS["builtin"]), max(1, room // 3))
     settings = replace(settings, max_tokens=most)
-    stat = file.path.stat()
-    sources = [chosen.template.source, chosen.meta_prompt.source, chosen.reminder.source, str(chosen.native)]
-    how = [settings.context, most, settings.temperature, settings.seed, *options]
     run = {
         "version": __version__,
-        "model": f"{file.path.resolve()}, {stat.st_size} bytes, {stat.st_mtime_ns}",
+        "model": file.identity,
         "suite": digest([case.document() for case in suite.asked]),
-        "template": digest(sources),
-        "settings": json.dumps(how),
+        "template": chosen.identity,
+        "settings": json.dumps([*settings.deciding(), *options]),
     }
     path = answers or cache_folder() / "answers" / f"{digest(run)}.jsonl"
     transcripts = preferences("transcript")
@@ -2669,13 +3033,6 @@ def make_candidate(
     where = (file.path.name, str(file.path), chosen.name, chosen.native)
     asked = preferences("findings").Run(*where, most, settings.temperature, transcript)
     return Candidate(file, chosen, settings, asked)
-
-
-def digest(document: Any) -> str:
-    """Return 32 hexadecimal digits that stand for a JSON document."""
-    import hashlib  # four milliseconds, for `eval` alone
-
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def interview(
@@ -2767,7 +3124,7 @@ def case_dialog(case: Any, said: Sequence[str]) -> Dialog:
 
 
 @contextlib.contextmanager
-def answers_bar(screen: Screen, name: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
+def answers_bar(screen: Screen, name: str, done: int, total: int | None) -> Iterator[Callable[[int], None]]:
     """Show on a terminal's stderr how many answers are done, how fast, and the time left; yield what counts more."""
     if screen.quiet or not (sys.stderr and sys.stderr.isatty()):
         yield lambda _: None
@@ -2871,7 +3228,7 @@ def write_outputs(found: Any, report: Path | None, chart: Path | None) -> None:
 
 
 # =====================================================================================================================
-# 14  Commands
+# 15  Commands
 # =====================================================================================================================
 
 app = typer.Typer(
@@ -2886,6 +3243,32 @@ app = typer.Typer(
 def option(*names: str, help: str, panel: str | None = None, env: str | None = None, **more: Any) -> Any:
     """Declare a shared option; `env` names its variable METAALIGN_EDGE_…."""
     return typer.Option(*names, help=help, rich_help_panel=panel, envvar=env and f"METAALIGN_EDGE_{env}", **more)
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take groups of options, NamedTuples, where Typer sees every option of theirs."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {}
+    seen: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if not hasattr(hints[name], "_fields"):
+            seen.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
+            continue
+        groups[name] = hints[name]
+        defaults = hints[name]._field_defaults
+        seen += [
+            inspect.Parameter(field, parameter.KEYWORD_ONLY, default=defaults[field], annotation=annotation)
+            for field, annotation in get_type_hints(hints[name], include_extras=True).items()
+        ]
+
+    @functools.wraps(command)
+    def spread(**given: Any) -> None:
+        built = {name: group(*(given.pop(field) for field in group._fields)) for name, group in groups.items()}
+        command(**given, **built)
+
+    spread.__signature__ = inspect.Signature(seen)  # type: ignore[attr-defined]
+    spread.__annotations__ = {parameter.name: parameter.annotation for parameter in seen}
+    return spread
 
 
 DIALOG, MODEL, SAMPLING, OUTPUT = "Dialog", "Model", "Sampling", "Output"
@@ -2986,6 +3369,10 @@ SeedOption = Annotated[
 StopOption = Annotated[
     list[str] | None, option("--stop", help="End the answer before this text. Repeat to add.", panel=SAMPLING)
 ]
+ParallelOption = Annotated[
+    int, option("--parallel", help="Answers written at a time.", panel=MODEL, env="PARALLEL", min=1, max=256)
+]
+ForceOption = Annotated[bool, option("--force", help="Replace an output that exists.")]
 JsonOption = Annotated[bool, option("--json", help="One JSON document on stdout.", panel=OUTPUT)]
 StreamOption = Annotated[bool, option("--stream/--no-stream", help="Print text as it comes.", panel=OUTPUT)]
 QuietOption = Annotated[bool, option("-q", "--quiet", help="Only errors on stderr.", panel=OUTPUT)]
@@ -3006,6 +3393,138 @@ VersionOption = Annotated[
 ]
 
 
+class MetaPrompt(NamedTuple):
+    """What the two Info tiers say."""
+
+    system: SystemOption = None
+    system_file: SystemFileOption = None
+    pref: PrefOption = None
+    pref_file: PrefFileOption = None
+
+    def system_info(self) -> str:
+        """Return System Info.
+
+        Raises:
+            UsageError: it has two sources. NotFound: the file is not there.
+        """
+        if self.system is not None and self.system_file is not None:
+            raise UsageError("--system and --system-file both give System Info: choose one")
+        if self.system_file is not None:
+            return read_text(self.system_file, "--system-file").removesuffix("\n")
+        return self.system or ""
+
+    def wishes(self) -> list[str]:
+        """Return the preferences as they are given; the environment's if there is no other.
+
+        Raises:
+            UsageError: one is empty. NotFound: the file is not there.
+        """
+        wishes = list(self.pref or [])
+        if self.pref_file is not None:
+            wishes.append(read_text(self.pref_file, "--pref-file").removesuffix("\n"))
+        if not wishes and (standing := os.environ.get("METAALIGN_EDGE_PREF")):
+            wishes = [standing]
+        if any(not wish.strip() for wish in wishes):
+            raise UsageError("the preference is empty: say what you prefer, or leave --pref out")
+        return wishes
+
+    def dialog(self) -> Dialog:
+        """Return a dialog without turns, the preferences joined.
+
+        Raises:
+            UsageError, NotFound: as above, or there is no such profile.
+        """
+        return Dialog(self.system_info(), "\n".join(map(expand_profile, self.wishes())))
+
+
+class Rendered(NamedTuple):
+    """How a dialog becomes a prompt."""
+
+    template: TemplateOption = "auto"
+    strict_tiers: StrictOption = False
+    remind: RemindOption = True
+    think: ThinkOption = None
+
+    def options(self) -> RenderOptions:
+        """Return those that concern the rendering."""
+        return RenderOptions(self.remind, self.think)
+
+
+class Loaded(NamedTuple):
+    """Which model is loaded, and how."""
+
+    model: ModelOption = None
+    ctx_size: ContextOption = None
+    gpu_layers: GpuOption = "auto"
+    threads: ThreadsOption = None
+
+    def settings(self) -> Settings:
+        """Return what the engine has to know.
+
+        Raises:
+            UsageError: the number of layers is none.
+        """
+        return Settings(self.ctx_size, checked_gpu_layers(self.gpu_layers), self.threads)
+
+
+class Strengths(NamedTuple):
+    """How hard each tier pulls."""
+
+    system_strength: SystemStrengthOption = 1.0
+    pref_strength: PrefStrengthOption = "1"
+
+    def added(self, settings: Settings) -> Settings:
+        """Return the settings with these strengths.
+
+        Raises:
+            UsageError: one is no strength.
+        """
+        system, pref = checked_strength("--system-strength", self.system_strength), self.pref_strength
+        return replace(
+            settings,
+            system_strength=system,
+            pref_strength="auto" if pref == "auto" else checked_strength("--pref-strength", pref),
+        )
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn."""
+
+    max_tokens: MaxTokensOption = None
+    temp: TempOption = None
+    top_k: TopKOption = None
+    top_p: TopPOption = None
+    min_p: MinPOption = None
+    repeat_penalty: PenaltyOption = None
+    seed: SeedOption = None
+    stop: StopOption = None
+
+    def added(self, settings: Settings) -> Settings:
+        """Return the settings with these; a seed is drawn unless there is one."""
+        return replace(
+            settings,
+            max_tokens=self.max_tokens,
+            temperature=self.temp,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repeat_penalty=self.repeat_penalty,
+            seed=random.SystemRandom().randrange(2**32) if self.seed is None else self.seed,
+            stop=tuple(self.stop or ()),
+        )
+
+
+class Talk(NamedTuple):
+    """How much is said on stderr."""
+
+    quiet: QuietOption = False
+    verbose: VerboseOption = False
+
+    def screen(self) -> Screen:
+        """Return the streams."""
+        return Screen(self.quiet, self.verbose)
+
+
 @app.callback(epilog="metaalign-edge COMMAND --help shows a command's options and examples.")
 def root(version: VersionOption = False) -> None:
     """One local model that follows any preference at inference time.
@@ -3017,35 +3536,19 @@ def root(version: VersionOption = False) -> None:
 
 
 @app.command()
+@grouped
 def chat(
     query: QueryArgument = None,
-    model: ModelOption = None,
-    system: SystemOption = None,
-    system_file: SystemFileOption = None,
-    pref: PrefOption = None,
-    pref_file: PrefFileOption = None,
-    template: TemplateOption = "auto",
-    strict_tiers: StrictOption = False,
-    remind: RemindOption = True,
-    system_strength: SystemStrengthOption = 1.0,
-    pref_strength: PrefStrengthOption = "1",
-    think: ThinkOption = None,
-    max_tokens: MaxTokensOption = None,
-    ctx_size: ContextOption = None,
-    gpu_layers: GpuOption = "auto",
-    threads: ThreadsOption = None,
-    temp: TempOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    min_p: MinPOption = None,
-    repeat_penalty: PenaltyOption = None,
-    seed: SeedOption = None,
-    stop: StopOption = None,
+    *,
+    meta_prompt: MetaPrompt,
+    rendered: Rendered,
+    strengths: Strengths,
+    loaded: Loaded,
+    sampling: Sampling,
     as_json: JsonOption = False,
     stream: StreamOption = True,
     no_stdin: StdinOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    talk: Talk,
 ) -> None:
     """Answer a query under a preference; without a query, at a terminal, hold a conversation.
 
@@ -3057,56 +3560,219 @@ def chat(
 
         metaalign-edge chat -m model.gguf --system "Be brief." --pref "I'm a zookeeper."
     """
-    screen = Screen(quiet, verbose)
-    dialog = build_dialog(system, system_file, pref, pref_file)
-    settings = Settings(
-        context=ctx_size,
-        gpu_layers=checked_gpu_layers(gpu_layers),
-        threads=threads,
-        max_tokens=max_tokens,
-        temperature=temp,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repeat_penalty=repeat_penalty,
-        seed=random.SystemRandom().randrange(2**32) if seed is None else seed,
-        stop=tuple(stop or ()),
-        verbose=verbose,
-        system_strength=checked_strength(system_strength, "--system-strength"),
-        pref_strength=pref_strength_of(pref_strength),
-    )
+    screen, dialog = talk.screen(), meta_prompt.dialog()
+    settings = replace(strengths.added(sampling.added(loaded.settings())), verbose=talk.verbose)
     asked = read_query(query, no_stdin, repl=not as_json)
-    file = ModelFile(resolve_model(model))
-    options = RenderOptions(remind, think)
-    chosen = choose_template(template, file)
-    interrupt = Interrupt()
+    file = ModelFile(resolve_model(loaded.model))
+    chosen, interrupt = choose_template(rendered.template, file), Interrupt()
     with interrupt:
-        loaded = Model(file, settings, interrupt)
-    with loaded, Chat(loaded, chosen, settings, options, interrupt) as session:
-        explain(loaded, chosen, settings, screen)
+        model = Model(file, settings, interrupt)
+    with model, Chat(model, chosen, settings, rendered.options(), interrupt) as session:
+        explain(model, chosen, settings, screen)
         if asked is None:
-            Repl(session, dialog, screen, strict_tiers).run()
+            Repl(session, dialog, screen, rendered.strict_tiers).run()
         else:
-            answer_once(session, replace(dialog, turns=(Turn(asked),)), screen, strict_tiers, as_json, stream)
+            dialog = replace(dialog, turns=(Turn(asked),))
+            answer_once(session, dialog, screen, rendered.strict_tiers, as_json, stream)
+
+
+@app.command()
+@grouped
+def compare(
+    query: QueryArgument = None,
+    *,
+    meta_prompt: MetaPrompt,
+    rendered: Rendered,
+    strengths: Strengths,
+    loaded: Loaded,
+    sampling: Sampling,
+    as_json: JsonOption = False,
+    no_stdin: StdinOption = False,
+    talk: Talk,
+) -> None:
+    """Answer a query under several preferences at once, side by side. A lone - is the answer without any.
+
+    Examples:
+
+        metaalign-edge compare --pref @child --pref @expert "What is a volcano?"
+
+        metaalign-edge compare --pref - --pref @json+@child --json "What is tea?"
+    """
+    screen, wishes = talk.screen(), meta_prompt.wishes()
+    if len(wishes) < 2:
+        raise UsageError("compare needs two preferences or more: give each with --pref (a lone - is none)")
+    asked = Turn(cast(str, read_query(query, no_stdin, repl=False)))
+    infos = ["" if wish == "-" else expand_profile(wish) for wish in wishes]
+    dialogs = [Dialog(meta_prompt.system_info(), info, (asked,)) for info in infos]
+    settings = replace(strengths.added(sampling.added(loaded.settings())), verbose=talk.verbose)
+    file = ModelFile(resolve_model(loaded.model))
+    chosen, interrupt, options = choose_template(rendered.template, file), Interrupt(), rendered.options()
+    answers: list[Answer] = []
+
+    def before(answer: Answer) -> None:
+        answers.append(answer)
+        warn(session, answer, screen, rendered.strict_tiers)
+
+    with interrupt:
+        with Model(file, settings, interrupt) as model:
+            explain(model, chosen, settings, screen)
+            need = max(Session(model, chosen, settings, options, interrupt).outline(one).context for one in dialogs)
+            with (
+                Parallel(model, chosen, settings, options, interrupt, len(dialogs), need) as session,
+                contextlib.nullcontext() if as_json else Columns(wishes, screen) as columns,
+                contextlib.suppress(Interrupted),
+            ):
+                show = columns.show if columns else lambda _place, _piece: None
+                jobs = [
+                    Job(one, settings.seed, place, show=functools.partial(show, place))
+                    for place, one in enumerate(dialogs)
+                ]
+                for job, answer in session.run(jobs, before):
+                    if isinstance(answer, EdgeError):
+                        raise answer
+                    if columns:
+                        columns.end(job.tag)
+        if as_json:
+            screen.json([{"pref": wish, **asdict(answer)} for wish, answer in zip(wishes, answers, strict=False)])
+        for answer in answers:
+            screen.detail(describe(answer))
+        interrupt.check()
+
+
+BatchArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="IN.jsonl",
+        help="A row a line: {query, pref or user_info, system_info, turns, id, max_tokens, seed}; - is stdin.",
+        show_default=False,
+    ),
+]
+RowsOption = Annotated[
+    Path | None, option("-o", "--output", help="Append finished rows here. Default: stdout.", panel=OUTPUT)
+]
+
+
+@app.command()
+@grouped
+def batch(
+    source: BatchArgument,
+    output: RowsOption = None,
+    parallel: ParallelOption = 8,
+    force: ForceOption = False,
+    *,
+    meta_prompt: MetaPrompt,
+    rendered: Rendered,
+    strengths: Strengths,
+    loaded: Loaded,
+    sampling: Sampling,
+    talk: Talk,
+) -> None:
+    """Answer many rows, several at a time. Killed at any moment, the same command goes on where it was.
+
+    Each finished row is written to OUT at once, and when all are there they are put in order.
+
+    Examples:
+
+        metaalign-edge batch questions.jsonl -o answers.jsonl --parallel 16
+
+        echo '{"query": "What is tea?", "pref": "@json"}' | metaalign-edge batch -
+    """
+    screen, standing = talk.screen(), meta_prompt.dialog()
+    settings = replace(strengths.added(sampling.added(loaded.settings())), verbose=talk.verbose)
+    file = ModelFile(resolve_model(loaded.model))
+    chosen, interrupt, options = choose_template(rendered.template, file), Interrupt(), rendered.options()
+    deciding = replace(settings, seed=settings.seed if sampling.seed is not None else -1).deciding()
+    run = digest([__version__, file.identity, chosen.identity, *options, *deciding])[:16]
+    unknown: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        lines, name = stack.enter_context(open_rows(source))
+        ledger = None
+        if output is not None:
+            if source != "-" and output.exists() and output.samefile(source):
+                raise UsageError(f"{output} is the input: name another with -o")
+            ledger = stack.enter_context(Ledger(output, run, force))
+        work = Batch(read_rows(lines, standing, settings.seed, unknown), ledger, screen, name)
+        jobs = work.jobs(WINDOW * parallel)
+        first = next(jobs, None)
+        if first is not None:  # otherwise there is nothing to load a model for
+            stack.enter_context(interrupt)
+            try:
+                answer_rows(
+                    work, itertools.chain([first], jobs), file, chosen, settings, rendered, parallel, interrupt, screen
+                )
+            except Interrupted:
+                kept = f"{work.before + work.answered:,} rows are answered"
+                screen.note(
+                    f"interrupted: {kept}; the same command goes on from there" if ledger else f"interrupted: {kept}"
+                )
+                raise
+        if unknown:
+            screen.note(f"metaalign-edge: warning: fields that mean nothing here: {', '.join(sorted(unknown))}")
+        if ledger:
+            ledger.finish(work.total)
+    screen.note(f"{work.total:,} rows: {work.answered:,} answered, {work.before:,} before, {work.failed:,} failed")
+    if work.failed:
+        raise EdgeError(f"{work.failed:,} of {work.total:,} rows failed; the others are complete")
+
+
+def answer_rows(
+    work: Batch,
+    jobs: Iterable[Job],
+    file: ModelFile,
+    chosen: ChatTemplate,
+    settings: Settings,
+    rendered: Rendered,
+    parallel: int,
+    interrupt: Interrupt,
+    screen: Screen,
+) -> None:
+    """Load a model and answer a batch's rows with it.
+
+    Raises:
+        Interrupted: Ctrl-C; what is finished is written. LoadError: the model cannot be loaded. CannotWrite.
+    """
+    with Model(file, settings, interrupt) as model:
+        explain(model, chosen, settings, screen)
+        with (
+            Parallel(model, chosen, settings, rendered.options(), interrupt, parallel) as session,
+            answers_bar(screen, file.path.name, 0, None) as tell,
+        ):
+            for job, answer in session.run(jobs, lambda begun: warn(session, begun, screen, rendered.strict_tiers)):
+                work.settle(job, answer)
+                tell(1)
+
+
+@contextlib.contextmanager
+def open_rows(source: str) -> Iterator[tuple[Iterable[bytes], str]]:
+    """Open a JSONL file, or stdin; yield its lines and what to call it.
+
+    Raises:
+        NotFound: it is not there or not readable. UsageError: stdin is a terminal.
+    """
+    if source == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("stdin is a terminal: pipe rows in, or name a file")
+        yield sys.stdin.buffer, "stdin"
+        return
+    try:
+        with Path(source).expanduser().open("rb") as file:
+            yield file, source
+    except OSError as error:
+        raise NotFound(f"cannot read {source}: {error.strerror}") from None
 
 
 @app.command("render")
+@grouped
 def render_command(
     query: QueryArgument = None,
     model: ModelOption = None,
-    system: SystemOption = None,
-    system_file: SystemFileOption = None,
-    pref: PrefOption = None,
-    pref_file: PrefFileOption = None,
-    template: TemplateOption = "auto",
-    strict_tiers: StrictOption = False,
-    remind: RemindOption = True,
-    think: ThinkOption = None,
+    *,
+    meta_prompt: MetaPrompt,
+    rendered: Rendered,
     tokens: Annotated[bool, option("--tokens", help="Show each token, its id and its tier.", panel=OUTPUT)] = False,
     as_json: JsonOption = False,
     no_stdin: StdinOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    talk: Talk,
 ) -> None:
     """Print exactly what the model is fed. --tokens loads the vocabulary only, so it is quick on any model.
 
@@ -3116,18 +3782,17 @@ def render_command(
 
         metaalign-edge render --tokens --json -m model.gguf "What is tea?"
     """
-    screen = Screen(quiet, verbose)
-    dialog = build_dialog(system, system_file, pref, pref_file)
+    screen, dialog = talk.screen(), meta_prompt.dialog()
     dialog = replace(dialog, turns=(Turn(cast(str, read_query(query, no_stdin, repl=False))),))
     file = ModelFile(resolve_model(model))
-    chosen = choose_template(template, file)
+    chosen = choose_template(rendered.template, file)
     screen.detail(f"template {chosen.name}: {chosen.why}")
-    rendering = render(dialog, chosen, RenderOptions(remind, think))
+    rendering = render(dialog, chosen, rendered.options())
     rows: list[Token] | None = None
-    if tokens or strict_tiers:
-        with Model(file, Settings(verbose=verbose), vocab_only=True) as loaded:
+    if tokens or rendered.strict_tiers:
+        with Model(file, Settings(verbose=talk.verbose), vocab_only=True) as loaded:
             tokenized = tokenize(rendering, loaded.vocabulary, file.context)
-        check_forged(tokenized.forged, screen, strict_tiers)
+        check_forged(tokenized.forged, screen, rendered.strict_tiers)
         rows = tokenized.tokens if tokens else None
     elif not as_json:
         screen.note("metaalign-edge: note: tiers are checked on token ids; --tokens shows and checks them")
@@ -3182,7 +3847,6 @@ PreOption = Annotated[
 ]
 DryRunOption = Annotated[bool, option("--dry-run", help="Show the plan, and write nothing.")]
 CheckOption = Annotated[bool, option("--check/--no-check", help="Load the result and decode a token.")]
-ForceOption = Annotated[bool, option("--force", help="Replace an output that exists.")]
 QUANTISATION = "Quantisation, in llama-quantize's words"
 
 ImatrixOption = Annotated[
@@ -3492,9 +4156,6 @@ SizeOption = Annotated[
 SuiteSeedOption = Annotated[
     int, option("--seed", help="Draws the built-in suite, and where --temp is not 0 the answers.", env="SEED", min=0)
 ]
-ParallelOption = Annotated[
-    int, option("--parallel", help="Answers written at a time.", panel=MODEL, env="PARALLEL", min=1, max=256)
-]
 TierOption = Annotated[
     str, option("--ifeval-tier", help="Where IFEval's instructions stand: system, user or query (as published).")
 ]
@@ -3570,28 +4231,6 @@ def eval_command(
     screen.json(found.document()) if as_json else screen.write(found.text(rich_table if screen.terminal else aligned))
 
 
-def build_dialog(
-    system: str | None, system_file: Path | None, pref: list[str] | None, pref_file: Path | None
-) -> Dialog:
-    """Build the meta-prompt from flags, files and the environment.
-
-    Raises:
-        UsageError: an empty preference, or two sources of System Info. NotFound: a file or profile is not there.
-    """
-    if system is not None and system_file is not None:
-        raise UsageError("--system and --system-file both give System Info: choose one")
-    if system_file is not None:
-        system = read_text(system_file, "--system-file").removesuffix("\n")
-    wishes = list(pref or [])
-    if pref_file is not None:
-        wishes.append(read_text(pref_file, "--pref-file").removesuffix("\n"))
-    if not wishes and (standing := os.environ.get("METAALIGN_EDGE_PREF")):
-        wishes = [standing]
-    if any(not wish.strip() for wish in wishes):
-        raise UsageError("the preference is empty: say what you prefer, or leave --pref out")
-    return Dialog(system or "", "\n".join(map(expand_profile, wishes)))
-
-
 def expand_profile(wish: str) -> str:
     """Return the text of a profile, `@name`, or of several, `@one+@two`; any other wish as it is.
 
@@ -3648,30 +4287,19 @@ def checked_gpu_layers(value: str) -> str:
     raise UsageError(f"-ngl takes auto, all or a number of layers, not {value!r}")
 
 
-def checked_strength(value: float, flag: str) -> float:
-    """Return a strength if it is a number that logits can be weighed with.
+def checked_strength(flag: str, value: str | float) -> float:
+    """Return a strength as a number that logits can be weighed with.
 
     Raises:
-        UsageError: it is negative, infinite or none.
+        UsageError: it is none, negative or too large.
     """
-    if not 0 <= value <= MOST_STRENGTH:
-        raise UsageError(f"{flag} takes a number from 0 to {MOST_STRENGTH}, not {value:g}")
-    return value
-
-
-def pref_strength_of(value: str) -> Strength:
-    """Read the strength of User Info.
-
-    Raises:
-        UsageError: it is neither auto nor a number that logits can be weighed with.
-    """
-    if value == "auto":
-        return "auto"
     try:
         number = float(value)
     except ValueError:
-        raise UsageError(f"--pref-strength takes auto or a number, not {value!r}") from None
-    return checked_strength(number, "--pref-strength")
+        number = math.nan
+    if not 0 <= number <= MOST_STRENGTH:
+        raise UsageError(f"{flag} takes a number from 0 to {MOST_STRENGTH}, not {value!r}")
+    return number
 
 
 def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Screen) -> None:
@@ -3717,7 +4345,7 @@ def answer_once(session: Chat, dialog: Dialog, screen: Screen, strict: bool, as_
 
 
 # =====================================================================================================================
-# 15  Main
+# 16  Main
 # =====================================================================================================================
 
 
