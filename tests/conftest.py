@@ -128,3 +128,23 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     monkeypatch.setattr(llama, "llama_context_default_params", params)
+
+
+@pytest.fixture(scope="session")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model large enough to be interrupted: some seconds for a long prompt, and an answer without end."""
+    folder = tmp_path_factory.mktemp("slow")
+    size = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    }
+    checkpoint = checkpoints.make_checkpoint(folder / "slow", dtype="BF16", max_position_embeddings=16384, **size)
+    assert (
+        edge.run(["convert", str(checkpoint), "-o", str(folder / "slow.gguf"), "--outtype", "bf16", "-q", "--no-check"])
+        == 0
+    )
+    return folder / "slow.gguf"

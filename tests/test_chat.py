@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import select
 import signal
 import subprocess
 import sys
@@ -13,33 +10,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import checkpoints
 import pytest
-
-import metaalign_edge as edge
+from terminal import Terminal
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 COMMAND = [sys.executable, "-m", "metaalign_edge", "chat"]
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model large enough to be interrupted: some seconds for a long prompt, and an answer without end."""
-    folder = tmp_path_factory.mktemp("slow")
-    size = {
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-    }
-    checkpoint = checkpoints.make_checkpoint(folder / "slow", dtype="BF16", max_position_embeddings=16384, **size)
-    assert (
-        edge.run(["convert", str(checkpoint), "-o", str(folder / "slow.gguf"), "--outtype", "bf16", "-q", "--no-check"])
-        == 0
-    )
-    return folder / "slow.gguf"
 
 
 def test_stdout_is_the_answer_and_nothing_else(run: Run, tiny: Path) -> None:
@@ -217,39 +192,8 @@ def test_ctrl_c_stops_a_prefill_at_once_and_json_says_so(slow: Path) -> None:
     assert seconds < 5
 
 
-class Terminal:
-    """The command in a real pseudo-terminal."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.process, self.screen = pty.fork(), ""
-        if self.process[0] == 0:
-            os.environ["TERM"] = "dumb"
-            os.execv(sys.executable, [*COMMAND, *arguments])
-
-    def until(self, text: str, seconds: float = 30) -> str:
-        """Read until a text appears; return what came with it and forget it."""
-        deadline = time.monotonic() + seconds
-        while text not in self.screen:
-            ready, _, _ = select.select([self.process[1]], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, self.screen
-            try:
-                self.screen += os.read(self.process[1], 65536).decode("utf-8", "replace").replace("\r\n", "\n")
-            except OSError:
-                raise AssertionError(f"it ended: {self.screen}") from None
-        seen, _, self.screen = self.screen.partition(text)
-        return seen
-
-    def type(self, text: str) -> None:
-        os.write(self.process[1], text.encode())
-
-    def leave(self) -> int:
-        with_end = os.waitpid(self.process[0], 0)[1]
-        os.close(self.process[1])
-        return os.waitstatus_to_exitcode(with_end)
-
-
 def test_the_conversation_at_a_terminal(tiny: Path) -> None:
-    terminal = Terminal("-m", str(tiny), "-n", "6", "--temp", "0", "--pref", "short", "-v")
+    terminal = Terminal("chat", "-m", str(tiny), "-n", "6", "--temp", "0", "--pref", "short", "-v")
     terminal.until("> ")
     terminal.type("What is tea?\n")
     assert "20 tokens in (0 cached)" in terminal.until("\n> ")
@@ -281,7 +225,7 @@ def test_the_conversation_at_a_terminal(tiny: Path) -> None:
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation_and_ctrl_d_leaves(slow: Path) -> None:
-    terminal = Terminal("-m", str(slow), "-n", "8000", "--temp", "0", "-v")
+    terminal = Terminal("chat", "-m", str(slow), "-n", "8000", "--temp", "0", "-v")
     terminal.until("> ")
     terminal.type("What is tea?\n")
     terminal.until("What is tea?\n")
