@@ -4169,8 +4169,8 @@ AnswersOption = Annotated[
 
 
 @app.command("eval")
+@grouped
 def eval_command(
-    model: ModelOption = None,
     suite: SuiteOption = "builtin",
     against: AgainstOption = None,
     size: SizeOption = None,
@@ -4182,16 +4182,15 @@ def eval_command(
     remind: RemindOption = True,
     think: ThinkOption = None,
     max_tokens: MaxTokensOption = None,
-    ctx_size: ContextOption = None,
-    gpu_layers: GpuOption = "auto",
-    threads: ThreadsOption = None,
     temp: TempOption = 0.0,
     as_json: JsonOption = False,
     report: ReportOption = None,
     chart: ChartOption = None,
     answers: AnswersOption = None,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    *,
+    strengths: Strengths,
+    loaded: Loaded,
+    talk: Talk,
 ) -> None:
     """Measure whether a model follows preferences: a program decides, and every rate has its 95 % interval.
 
@@ -4203,15 +4202,14 @@ def eval_command(
 
         metaalign-edge eval -m model-Q4_K_M.gguf --against model-F16.gguf --report report.html
     """
-    screen, options, interrupt = Screen(quiet, verbose), RenderOptions(remind, think), Interrupt()
-    layers = checked_gpu_layers(gpu_layers)
-    settings = Settings(ctx_size, layers, threads, max_tokens, temp, seed=seed, verbose=verbose)
+    screen, options, interrupt = talk.screen(), RenderOptions(remind, think), Interrupt()
+    settings = strengths.added(loaded.settings())
+    settings = replace(settings, max_tokens=max_tokens, temperature=temp, seed=seed, verbose=talk.verbose)
     check_outputs(report, chart)
-    models = [(model, template)]
+    models = [(loaded.model, template)]
     if against is not None or against_template is not None:
-        models.append(
-            (model if against is None else against, template if against_template is None else against_template)
-        )
+        other = template if against_template is None else against_template
+        models.append((loaded.model if against is None else against, other))
     files = [answers, answers and answers.with_name(f"{answers.stem}.against{answers.suffix}")]
     chosen = []
     for name, wanted in models:  # before the suite is composed
