@@ -85,6 +85,7 @@ TIERS: tuple[Tier, ...] = ("system_info", "user_info", "query", "response")
 DEFAULT_CONTEXT = 4096  # tokens per sequence, unless the model has fewer or the dialog needs more
 PREFILL_CHUNK = 512  # tokens between two looks at the interrupt flag where llama.cpp has no abort callback (GPUs)
 TINY_MODEL = 1 << 25  # bytes of weights; below, threads wait for each other longer than they compute
+LONG_WAY = 1 << 31  # bytes of weights times tokens, some 50 ms: a state that is reached by less is not worth a file
 TEXT_STACK = 1024  # bytes of stack per byte of text: llama.cpp's regex fallback recurses per character (400 were seen)
 BYTES_PER_TOKEN = 512  # no vocabulary in the wild has a longer token; bounds what a context could ever hold
 
@@ -956,6 +957,11 @@ class Tokens(NamedTuple):
         """List the ids."""
         return [token.id for token in self.tokens]
 
+    def queries(self) -> list[int]:
+        """List where the queries begin: what comes before is known before they are asked."""
+        tiers = [None, *(token.tier for token in self.tokens)]
+        return [at for at, (before, tier) in enumerate(itertools.pairwise(tiers)) if tier == "query" != before]
+
 
 class Markers:
     """The tokens that only the scaffold of a template may use: `token in markers`."""
@@ -1171,6 +1177,112 @@ def replacing(path: Path, keep: bool = True) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+STATE_MAGIC = b"MAEKV\x00\x00\x01"  # of a file that holds a state, with the version of its layout
+STATE_HEAD = struct.Struct("<8sQ32s")  # magic, hits, digest of what follows
+STATES_BYTES = 1 << 30  # of all files together; the least recently used go first
+
+
+class StateFile(NamedTuple):
+    """A state on the disk."""
+
+    path: Path
+    bytes: int
+    used: float  # when, in seconds since 1970
+    hits: int
+
+
+class States:
+    """KV states of prompts' beginnings on disk: what took seconds to compute is there in milliseconds.
+
+    A file is named after a digest of all that decides its content. One that is cut, altered or foreign is removed and
+    never trusted; where nothing can be written, nothing is kept. They hold what was said, in a form: no other user may
+    read them. `fills` is off where there are only some to be read.
+    """
+
+    def __init__(self, folder: Path | None = None, most: int = STATES_BYTES, fills: bool = True) -> None:
+        self.folder, self.most, self.fills = folder or cache_folder() / "states", most, fills
+
+    def load(self, key: str) -> bytearray | None:
+        """Return a state, and count the hit; None if there is none."""
+        path = self.folder / f"{key}.kv"
+        try:
+            with path.open("r+b", buffering=0) as file:
+                head = file.read(STATE_HEAD.size)
+                data = bytearray(max(0, os.fstat(file.fileno()).st_size - STATE_HEAD.size))
+                file.readinto(data)
+                magic, hits, checksum = STATE_HEAD.unpack(head) if len(head) == STATE_HEAD.size else (b"", 0, b"")
+                if magic == STATE_MAGIC and checksum == state_checksum(key, data):
+                    file.seek(0)
+                    file.write(STATE_HEAD.pack(magic, hits + 1, checksum))  # its time is now, too
+                    return data
+            path.unlink()
+        except OSError:
+            pass
+        return None
+
+    def has(self, key: str) -> bool:
+        """Tell whether there is a file of that name."""
+        return (self.folder / f"{key}.kv").exists()
+
+    def save(self, key: str, data: bytes | bytearray) -> None:
+        """Write a state, whole or not at all, and make room for it; a disk that is full loses nothing but time."""
+        if STATE_HEAD.size + len(data) > self.most:
+            return
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with (
+                replacing(self.folder / f"{key}.kv") as part,
+                os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file,
+            ):
+                file.write(STATE_HEAD.pack(STATE_MAGIC, 0, state_checksum(key, data)))
+                file.write(data)
+            self._evict()
+
+    def files(self) -> list[StateFile]:
+        """List the states, the most recently used first."""
+        found = []
+        with contextlib.suppress(OSError):
+            for path in self.folder.glob("*.kv"):
+                with contextlib.suppress(OSError, struct.error), path.open("rb") as file:
+                    stat = os.fstat(file.fileno())
+                    hits = STATE_HEAD.unpack(file.read(STATE_HEAD.size))[1]
+                    found.append(StateFile(path, stat.st_size, stat.st_mtime, hits))
+        return sorted(found, key=lambda file: -file.used)
+
+    def _evict(self) -> None:
+        """Remove the least recently used beyond the limit, and what a killed process left."""
+        total = 0
+        for file in self.files():
+            total += file.bytes
+            if total > self.most:
+                file.path.unlink(missing_ok=True)
+        for path in self.folder.glob(".*"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < time.time() - 3600:
+                    path.unlink()
+
+    def clear(self) -> int:
+        """Remove all states; return how many there were.
+
+        Raises:
+            CannotWrite: one cannot be removed.
+        """
+        files = self.files()
+        try:
+            for path in [*(file.path for file in files), *self.folder.glob(".*"), *self.folder.glob("*.kv")]:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise CannotWrite(f"cannot remove {error.filename}: {error.strerror}") from None
+        return len(files)
+
+
+def state_checksum(key: str, data: bytes | bytearray) -> bytes:
+    """Return 32 bytes that stand for a state and the name it is filed under."""
+    import hashlib
+
+    return hashlib.blake2b(data, digest_size=32, key=key.encode()[:64]).digest()
 
 
 def read_text(path: Path, what: str) -> str:
@@ -1562,6 +1674,7 @@ class Model:
                 interrupt.check()
             raise LoadError(f"cannot load {file.path}: {LOG.reason()}")
         self.load_ms = (time.monotonic() - started) * 1000
+        self.bytes = int(llama.llama_model_size(self.pointer))  # of its weights
         try:
             self.vocabulary = LlamaVocabulary(llama.llama_model_get_vocab(self.pointer), file)
         except LoadError:
@@ -1585,7 +1698,7 @@ def threads_for(model: Model, settings: Settings) -> int:
     """Return the number of CPU threads: those asked for, else one per core, or a single one for a tiny model."""
     if settings.threads:
         return settings.threads
-    return 1 if llama_cpp().llama_model_size(model.pointer) < TINY_MODEL else physical_cores()
+    return 1 if model.bytes < TINY_MODEL else physical_cores()
 
 
 def gpu_layers(wish: str) -> int:
@@ -1725,6 +1838,14 @@ class Feed(NamedTuple):
     logits: bool = True  # compute the logits after the last of them
 
 
+@functools.cache
+def build() -> str:
+    """Return what tells this build of llama.cpp, and this processor's part in it, from others."""
+    llama = llama_cpp()
+    library = Path(llama._lib._name)
+    return f"{library}, {library.stat().st_mtime_ns}, {llama.llama_print_system_info().decode('utf-8', 'replace')}"
+
+
 class Engine:
     """A llama.cpp context with room for some sequences. Close it, or use it in a `with`.
 
@@ -1796,6 +1917,32 @@ class Engine:
             self.cut(sequence, 0)
             self._llama.llama_memory_seq_cp(self._memory, source.id, sequence.id, 0, length)
             sequence.tokens += source.tokens[:length]
+
+    def key(self, tokens: Sequence[int]) -> str:
+        """Return the name of the state after these tokens: a digest of all that decides it."""
+        import hashlib
+
+        identity = [1, self.model.file.identity, build(), self.model.gpu_layers]
+        numbers = struct.pack(f"<{len(tokens)}i", *tokens)
+        return hashlib.blake2b(json.dumps(identity).encode() + numbers, digest_size=20).hexdigest()
+
+    def state(self, sequence: SequenceState) -> bytearray:
+        """Return what the cache holds of a sequence."""
+        size = self._llama.llama_state_seq_get_size(self.pointer, sequence.id)
+        data = bytearray(size)
+        view = (ctypes.c_uint8 * size).from_buffer(data)
+        written = self._llama.llama_state_seq_get_data(self.pointer, view, size, sequence.id)
+        return data if written == size else bytearray()
+
+    def restore(self, sequence: SequenceState, tokens: Sequence[int], data: bytearray) -> bool:
+        """Bring a sequence to the state after these tokens; it is empty if llama.cpp does not take the data."""
+        self.cut(sequence, 0)
+        view = (ctypes.c_uint8 * len(data)).from_buffer(data)
+        if not self._llama.llama_state_seq_set_data(self.pointer, view, len(data), sequence.id):
+            self.cut(sequence, 0)
+            return False
+        sequence.tokens += tokens
+        return True
 
     def _is_whole(self, sequence: SequenceState) -> bool:
         """Tell whether the cache has all positions: a recurrent state has the last, a sliding window may lose some."""
@@ -2097,6 +2244,7 @@ class Outline(NamedTuple):
     answer: Answer
     guidance: Guidance
     prompts: list[list[int]]  # of the guidance's contexts
+    stops: list[list[int]]  # of each prompt, where its queries begin, as far as the way there is long
     context: int  # tokens that a sequence needs
 
 
@@ -2123,11 +2271,18 @@ class Lane:
     prompt: list[int]
     pending: list[int]
     after: tuple[SequenceState, int] | None = None
+    stops: Sequence[int] = ()  # tokens at which a step ends: so a state is the same whether it is computed or loaded
 
     @property
     def known(self) -> list[int]:
         """Return what the sequence will hold before it waits for others: all but the token whose logits are wanted."""
         return self.sequence.tokens + self.pending[:-1]
+
+    @property
+    def due(self) -> int:
+        """Return how many tokens the next step may take; of the prompt, the last one only if nothing else is left."""
+        known = len(self.sequence.tokens)
+        return next((stop - known for stop in self.stops if stop > known), len(self.pending))
 
     def begin(self, engine: Engine) -> None:
         """Begin as the other sequence, if that one is so far."""
@@ -2175,17 +2330,27 @@ class Session:
         options: RenderOptions,
         interrupt: Interrupt,
         parallel: int = 1,
+        states: States | None = None,
     ) -> None:
         self.model, self.template, self.parallel = model, chat_template, parallel
+        self.states = states
+        self._unsaved: list[tuple[str, bytearray]] = []
         self.settings, self.options, self.interrupt = settings, options, interrupt
         self.engine: Engine | None = None
         self.forged: list[str] = []  # marker words in the tiers of the latest prompt
 
     def close(self) -> None:
-        """Free the context; again is harmless."""
+        """Free the context and write down the states; again is harmless."""
         if self.engine:
             self.engine.close()
             self.engine = None
+        self._save()
+
+    def _save(self) -> None:
+        """Write down the states that were taken, now that nobody waits for an answer."""
+        for key, data in self._unsaved:
+            cast(States, self.states).save(key, data)
+        self._unsaved.clear()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -2232,7 +2397,8 @@ class Session:
             seed=seed,
             truncated=len(dialog.turns) - len(fitted.turns),
         )
-        return Outline(answer, guidance, prompts, context)
+        stops = [[at for at in tokens.queries() if at * self.model.bytes >= LONG_WAY] for tokens in read]
+        return Outline(answer, guidance, prompts, stops, context)
 
     def _tokenize(self, dialog: Dialog) -> Tokens:
         return tokenize(render(dialog, self.template, self.options), self.model.vocabulary, self.limit)
@@ -2269,6 +2435,7 @@ class Session:
             Interrupted: Ctrl-C; what has been written of the answers is theirs, and `interrupted` their finish reason.
             RuntimeError: closed.
         """
+        self._save()
         waiting = iter(jobs)
         active: list[Running] = []
         try:
@@ -2305,13 +2472,37 @@ class Session:
         engine = self.prepare(outline)
         busy = {lane.sequence.id: lane for running in active for lane in running.lanes}
         lanes = []
-        for prompt in outline.prompts:
+        for prompt, stops in zip(outline.prompts, outline.stops, strict=True):
             lane = place(engine, prompt, busy)
+            self._fetch(engine, lane, stops)
             busy[lane.sequence.id] = lane
             lanes.append(lane)
         answer.cached_tokens = len(lanes[0].prompt) - len(lanes[0].pending)
         draft = Draft(answer, settings, self.model.vocabulary, engine.context)
         return Running(job, outline.guidance, lanes, draft, Sampler(self.model.file, settings))
+
+    def _fetch(self, engine: Engine, lane: Lane, stops: Sequence[int]) -> None:
+        """Load the longest state on disk that begins a prompt, if it is longer than what the lane begins with."""
+        lane.stops = stops
+        known = lane.after[1] if lane.after else len(lane.sequence.tokens)
+        for stop in reversed(stops):
+            if self.states is None or stop <= known:
+                return
+            data = self.states.load(engine.key(lane.prompt[:stop]))
+            if data and engine.restore(lane.sequence, lane.prompt[:stop], data):
+                lane.pending, lane.after = lane.prompt[stop:], None
+                return
+
+    def _keep(self, engine: Engine, lane: Lane) -> None:
+        """Take the state at a lane's last stop, to be written when nobody waits any more."""
+        known, last = len(lane.sequence.tokens), lane.stops[-1]
+        if known >= last:
+            lane.stops = ()
+        if known != last or self.states is None or not self.states.fills:
+            return
+        key = engine.key(lane.sequence.tokens)
+        if not self.states.has(key) and (data := engine.state(lane.sequence)):
+            self._unsaved.append((key, data))
 
     def _advance(self, active: Sequence[Running]) -> list[Running]:
         """Write a token of every answer and read of the newcomers' prompts what has room; return what is finished.
@@ -2323,8 +2514,9 @@ class Session:
         for running in sorted(active, key=lambda running: running.reading):  # answers first
             lanes = [lane for lane in running.lanes if not lane.after]
             ready = len(lanes) == len(running.lanes) and sum(len(lane.pending) for lane in lanes) <= room
+            ready = ready and all(lane.due == len(lane.pending) for lane in lanes)
             for lane in lanes:
-                size = len(lane.pending) if ready else min(len(lane.pending) - 1, room)
+                size = len(lane.pending) if ready else min(lane.due, len(lane.pending) - 1, room)
                 if size:
                     feeds.append(Feed(lane.sequence, lane.pending[:size], logits=ready))
                     lane.pending, room = lane.pending[size:], room - size
@@ -2333,6 +2525,9 @@ class Session:
         rows = iter([row for row in engine.step(feeds) if row >= 0])
         for running in active:
             running.join(engine)
+            for lane in running.lanes:
+                if lane.stops:
+                    self._keep(engine, lane)
         for running in writing:
             mine = [next(rows) for _ in running.lanes]
             if len(mine) > 1:
@@ -2406,9 +2601,10 @@ class Parallel(Session):
         interrupt: Interrupt,
         parallel: int,
         context: int | None = None,
+        states: States | None = None,
     ) -> None:
         context = context or settings.context or min(model.file.context, DEFAULT_CONTEXT)
-        super().__init__(model, chat_template, replace(settings, context=context), options, interrupt, parallel)
+        super().__init__(model, chat_template, replace(settings, context=context), options, interrupt, parallel, states)
         lanes = len(self.guidance(Dialog("both", "tiers")).dialogs)
         self._load_ms = self.open(context, parallel * lanes)  # the first answer's
 
@@ -3373,6 +3569,10 @@ ParallelOption = Annotated[
     int, option("--parallel", help="Answers written at a time.", panel=MODEL, env="PARALLEL", min=1, max=256)
 ]
 ForceOption = Annotated[bool, option("--force", help="Replace an output that exists.")]
+NoCacheOption = Annotated[
+    bool,
+    option("--no-cache", help="Neither load nor keep what was read of the meta-prompt.", panel=MODEL, env="NO_CACHE"),
+]
 JsonOption = Annotated[bool, option("--json", help="One JSON document on stdout.", panel=OUTPUT)]
 StreamOption = Annotated[bool, option("--stream/--no-stream", help="Print text as it comes.", panel=OUTPUT)]
 QuietOption = Annotated[bool, option("-q", "--quiet", help="Only errors on stderr.", panel=OUTPUT)]
@@ -3514,6 +3714,11 @@ class Sampling(NamedTuple):
         )
 
 
+def kept_states(no_cache: bool, fills: bool = True) -> States | None:
+    """Return the states on the disk, unless --no-cache."""
+    return None if no_cache else States(fills=fills)
+
+
 class Talk(NamedTuple):
     """How much is said on stderr."""
 
@@ -3547,6 +3752,7 @@ def chat(
     sampling: Sampling,
     as_json: JsonOption = False,
     stream: StreamOption = True,
+    no_cache: NoCacheOption = False,
     no_stdin: StdinOption = False,
     talk: Talk,
 ) -> None:
@@ -3567,7 +3773,8 @@ def chat(
     chosen, interrupt = choose_template(rendered.template, file), Interrupt()
     with interrupt:
         model = Model(file, settings, interrupt)
-    with model, Chat(model, chosen, settings, rendered.options(), interrupt) as session:
+    states = kept_states(no_cache)
+    with model, Chat(model, chosen, settings, rendered.options(), interrupt, states=states) as session:
         explain(model, chosen, settings, screen)
         if asked is None:
             Repl(session, dialog, screen, rendered.strict_tiers).run()
@@ -3587,6 +3794,7 @@ def compare(
     loaded: Loaded,
     sampling: Sampling,
     as_json: JsonOption = False,
+    no_cache: NoCacheOption = False,
     no_stdin: StdinOption = False,
     talk: Talk,
 ) -> None:
@@ -3618,7 +3826,9 @@ def compare(
             explain(model, chosen, settings, screen)
             need = max(Session(model, chosen, settings, options, interrupt).outline(one).context for one in dialogs)
             with (
-                Parallel(model, chosen, settings, options, interrupt, len(dialogs), need) as session,
+                Parallel(
+                    model, chosen, settings, options, interrupt, len(dialogs), need, kept_states(no_cache)
+                ) as session,
                 contextlib.nullcontext() if as_json else Columns(wishes, screen) as columns,
                 contextlib.suppress(Interrupted),
             ):
@@ -3659,6 +3869,7 @@ def batch(
     output: RowsOption = None,
     parallel: ParallelOption = 8,
     force: ForceOption = False,
+    no_cache: NoCacheOption = False,
     *,
     meta_prompt: MetaPrompt,
     rendered: Rendered,
@@ -3681,6 +3892,7 @@ def batch(
     settings = replace(strengths.added(sampling.added(loaded.settings())), verbose=talk.verbose)
     file = ModelFile(resolve_model(loaded.model))
     chosen, interrupt, options = choose_template(rendered.template, file), Interrupt(), rendered.options()
+    strict = rendered.strict_tiers
     deciding = replace(settings, seed=settings.seed if sampling.seed is not None else -1).deciding()
     run = digest([__version__, file.identity, chosen.identity, *options, *deciding])[:16]
     unknown: set[str] = set()
@@ -3696,15 +3908,21 @@ def batch(
         first = next(jobs, None)
         if first is not None:  # otherwise there is nothing to load a model for
             stack.enter_context(interrupt)
+            model = stack.enter_context(Model(file, settings, interrupt))
+            explain(model, chosen, settings, screen)
+            states = kept_states(no_cache, fills=False)
+            session = stack.enter_context(
+                Parallel(model, chosen, settings, options, interrupt, parallel, states=states)
+            )
+            tell = stack.enter_context(answers_bar(screen, file.path.name, 0, None))
+            all_jobs = itertools.chain([first], jobs)
             try:
-                answer_rows(
-                    work, itertools.chain([first], jobs), file, chosen, settings, rendered, parallel, interrupt, screen
-                )
+                for job, answer in session.run(all_jobs, lambda begun: warn(session, begun, screen, strict)):
+                    work.settle(job, answer)
+                    tell(1)
             except Interrupted:
-                kept = f"{work.before + work.answered:,} rows are answered"
-                screen.note(
-                    f"interrupted: {kept}; the same command goes on from there" if ledger else f"interrupted: {kept}"
-                )
+                again = "; the same command goes on from there" if ledger else ""
+                screen.note(f"interrupted: {work.before + work.answered:,} rows are answered{again}")
                 raise
         if unknown:
             screen.note(f"metaalign-edge: warning: fields that mean nothing here: {', '.join(sorted(unknown))}")
@@ -3713,33 +3931,6 @@ def batch(
     screen.note(f"{work.total:,} rows: {work.answered:,} answered, {work.before:,} before, {work.failed:,} failed")
     if work.failed:
         raise EdgeError(f"{work.failed:,} of {work.total:,} rows failed; the others are complete")
-
-
-def answer_rows(
-    work: Batch,
-    jobs: Iterable[Job],
-    file: ModelFile,
-    chosen: ChatTemplate,
-    settings: Settings,
-    rendered: Rendered,
-    parallel: int,
-    interrupt: Interrupt,
-    screen: Screen,
-) -> None:
-    """Load a model and answer a batch's rows with it.
-
-    Raises:
-        Interrupted: Ctrl-C; what is finished is written. LoadError: the model cannot be loaded. CannotWrite.
-    """
-    with Model(file, settings, interrupt) as model:
-        explain(model, chosen, settings, screen)
-        with (
-            Parallel(model, chosen, settings, rendered.options(), interrupt, parallel) as session,
-            answers_bar(screen, file.path.name, 0, None) as tell,
-        ):
-            for job, answer in session.run(jobs, lambda begun: warn(session, begun, screen, rendered.strict_tiers)):
-                work.settle(job, answer)
-                tell(1)
 
 
 @contextlib.contextmanager
@@ -4137,6 +4328,49 @@ def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None] | N
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("converting", total=None)
         yield lambda tensor, done, total: bars.update(task, description=tensor, completed=done, total=total)
+
+
+cache = typer.Typer(no_args_is_help=True, help="What was read of meta-prompts, kept on the disk.")
+app.add_typer(cache, name="cache")
+
+
+@cache.command("show")
+def cache_show(as_json: JsonOption = False) -> None:
+    """List the states: how large, how often they saved the reading of a meta-prompt, and when last."""
+    screen, states = Screen(), States()
+    files = states.files()
+    size = sum(file.bytes for file in files)
+    document = {
+        "folder": str(states.folder),
+        "bytes": size,
+        "limit": states.most,
+        "hits": sum(file.hits for file in files),
+        "states": [
+            {"name": file.path.stem, "bytes": file.bytes, "hits": file.hits, "used": file.used} for file in files
+        ],
+    }
+    if as_json:
+        screen.json(document)
+        return
+    heads = ["state", "MB", "hits", "last used"]
+    rows = [
+        [
+            file.path.stem[:12],
+            f"{file.bytes / 1e6:.1f}",
+            str(file.hits),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used)),
+        ]
+        for file in files
+    ]
+    lines = aligned(heads, rows) if rows else []
+    total = f"{len(files)} states, {size / 1e6:,.1f} of {states.most / 1e6:,.0f} MB, {states.folder}"
+    screen.write("\n".join([*lines, total]) + "\n")
+
+
+@cache.command("clear")
+def cache_clear(quiet: QuietOption = False) -> None:
+    """Remove all states. The next call reads its meta-prompt again."""
+    Screen(quiet).note(f"{States().clear()} states removed")
 
 
 SuiteOption = Annotated[
