@@ -1710,6 +1710,60 @@ def gpu_layers(wish: str) -> int:
     return int(wish)
 
 
+def cache_bytes(model: Model) -> int:
+    """Return what a token takes in the KV cache, in bytes: keys and values of every layer, 16 bits a number.
+
+    0 where that is not the same for all tokens and layers: recurrent states, sliding windows, compressed keys.
+    """
+    llama, prefix = llama_cpp(), f"{model.file.architecture}.attention."
+    known = model.file.metadata.get
+    partly = (llama.llama_model_n_swa, llama.llama_model_is_recurrent, llama.llama_model_is_hybrid)
+    if f"{prefix}kv_lora_rank" in model.file.metadata or any(ask(model.pointer) for ask in partly):
+        return 0
+    layers, heads = llama.llama_model_n_layer(model.pointer), llama.llama_model_n_head(model.pointer)
+    each = llama.llama_model_n_embd(model.pointer) // max(1, heads)
+    width = int(known(f"{prefix}key_length", each)) + int(known(f"{prefix}value_length", each))
+    by_layer = list(model.file.items(f"{prefix}head_count_kv"))
+    return 2 * width * int(sum(by_layer) or layers * llama.llama_model_n_head_kv(model.pointer))
+
+
+def free_memory() -> float:
+    """Return how many bytes can still be taken, swap apart; infinity where the system does not say."""
+    found = [math.inf]
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a container's share; "max" is none
+        group = Path("/sys/fs/cgroup")
+        limit, taken = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        found.append(limit - taken + int(counts["file"]))  # what is only a copy of files makes room
+    if len(found) == 1:
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            found.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+    return min(found)
+
+
+def check_memory(model: Model, context: int, sequences: int) -> None:
+    """Refuse a KV cache that main memory cannot hold: the system would grant it, and end the process later.
+
+    Raises:
+        LoadError: it does not fit; with the numbers, and what fits.
+    """
+    each, free = cache_bytes(model), free_memory()
+    need = each * context * sequences
+    if need <= free or model.gpu_layers:
+        return
+    size = f"{sequences} times {context:,}" if sequences > 1 else f"{context:,}"
+    tokens = int(0.9 * free / each)  # the rest is for what is computed
+    ways = [f"-c {fits}"] if (fits := tokens // sequences // 256 * 256) else []
+    if sequences > 1 and (fits := tokens // context):
+        ways.append(f"--parallel {fits}")
+    advice = f"{' or '.join(ways)} would fit" if ways else "take a smaller model, or end other programs"
+    has = f"{need / 1e9:,.1f} GB for {model.file.path}, and {free / 1e9:,.1f} GB are free"
+    raise LoadError(f"a context of {size} tokens takes {has}: {advice}")
+
+
 class LlamaVocabulary:
     """llama.cpp's vocabulary, as `tokenize` needs it."""
 
@@ -1866,6 +1920,7 @@ class Engine:
         params.n_threads = params.n_threads_batch = threads_for(model, settings)
         params.no_perf = True
         self._abort = llama.ggml_abort_callback(lambda _data: interrupt.raised)
+        check_memory(model, context, sequences)
         holds = params.n_ctx == context * sequences  # a number of 32 bits
         self.pointer = llama.llama_init_from_model(model.pointer, params) if holds else None
         if not self.pointer:
