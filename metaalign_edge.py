@@ -7,7 +7,7 @@ This file renders the dialog, keeps tier text from posing as control tokens, and
 
 Contents, in dependency order (nothing refers upward):
 
-     1  Constants
+     1  Constants, and a clock
      2  Errors
      3  Dialog
      4  Tier text
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     import jinja2
 
 # =====================================================================================================================
-#  1  Constants
+#  1  Constants, and a clock
 # =====================================================================================================================
 
 __version__ = "0.1.0"
@@ -88,6 +88,31 @@ TINY_MODEL = 1 << 25  # bytes of weights; below, threads wait for each other lon
 LONG_WAY = 1 << 31  # bytes of weights times tokens, some 50 ms: a state that is reached by less is not worth a file
 TEXT_STACK = 1024  # bytes of stack per byte of text: llama.cpp's regex fallback recurses per character (400 were seen)
 BYTES_PER_TOKEN = 512  # no vocabulary in the wild has a longer token; bounds what a context could ever hold
+
+
+class Stopwatch:
+    """Adds up where the time of a call goes. A lap is a `with`, or decorates what it times; laps do not nest."""
+
+    def __init__(self) -> None:
+        self.laps = {"start": 1000 * time.process_time()}  # Python itself, and what is imported above
+        self._begun = time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, lap: str) -> Iterator[None]:
+        """Time what is done inside."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.laps[lap] = self.laps.get(lap, 0.0) + 1000 * (time.perf_counter() - begun)
+
+    def __str__(self) -> str:
+        total = self.laps["start"] + 1000 * (time.perf_counter() - self._begun)
+        laps = {**self.laps, "other": total - sum(self.laps.values())}
+        return f"{total:.0f} ms: " + ", ".join(f"{lap} {spent:.0f}" for lap, spent in laps.items())
+
+
+STOPWATCH = Stopwatch()
 
 # =====================================================================================================================
 #  2  Errors
@@ -1204,6 +1229,7 @@ class States:
     def __init__(self, folder: Path | None = None, most: int = STATES_BYTES, fills: bool = True) -> None:
         self.folder, self.most, self.fills = folder or cache_folder() / "states", most, fills
 
+    @STOPWATCH("states")
     def load(self, key: str) -> bytearray | None:
         """Return a state, and count the hit; None if there is none."""
         path = self.folder / f"{key}.kv"
@@ -1226,6 +1252,7 @@ class States:
         """Tell whether there is a file of that name."""
         return (self.folder / f"{key}.kv").exists()
 
+    @STOPWATCH("states")
     def save(self, key: str, data: bytes | bytearray) -> None:
         """Write a state, whole or not at all, and make room for it; a disk that is full loses nothing but time."""
         if STATE_HEAD.size + len(data) > self.most:
@@ -1349,7 +1376,8 @@ class ModelFile:
         if self._data[:4] != b"GGUF":
             raise LoadError(f"{path} is not a GGUF file: make one with `metaalign-edge convert`")
         try:
-            self.metadata = self._read()
+            with STOPWATCH("metadata"):
+                self.metadata = self._read()
         except (struct.error, UnicodeDecodeError, KeyError, OverflowError):
             raise LoadError(f"{path} is truncated or damaged in its metadata: download or convert it again") from None
 
@@ -1610,6 +1638,7 @@ LOG = Log()
 
 
 @functools.cache
+@STOPWATCH("llama.cpp")
 def llama_cpp() -> Any:
     """Import the low-level interface and start llama.cpp's backends.
 
@@ -1668,7 +1697,8 @@ class Model:
         going = llama.llama_progress_callback(lambda _progress, _data: not (interrupt and interrupt.raised))
         params.progress_callback = going
         started = time.monotonic()
-        self.pointer = llama.llama_model_load_from_file(os.fsencode(file.path), params)
+        with STOPWATCH("model"):
+            self.pointer = llama.llama_model_load_from_file(os.fsencode(file.path), params)
         if not self.pointer:
             if interrupt:
                 interrupt.check()
@@ -1922,7 +1952,8 @@ class Engine:
         self._abort = llama.ggml_abort_callback(lambda _data: interrupt.raised)
         check_memory(model, context, sequences)
         holds = params.n_ctx == context * sequences  # a number of 32 bits
-        self.pointer = llama.llama_init_from_model(model.pointer, params) if holds else None
+        with STOPWATCH("context"):
+            self.pointer = llama.llama_init_from_model(model.pointer, params) if holds else None
         if not self.pointer:
             size, less = f"{context:,}", "a smaller -c"
             if sequences > 1:
@@ -2455,6 +2486,7 @@ class Session:
         stops = [[at for at in tokens.queries() if at * self.model.bytes >= LONG_WAY] for tokens in read]
         return Outline(answer, guidance, prompts, stops, context)
 
+    @STOPWATCH("tokens")
     def _tokenize(self, dialog: Dialog) -> Tokens:
         return tokenize(render(dialog, self.template, self.options), self.model.vocabulary, self.limit)
 
@@ -2577,7 +2609,8 @@ class Session:
                     lane.pending, room = lane.pending[size:], room - size
             if ready:
                 writing.append(running)
-        rows = iter([row for row in engine.step(feeds) if row >= 0])
+        with STOPWATCH("prompt" if any(len(feed.tokens) > 1 for feed in feeds) else "answer"):
+            rows = iter([row for row in engine.step(feeds) if row >= 0])
         for running in active:
             running.join(engine)
             for lane in running.lanes:
@@ -4628,6 +4661,7 @@ def answer_once(session: Chat, dialog: Dialog, screen: Screen, strict: bool, as_
         rest = "" if streaming else answer.response
         screen.write(rest + ("" if answer.response.endswith("\n") else "\n"))
     screen.detail(describe(answer))
+    screen.detail(f"time {STOPWATCH}")
     session.interrupt.check()
 
 
