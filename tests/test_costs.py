@@ -1,8 +1,10 @@
-"""What a context takes is known before it is allocated, and what does not fit is refused with what would."""
+"""What a call costs: its memory is known before it is allocated, and where its time went can be seen."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from test_parallel import memories  # noqa: F401  a fixture
 import metaalign_edge as edge
 from metaalign_edge import Engine, Feed, Interrupt, LoadError, Model, ModelFile, Settings
 
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
 CPU = Settings(threads=1, gpu_layers="0")
 
 
@@ -53,3 +56,25 @@ def test_the_command_line_refuses_it_in_one_line(fails: Callable[..., str]) -> N
     assert re.search(
         r"a context of 2,000,000,000 tokens takes [\d,.]+ GB for .*, and [\d,.]+ GB are free: -c \d+", line
     )
+
+
+def test_laps_are_added_up_and_the_rest_is_other() -> None:
+    watch = edge.Stopwatch()
+    for _ in range(2):
+        with watch("a lap"):
+            time.sleep(0.01)
+    with pytest.raises(ZeroDivisionError), watch("a failure"):
+        time.sleep(0.01)
+        1 / 0  # noqa: B018
+    time.sleep(0.01)
+    assert watch.laps["a lap"] >= 20 and watch.laps["a failure"] >= 10
+    total, rest = re.fullmatch(r"(\d+) ms: start \d+, a lap \d+, a failure \d+, other (\d+)", str(watch)).groups()  # type: ignore[union-attr]
+    assert int(rest) >= 10 and int(total) >= 40
+
+
+def test_verbose_says_where_the_time_went(run: Run) -> None:
+    (line,) = (one for one in run("chat", "-v", "What is tea?").stderr.splitlines() if one.startswith("time "))
+    total, *laps = (int(number) for number in re.findall(r"\d+", line))
+    names = re.findall(r"[a-z.]+(?= \d)", line)[1:]
+    assert names == ["start", "metadata", "llama.cpp", "model", "tokens", "context", "prompt", "answer", "other"]
+    assert abs(sum(laps) - total) <= len(laps)
