@@ -4485,6 +4485,10 @@ ReportOption = Annotated[Path | None, option("--report", help="Write a page to r
 ChartOption = Annotated[
     Path | None, option("--chart", help="Draw the rates: OUT.png or OUT.svg (matplotlib).", panel=OUTPUT)
 ]
+GridOption = Annotated[
+    str | None,
+    option("--strength", help="Ask at several strengths of a tier: pref=0,1,1.5,2 or system=1,2,4.", panel=DIALOG),
+]
 AnswersOption = Annotated[
     Path | None, option("--answers", help="Keep the answers in this file. Default: in the cache.", panel=OUTPUT)
 ]
@@ -4505,6 +4509,7 @@ def eval_command(
     think: ThinkOption = None,
     max_tokens: MaxTokensOption = None,
     temp: TempOption = 0.0,
+    strength: GridOption = None,
     as_json: JsonOption = False,
     report: ReportOption = None,
     chart: ChartOption = None,
@@ -4528,27 +4533,47 @@ def eval_command(
     settings = strengths.added(loaded.settings())
     settings = replace(settings, max_tokens=max_tokens, temperature=temp, seed=seed, verbose=talk.verbose)
     check_outputs(report, chart)
-    models = [(loaded.model, template)]
+    tier, grid = read_grid(strength) if strength is not None else ("", [])
+    models = [(loaded.model, template, settings)]
+    if grid:
+        models = [(loaded.model, template, replace(settings, **{f"{tier}_strength": one})) for one in grid]  # type: ignore[arg-type]
+    names = [f".{tier}-{one:g}" for one in grid] or ["", ".against"]
     if against is not None or against_template is not None:
+        if grid:
+            raise UsageError("--strength compares a model with itself: leave --against out")
         other = template if against_template is None else against_template
-        models.append((loaded.model if against is None else against, other))
-    files = [answers, answers and answers.with_name(f"{answers.stem}.against{answers.suffix}")]
+        models.append((loaded.model if against is None else against, other, settings))
     chosen = []
-    for name, wanted in models:  # before the suite is composed
+    for name, wanted, how in models:  # before the suite is composed
         file = ModelFile(resolve_model(name))
-        chosen.append((file, choose_template(wanted, file)))
+        chosen.append((file, choose_template(wanted, file), how))
     asked = find_suite(suite, seed, size, ifeval_tier)
-    candidates = [
-        make_candidate(*one, settings, options, asked, path) for one, path in zip(chosen, files, strict=False)
-    ]
+    files = [answers and answers.with_name(f"{answers.stem}{name}{answers.suffix}") for name in names]
+    candidates = [make_candidate(*one, options, asked, path) for one, path in zip(chosen, files, strict=False)]
     if asked.unchecked:
         kinds = ", ".join(asked.unchecked)
         screen.note(f"metaalign-edge: warning: not checked: {kinds}: get `python -m nltk.downloader punkt_tab`")
     for candidate in candidates:
         interview(candidate, asked, options, parallel, interrupt, screen)
-    found = preferences("findings").Findings(asked, [candidate.run for candidate in candidates])
+    runs, findings = [candidate.run for candidate in candidates], preferences("findings")
+    found = findings.Sweep(asked, runs, tier, grid) if grid else findings.Findings(asked, runs)
     write_outputs(found, report, chart)
     screen.json(found.document()) if as_json else screen.write(found.text(rich_table if screen.terminal else aligned))
+
+
+def read_grid(text: str) -> tuple[str, list[float]]:
+    """Read a tier and its strengths, `pref=0,1,2`; return those in order, each once.
+
+    Raises:
+        UsageError: there is no such tier, fewer than two strengths, or one that is none.
+    """
+    tier, _, numbers = text.partition("=")
+    if tier not in ("system", "pref") or not numbers:
+        raise UsageError(f"--strength takes a tier and numbers, pref=0,1,2 or system=1,2,4, not {text!r}")
+    found = sorted({checked_strength("--strength", number) for number in numbers.split(",")})
+    if len(found) < 2:
+        raise UsageError(f"--strength compares at least two strengths, as pref=1,2: {text!r} has one")
+    return tier, found
 
 
 def expand_profile(wish: str) -> str:

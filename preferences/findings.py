@@ -9,12 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from . import ifeval
-from .report import Group, Page, Place, branches, charts, compare, document, examples, groups, results, table, verdicts
+from .report import (
+    SIGNIFICANT,
+    Group,
+    Page,
+    Place,
+    branches,
+    charts,
+    compare,
+    curves,
+    document,
+    examples,
+    groups,
+    leaves,
+    percent,
+    results,
+    table,
+    verdicts,
+)
 from .statistics import Difference
 from .suite import COMPARED, SECTIONS, SIZE, Case, InvalidSuite, Judged, builtin, read_suite
 from .transcript import Transcript
 
-__all__ = ["Findings", "Outcome", "Run", "Suite", "find_suite", "judge", "sound"]
+__all__ = ["Findings", "Outcome", "Run", "Suite", "Sweep", "find_suite", "judge", "sound"]
 
 _IFEVAL = {"prompt": "IFEval: every instruction", "part": "IFEval: some instructions"}
 
@@ -246,3 +263,61 @@ class Findings:
                 for error in outcome.errors
             ),
         )
+
+
+class Sweep:
+    """The results of one model whose tier `tier` pulls at several strengths, and how each differs from that of 1."""
+
+    def __init__(self, suite: Suite, runs: Sequence[Run], tier: str, strengths: Sequence[float]) -> None:
+        """Judge the answers; `runs` are in the order of `strengths`."""
+        self.tier, self.strengths = tier, strengths
+        self.points = [Findings(suite, [run]) for run in runs]
+        plain = next((point for strength, point in zip(strengths, self.points, strict=True) if strength == 1), None)
+        self.differences: list[Mapping[Place, Difference]] = [
+            compare(point.outcomes[0].counted, plain.outcomes[0].counted, suite.summary)
+            if plain and point is not plain
+            else {}
+            for point in self.points
+        ]
+
+    def document(self) -> dict[str, Any]:
+        """Make what `--json` prints."""
+        first = self.points[0].document()
+        shared = ("model", "n", "suite", "seed", "size", "template", "max_tokens", "temperature")
+        found = []
+        for strength, point, differences in zip(self.strengths, self.points, self.differences, strict=True):
+            own = {name: value for name, value in point.document().items() if name not in shared}
+            found.append({"strength": strength, **own, "differences": document(branches(differences))})
+        return {**{name: first[name] for name in shared}, "tier": self.tier, "strengths": found}
+
+    def grid(self) -> tuple[list[str], list[list[str]]]:
+        """Return the headings and the rows of a table: rates by strength, starred where they differ from those at 1."""
+        heads = ["", *(f"{strength:g}" for strength in self.strengths), "n", "what"]
+        rows: list[list[str]] = []
+        found = [dict(leaves(point.outcomes[0].tree)) for point in self.points]
+        for group in self.points[0].groups():
+            rows += [] if group.rows[0].alone else [[group.name]]
+            for row in group.rows:
+                cells = [
+                    percent(rates[row.path].rate) + " *" * (row.path in gaps and gaps[row.path].p < SIGNIFICANT)
+                    for rates, gaps in zip(found, self.differences, strict=True)
+                ]
+                rows.append([row.name if row.alone else f"  {row.name}", *cells, str(row.rate.n), row.meaning])
+        return heads, rows
+
+    def text(self, lay_out: Callable[[list[str], list[list[str]]], Iterable[str]]) -> str:
+        """Return the results for people; `lay_out` makes lines of a table's headings and rows."""
+        one = self.points[0]
+        lines = [f"{one.names[0]}, {self.tier} strength: {one.suite.drawn}, {len(one.suite.cases):,} cases", ""]
+        lines += [*lay_out(*self.grid()), "", "*: p < 0.05 against a strength of 1, over the same cases (McNemar)"]
+        return "\n".join(lines) + "\n"
+
+    def page(self, command: str, date: str, program: str) -> Page:
+        """Return the page of `--report`; its examples are those of the last strength."""
+        page, over = self.points[-1].page(command, date, program), f"the strength of {_TIERS[self.tier]}"
+        drawn = curves(self.strengths, [point.outcomes[0].tree for point in self.points], over)
+        errors = (error for point in self.points for error in point.page(command, date, program).errors)
+        return replace(page, groups=(), charts=tuple(drawn), grid=self.grid(), errors=tuple(errors))
+
+
+_TIERS = {"system": "System Info", "pref": "User Info"}

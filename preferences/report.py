@@ -17,8 +17,8 @@ from .statistics import Difference, Rate, difference, rate
 from .suite import SECTIONS, Judged, summary
 
 __all__ = [
-    "Bar", "Chart", "Example", "Examples", "Group", "Page", "Row", "branches", "charts", "compare", "document", "draw",
-    "examples", "groups", "leaves", "results", "table", "verdicts", "write_page",
+    "Bar", "Chart", "Curves", "Example", "Examples", "Group", "Page", "Row", "branches", "charts", "compare", "curves",
+    "document", "draw", "examples", "groups", "leaves", "percent", "results", "table", "verdicts", "write_page",
 ]  # fmt: skip
 
 Place = tuple[str, ...]
@@ -62,10 +62,35 @@ _MEANING: dict[Place, str] = {
 }
 
 
+_CURVES: dict[str, dict[str, Place]] = {
+    "Obeyed": {
+        "seen wordings": ("adherence", "seen"),
+        "new combinations": ("adherence", "held_out", "combination"),
+        "new key words": ("adherence", "held_out", "word"),
+        "your own cases": ("adherence", "own"),
+        "two at once": ("combined", "two"),
+        "three at once": ("combined", "three"),
+        "opposites, both": ("steerability",),
+    },
+    "Who wins a conflict": {
+        "System Info": ("conflict", "system"),
+        "User Info": ("conflict", "user"),
+        "neither": ("conflict", "neither"),
+    },
+    "What must not suffer": {
+        "facts": ("facts",),
+        "plain answers": ("plain", "plain"),
+        "what is unknown": ("plain", "unknown"),
+        "consensus": ("opinions", "consensus"),
+    },
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """A rate as reports show it, and that of a second model where there is one."""
 
+    path: Place  # in the tree
     alone: bool  # its group has no other
     group: str
     name: str  # within its group; the group's own where it is alone in the tree
@@ -111,6 +136,16 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """Shares, in per cent, over a number: a line for each label, a point of it for each of `places`."""
+
+    title: str
+    caption: str
+    places: tuple[float, ...]
+    lines: tuple[tuple[str, tuple[Bar, ...]], ...]
+
+
+@dataclass(frozen=True)
 class Example:
     """An answer that missed."""
 
@@ -145,10 +180,11 @@ class Page:
     command: str
     facts: tuple[tuple[str, str], ...]
     groups: tuple[Group, ...]
-    charts: tuple[Chart, ...]
+    charts: tuple[Chart | Curves, ...]
     verdicts: Mapping[str, Sequence[str]]  # families that are worse, better, not distinguishable
     examples: tuple[Examples, ...]
     errors: tuple[Mapping[str, str], ...]
+    grid: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None  # headings and rows, in place of groups
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------
@@ -234,7 +270,8 @@ def groups(tree: Tree, other: Tree | None = None, differences: Mapping[Place, Di
             parted = "by_family" in path or "by_instruction" in path
             group = " ".join(path[:-1]).replace("_", " ") if parted else path[0].replace("_", " ")
             name = path[-1] if parted else " ".join(path[1:] or path).replace("_", " ")
-            row = Row(len(path) == 1, group, name, _meaning(path), one, others.get(path), (differences or {}).get(path))
+            gap = (differences or {}).get(path)
+            row = Row(path, len(path) == 1, group, name, _meaning(path), one, others.get(path), gap)
             found.setdefault(group, []).append(row)
     return [Group(name, tuple(rows)) for name, rows in found.items()]
 
@@ -309,11 +346,27 @@ def _label(row: Row) -> str:
 
 
 def _bars(row: Row) -> tuple[Bar, ...]:
-    shares = [row.rate] + ([row.other] if row.other else [])
-    return tuple(Bar(100 * one.rate, 100 * one.low, 100 * one.high, str(one).strip()) for one in shares)
+    return tuple(map(_bar, [row.rate] + ([row.other] if row.other else [])))
 
 
-def draw(found: Sequence[Chart], title: str, kind: str) -> bytes:
+def _bar(one: Rate) -> Bar:
+    return Bar(100 * one.rate, 100 * one.low, 100 * one.high, str(one).strip())
+
+
+def curves(places: Sequence[float], trees: Sequence[Tree], over: str) -> list[Curves]:
+    """Return what trees of rates, one for each place, show: a chart for each of `_CURVES` of which there are cases."""
+    found = [dict(leaves(tree)) for tree in trees]
+    drawn = []
+    for title, paths in _CURVES.items():
+        shown = {label: path for label, path in paths.items() if path in found[0] and found[0][path].n}
+        lines = tuple((label, tuple(_bar(rates[path]) for rates in found)) for label, path in shown.items())
+        if lines:
+            caption = f"Share of cases, in per cent, with its 95 % interval (Wilson), over {over}."
+            drawn.append(Curves(title, caption, tuple(places), lines))
+    return drawn
+
+
+def draw(found: Sequence[Chart | Curves], title: str, kind: str) -> bytes:
     """Return the charts as a file of matplotlib's, `png` or `svg`.
 
     Raises:
@@ -323,20 +376,41 @@ def draw(found: Sequence[Chart], title: str, kind: str) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    heights = [1.2 + sum(0.12 + 0.2 * len(bars) for _, bars in chart.labels) for chart in found]
+    heights = [
+        4.0 if isinstance(chart, Curves) else 1.2 + sum(0.12 + 0.2 * len(bars) for _, bars in chart.labels)
+        for chart in found
+    ]
     figure = Figure(figsize=(9, sum(heights) + 0.5), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, chart in zip(axes, found, strict=True):
-        _draw_one(axis, chart)
+        _draw_curves(axis, chart) if isinstance(chart, Curves) else _draw_bars(axis, chart)
+        axis.set_title(chart.title, loc="left", parse_math=False)
+        axis.set_xlabel("\n".join(wrap(chart.caption, 80)), parse_math=False, fontsize="small")
+        axis.spines[["top", "right"]].set_visible(False)
     file = BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "metaalign-edge", "svg.fonttype": "none"}):
         figure.savefig(file, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
     return file.getvalue()
 
 
-def _draw_one(axis: Any, chart: Chart) -> None:
-    """Draw one chart; text is text, never a formula."""
+def _draw_curves(axis: Any, chart: Curves) -> None:
+    """Draw lines; their labels are text, never a formula."""
+    aside = 0.008 * (chart.places[-1] - chart.places[0])  # or intervals would lie on one another
+    for number, (label, points) in enumerate(chart.lines):
+        places = [place + aside * (number - (len(chart.lines) - 1) / 2) for place in chart.places]
+        values = [one.value for one in points]
+        reach = [[max(0.0, one.value - one.low) for one in points], [max(0.0, one.high - one.value) for one in points]]
+        axis.errorbar(places, values, yerr=reach, marker="o", markersize=3, capsize=2, linewidth=1.4, label=label)
+    axis.set_ylim(0, 102)
+    axis.set_xticks(chart.places, [f"{place:g}" for place in chart.places])
+    axis.grid(alpha=0.3)
+    for text in axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5)).get_texts():
+        text.set_parse_math(False)
+
+
+def _draw_bars(axis: Any, chart: Chart) -> None:
+    """Draw bars; their labels are text, never a formula."""
     for number, (_, bars) in enumerate(chart.labels):
         height = 0.8 / len(bars)
         for place, bar in enumerate(bars):
@@ -349,9 +423,6 @@ def _draw_one(axis: Any, chart: Chart) -> None:
     axis.set_xlim(chart.low, chart.high)
     axis.set_xticks(chart.ticks)
     axis.axvline(0, color="#222222", linewidth=0.8)
-    axis.set_title(chart.title, loc="left", parse_math=False)
-    axis.set_xlabel("\n".join(wrap(chart.caption, 80)), parse_math=False, fontsize="small")
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 # --- examples and the page --------------------------------------------------------------------------------------------

@@ -225,6 +225,46 @@ def test_a_model_is_compared_with_itself_under_another_template(
     assert "metaalign, native against chatml, wrapped" in text and f"{demo.name} (chatml)" in text
 
 
+def test_strengths_are_compared_with_that_of_one(run: Run, demo: Path, own: Path, tmp_path: Path) -> None:
+    page, chart, answers = tmp_path / "page.html", tmp_path / "chart.svg", tmp_path / "answers.jsonl"
+    asked = ("eval", "--suite", str(own), "-n", "30")
+    outputs = ("--report", str(page), "--chart", str(chart), "--answers", str(answers))
+    result = run(*asked, "--strength", "pref=1,0,1", *outputs, "--json")
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    none, usual = document["strengths"]
+    assert (document["model"], document["tier"], none["strength"], usual["strength"]) == (demo.name, "pref", 0, 1)
+    plain = json.loads(run(*asked, "--json").stdout)
+    assert usual["differences"] == {} and all(usual[name] == plain[name] for name in ("adherence", "facts", "conflict"))
+    gap, own_rates = none["differences"]["adherence"]["own"], [one["adherence"]["own"]["rate"] for one in (none, usual)]
+    assert gap["points"] == pytest.approx(100 * (own_rates[0] - own_rates[1]), abs=0.02) and own_rates[0] < own_rates[1]
+    assert [answers.with_name(f"answers.pref-{one}.jsonl").exists() for one in (0, 1)] == [True, True]
+    text = run(*asked, "--strength", "pref=0,1").stdout
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[0][:3] == [f"{demo.name},", "pref", "strength:"] and lines[2][:4] == ["0", "1", "n", "what"]
+    assert f"{100 * own_rates[0]:.1f} %  {100 * own_rates[1]:.1f} %" in text and "*: p < 0.05" in text
+    assert page.read_text().count("<svg") == 1 and "over the strength of User Info" in page.read_text()
+    assert chart.read_text().count("your own cases") == 1
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (("--strength", "2"), "takes a tier and numbers"),
+    (("--strength", "user=1,2"), "takes a tier and numbers"),
+    (("--strength", "pref="), "takes a tier and numbers"),
+    (("--strength", "pref=1"), "at least two strengths"),
+    (("--strength", "pref=1,1.0"), "at least two strengths"),
+    (("--strength", "pref=1,two"), "takes a number from 0 to"),
+    (("--strength", "system=-1,1"), "takes a number from 0 to"),
+    (("--strength", "system=nan,1"), "takes a number from 0 to"),
+    (("--strength", "pref=1,2", "--against", "x.gguf"), "leave --against out"),
+    (("--strength", "pref=1,2", "--against-template", "plain"), "leave --against out"),
+])  # fmt: skip
+def test_strengths_that_cannot_be_compared_are_refused(
+    arguments: tuple[str, ...], said: str, refuses: Callable[..., str]
+) -> None:
+    assert said in refuses(2, "eval", *arguments)
+
+
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
