@@ -57,8 +57,8 @@ try:
 except SystemExit as end:
     if end.code:
         raise
-from metaalign_edge import part
-print("peak", part("convert").peak_mb(), file=sys.stderr)
+from metaalign_edge import peak_mb
+print("peak", peak_mb(), file=sys.stderr)
 """
 
 

@@ -22,7 +22,7 @@ from .merge import merge
 from .output import check_output
 from .prove import prove_pre_tokenizer
 from .quantize import Options, canonical
-from .writer import Conversion, Plan, peak_mb, plan_checkpoint, plan_gguf, write_gguf, write_plan
+from .writer import Conversion, Plan, plan_checkpoint, plan_gguf, write_gguf, write_plan
 
 OUTTYPES = tuple(_OUTTYPES)
 
@@ -43,7 +43,6 @@ __all__ = [
     "merge",
     "open_adapter",
     "open_checkpoint",
-    "peak_mb",
     "plan_checkpoint",
     "plan_gguf",
     "prove_pre_tokenizer",

@@ -17,6 +17,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.gguf_writer import GGUFWriter
 
+from metaalign_edge import peak_mb
+
 from .architectures import Transform
 from .checkpoint import Checkpoint, Output
 from .container import ALIGNMENT
@@ -30,7 +32,7 @@ from .metadata import read_metadata
 from .output import atomic, check_output, check_space
 from .patch import read_numbers
 from .shards import Array
-from .writer import Conversion, peak_mb
+from .writer import Conversion
 
 INSTEAD = "merge it instead (leave --lora-only out)"
 

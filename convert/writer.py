@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import tempfile
 import time
 from collections import deque
@@ -21,6 +20,8 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
+
+from metaalign_edge import peak_mb
 
 from .architectures import Transform
 from .chat import templates_to_write
@@ -529,18 +530,3 @@ def _not_its_own_source(origin: Path, output: Path) -> None:
     if target == origin or (target.parent == origin and output.exists() and output.suffix != ".gguf"):
         whose = "the source itself" if target == origin else "one of the checkpoint's own files"
         raise CannotWrite(f"{output}: {whose}; name another output")
-
-
-def peak_mb() -> float:
-    """Return the process's highest memory use in MB, 0 where the system does not say."""
-    try:  # Linux: getrusage would include what the parent used before it started this program
-        (line,) = [row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024 / 1e6
-    except (OSError, ValueError):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -550,7 +550,7 @@ def sparse_checkpoint(folder: Path, **changes: Any) -> Path:
 def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
     folder = sparse_checkpoint(tmp_path / "tiny", intermediate_size=600_000)  # three matrices of 77 MB
     script = (
-        "import sys; from pathlib import Path; from metaalign_edge_convert import *\n"
+        "import sys; from pathlib import Path; from metaalign_edge import peak_mb; from metaalign_edge_convert import *\n"
         "plan = plan_checkpoint(open_checkpoint(Path(sys.argv[1])), sys.argv[3], check=False)\n"
         "before = peak_mb(); done = write_plan(plan, Path(sys.argv[2])); print(done.peak_mb - before, plan.memory / 1e6)"
     )

@@ -74,7 +74,9 @@ def test_laps_are_added_up_and_the_rest_is_other() -> None:
 
 def test_verbose_says_where_the_time_went(run: Run) -> None:
     (line,) = (one for one in run("chat", "-v", "What is tea?").stderr.splitlines() if one.startswith("time "))
-    total, *laps = (int(number) for number in re.findall(r"\d+", line))
-    names = re.findall(r"[a-z.]+(?= \d)", line)[1:]
+    spent, memory = line.split("; ")
+    total, *laps = (int(number) for number in re.findall(r"\d+", spent))
+    names = re.findall(r"[a-z.]+(?= \d)", spent)[1:]
     assert names == ["start", "metadata", "llama.cpp", "model", "tokens", "context", "prompt", "answer", "other"]
     assert abs(sum(laps) - total) <= len(laps)
+    assert re.fullmatch(r"memory \d{2,} MB at most", memory)
