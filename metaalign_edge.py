@@ -1165,6 +1165,7 @@ def part(name: str) -> ModuleType:
         module_name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     assert spec and spec.loader
+    sys.modules.setdefault("metaalign_edge", sys.modules[__name__])  # as a script it is __main__
     module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -4112,10 +4113,7 @@ def compare(
                 contextlib.suppress(Interrupted),
             ):
                 show = columns.show if columns else lambda _place, _piece: None
-                jobs = [
-                    Job(one, settings.seed, place, show=functools.partial(show, place))
-                    for place, one in enumerate(dialogs)
-                ]
+                jobs = [Job(one, settings.seed, at, show=functools.partial(show, at)) for at, one in enumerate(dialogs)]
                 for job, answer in session.run(jobs, before):
                     if isinstance(answer, EdgeError):
                         raise answer
@@ -4171,32 +4169,25 @@ def batch(
     settings = replace(strengths.added(sampling.added(loaded.settings())), verbose=talk.verbose)
     file = ModelFile(resolve_model(loaded.model))
     chosen, interrupt, options = choose_template(rendered.template, file), Interrupt(), rendered.options()
-    strict = rendered.strict_tiers
     deciding = replace(settings, seed=settings.seed if sampling.seed is not None else -1).deciding()
     run = digest([__version__, file.identity, chosen.identity, *options, *deciding])[:16]
     unknown: set[str] = set()
     with contextlib.ExitStack() as stack:
         lines, name = stack.enter_context(open_rows(source))
-        ledger = None
-        if output is not None:
-            if source != "-" and output.exists() and output.samefile(source):
-                raise UsageError(f"{output} is the input: name another with -o")
-            ledger = stack.enter_context(Ledger(output, run, force))
+        ledger = stack.enter_context(open_ledger(output, source, run, force))
         work = Batch(read_rows(lines, standing, settings.seed, unknown), ledger, screen, name)
         jobs = work.jobs(WINDOW * parallel)
-        first = next(jobs, None)
-        if first is not None:  # otherwise there is nothing to load a model for
+        if (first := next(jobs, None)) is not None:  # otherwise there is nothing to load a model for
             stack.enter_context(interrupt)
             model = stack.enter_context(Model(file, settings, interrupt))
             explain(model, chosen, settings, screen)
             states = kept_states(no_cache, fills=False)
-            session = stack.enter_context(
-                Parallel(model, chosen, settings, options, interrupt, parallel, states=states)
-            )
+            session = Parallel(model, chosen, settings, options, interrupt, parallel, states=states)
+            stack.enter_context(session)
+            before = functools.partial(warn, session, screen=screen, strict=rendered.strict_tiers)
             tell = stack.enter_context(answers_bar(screen, file.path.name, 0, None))
-            all_jobs = itertools.chain([first], jobs)
             try:
-                for job, answer in session.run(all_jobs, lambda begun: warn(session, begun, screen, strict)):
+                for job, answer in session.run(itertools.chain([first], jobs), before):
                     work.settle(job, answer)
                     tell(1)
             except Interrupted:
@@ -4210,6 +4201,22 @@ def batch(
     screen.note(f"{work.total:,} rows: {work.answered:,} answered, {work.before:,} before, {work.failed:,} failed")
     if work.failed:
         raise EdgeError(f"{work.failed:,} of {work.total:,} rows failed; the others are complete")
+
+
+@contextlib.contextmanager
+def open_ledger(output: Path | None, source: str, run: str, force: bool) -> Iterator[Ledger | None]:
+    """Open what `batch` writes to, if it is a file.
+
+    Raises:
+        UsageError: it is the input, or holds another run's rows. CannotWrite: it cannot be written.
+    """
+    if output is None:
+        yield None
+        return
+    if source != "-" and output.exists() and output.samefile(source):
+        raise UsageError(f"{output} is the input: name another with -o")
+    with Ledger(output, run, force) as ledger:
+        yield ledger
 
 
 @contextlib.contextmanager
@@ -4762,15 +4769,12 @@ def eval_command(
     settings = replace(settings, max_tokens=max_tokens, temperature=temp, seed=seed, verbose=talk.verbose)
     check_outputs(report, chart)
     tier, grid = read_grid(strength) if strength is not None else ("", [])
+    names = [f".{tier}-{one:g}" for one in grid] or ["", ".against"]
     models = [(loaded.model, template, settings)]
     if grid:
         models = [(loaded.model, template, replace(settings, **{f"{tier}_strength": one})) for one in grid]  # type: ignore[arg-type]
-    names = [f".{tier}-{one:g}" for one in grid] or ["", ".against"]
     if against is not None or against_template is not None:
-        if grid:
-            raise UsageError("--strength compares a model with itself: leave --against out")
-        other = template if against_template is None else against_template
-        models.append((loaded.model if against is None else against, other, settings))
+        models.append(rival(models, against, against_template))
     chosen = []
     for name, wanted, how in models:  # before the suite is composed
         file = ModelFile(resolve_model(name))
@@ -4787,6 +4791,20 @@ def eval_command(
     found = findings.Sweep(asked, runs, tier, grid) if grid else findings.Findings(asked, runs)
     write_outputs(found, report, chart)
     screen.json(found.document()) if as_json else screen.write(found.text(rich_table if screen.terminal else aligned))
+
+
+def rival(
+    models: Sequence[tuple[str | None, str, Settings]], against: str | None, template: str | None
+) -> tuple[str | None, str, Settings]:
+    """Return the model, template and settings that the one model is compared with: its own, where nothing else is said.
+
+    Raises:
+        UsageError: there are several, which are compared with each other.
+    """
+    if len(models) > 1:
+        raise UsageError("--strength compares a model with itself: leave --against out")
+    ((model, usual, settings),) = models
+    return model if against is None else against, usual if template is None else template, settings
 
 
 def read_grid(text: str) -> tuple[str, list[float]]:

@@ -313,7 +313,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
 ) -> None:
     row = {"user_info": "Answer in capital letters.", "values": ["case.upper"]}
     topics = "tea bread rain snow wine salt glass paper iron gold silver honey butter cheese milk rice".split()
-    rows = [{**row, "queries": [f"What is {topic}?", f"What else is {topic}?"]} for topic in topics * 6]
+    rows = [{**row, "queries": [f"What is {topic}?", f"What else is {topic}?"]} for topic in topics * 3]
     suite, answers = write_suite(tmp_path / "long.jsonl", *rows), tmp_path / "answers.jsonl"
     arguments = ["-m", str(tiny), "--suite", str(suite), "-n", "100", "--json"]
     status, error = stopped(arguments, answers, number, 5)

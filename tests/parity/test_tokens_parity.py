@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
+import vocabularies
 from conftest import Reference
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -542,3 +543,31 @@ def test_enormous_text_is_refused_or_survived_and_never_a_crash(name: str, refer
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     *tokenised, beyond = done.stdout.split()
     assert set(tokenised) <= {"survived", "refused"} and "survived" in tokenised and beyond == "refused"
+
+
+CHILD = """
+import sys
+from pathlib import Path
+import metaalign_edge as edge
+texts = {"megabyte": " tea" * 262_144, "letter": "a" * 30_000, "spaces": "x" + " " * 100_000 + "x", "lines": "\\n" * 50_000}
+file = edge.ModelFile(Path(sys.argv[1]))
+chat = edge.choose_template("chatml", file)
+with edge.Model(file, edge.Settings(), vocab_only=True) as model:
+    for name, text in texts.items():
+        print(name, flush=True)
+        rendering = edge.render(edge.Dialog(turns=(edge.Turn(text),)), chat)
+        tokens = edge.tokenize(rendering, model.vocabulary, 1 << 20).tokens
+        assert text.strip() in b"".join(token.data for token in tokens if token.tier).decode()
+print("survived")
+"""
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "deepseek-llm", "deepseek-coder", "gpt-2", "spm"])
+def test_a_megabyte_and_a_long_run_of_one_letter_do_not_crash_the_process(pre: str, tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.gguf"
+    if pre == "spm":
+        vocabularies.write_spm(path)
+    else:
+        vocabularies.write_bpe(path, pre)
+    child = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, timeout=120)
+    assert child.stdout.split() == ["megabyte", "letter", "spaces", "lines", "survived"], child.stderr[-500:]
