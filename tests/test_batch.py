@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 TOPICS = "the moon,tea,bread,a bicycle,rain,honey,a volcano,a clock".split(",")
 WISHES = ["@json", "one sentence", "Answer in capital letters.", "Answer as a numbered list."]
@@ -112,6 +114,7 @@ def test_a_mended_row_is_answered_and_no_other_again(run: Run, tmp_path: Path) -
     assert "1 answered, 3 before" in run(*command).stderr and read(out)[3]["id"] == "another"
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_loses_no_row_and_repeats_none(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", rows(120)), tmp_path / "out.jsonl"
     command = [*COMMAND, str(source), "-o", str(out), "--temp", "0", "--parallel", "4", "-t", "1"]
@@ -150,6 +153,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(tmp_path: Path) -> None:
     assert 5 <= len(read(out)) < 400
 
 
+@pytest.mark.slow
 def test_the_rows_of_another_run_are_not_mixed_in(run: Run, tmp_path: Path, fails: Callable[..., str]) -> None:
     source, out = write(tmp_path / "in.jsonl", rows(3)), tmp_path / "out.jsonl"
     command = ("batch", str(source), "-o", str(out))

@@ -15,6 +15,7 @@ from metaalign_edge import Bench, Interrupt, Model, ModelFile, Settings
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.mark.slow
 def test_the_document_is_complete_and_the_chart_is_drawn(run: Run, demo: Path, tmp_path: Path) -> None:
     chart = tmp_path / "bench.svg"
     result = run("bench", "--rounds", "1", "--json", "--chart", str(chart))

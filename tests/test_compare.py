@@ -43,6 +43,7 @@ def test_preferences_join_in_a_column_and_a_pipe_is_the_query(run: Run) -> None:
     assert done.returncode == 0 and "[@json+@caps]\n{" in done.stdout and "[one sentence]\nTea " in done.stdout
 
 
+@pytest.mark.slow
 def test_the_beginning_is_read_once_for_all_columns(run: Run) -> None:
     system = ("--system", "Be kind and patient. " * 10)
     done = run(

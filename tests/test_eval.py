@@ -225,6 +225,7 @@ def test_a_model_is_compared_with_itself_under_another_template(
     assert "metaalign, native against chatml, wrapped" in text and f"{demo.name} (chatml)" in text
 
 
+@pytest.mark.slow
 def test_strengths_are_compared_with_that_of_one(run: Run, demo: Path, own: Path, tmp_path: Path) -> None:
     page, chart, answers = tmp_path / "page.html", tmp_path / "chart.svg", tmp_path / "answers.jsonl"
     asked = ("eval", "--suite", str(own), "-n", "30")
@@ -308,6 +309,7 @@ def stopped(arguments: list[str], answers: Path, number: int, lines: int) -> tup
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_where_it_was(
     number: int, code: int, run: Run, tiny: Path, tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def test_the_table_of_contents_is_the_list_of_the_banners() -> None:
     assert banners == contents and len(banners) > 5
 
 
+@pytest.mark.slow
 def test_every_public_name_has_a_docstring() -> None:
     source = Path(edge.__file__).read_text()
     for node in ast.walk(ast.parse(source)):

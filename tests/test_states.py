@@ -218,6 +218,7 @@ def far(demo: Path, run: Run) -> tuple[str, ...]:
     return ("--temp", "0", "--json", "--system", "Answer kindly and with patience, please. " * 55, "What is tea?")
 
 
+@pytest.mark.slow
 def test_the_command_line_keeps_shows_and_clears(run: Run, far: tuple[str, ...]) -> None:
     first, second = (json.loads(run("chat", *far).stdout) for _ in range(2))
     assert first["cached_tokens"] == 0 and second["cached_tokens"] > 500 and first["response"] == second["response"]
