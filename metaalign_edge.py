@@ -1205,10 +1205,7 @@ def replacing(path: Path, keep: bool = True) -> Iterator[Path]:
         yield path
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):  # what a killed process left
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-            if left.suffix[1:].isdecimal() and left.lstat().st_mtime < time.time() - 3600:
-                left.unlink()
+    sweep(path.parent, f".{glob.escape(path.name)}.*")
     try:
         yield temporary
         if keep:
@@ -1220,6 +1217,14 @@ def replacing(path: Path, keep: bool = True) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what killed processes left of their writing; an hour old, it is nobody's any more."""
+    for left in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            if left.suffix[1:].isdecimal() and left.lstat().st_mtime < time.time() - 3600:
+                left.unlink()
 
 
 STATE_MAGIC = b"MAEKV\x00\x00\x01"  # of a file that holds a state, with the version of its layout
@@ -1303,10 +1308,7 @@ class States:
             total += file.bytes
             if total > self.most:
                 file.path.unlink(missing_ok=True)
-        for path in self.folder.glob(".*"):
-            with contextlib.suppress(OSError):
-                if path.stat().st_mtime < time.time() - 3600:
-                    path.unlink()
+        sweep(self.folder, ".*")
 
     def clear(self) -> int:
         """Remove all states; return how many there were.
@@ -4020,6 +4022,11 @@ def root(version: VersionOption = False) -> None:
     """
 
 
+def gathered(loaded: Loaded, sampling: Sampling, strengths: Strengths, talk: Talk) -> Settings:
+    """Return the settings of a command that answers."""
+    return replace(strengths.added(sampling.added(loaded.settings())), verbose=talk.verbose)
+
+
 @app.command()
 @grouped
 def chat(
@@ -4047,7 +4054,7 @@ def chat(
         metaalign-edge chat -m model.gguf --system "Be brief." --pref "I'm a zookeeper."
     """
     screen, dialog = talk.screen(), meta_prompt.dialog()
-    settings = replace(strengths.added(sampling.added(loaded.settings())), verbose=talk.verbose)
+    settings = gathered(loaded, sampling, strengths, talk)
     asked = read_query(query, no_stdin, repl=not as_json)
     file = ModelFile(resolve_model(loaded.model))
     chosen, interrupt = choose_template(rendered.template, file), Interrupt()
@@ -4092,7 +4099,7 @@ def compare(
     asked = Turn(cast(str, read_query(query, no_stdin, repl=False)))
     infos = ["" if wish == "-" else expand_profile(wish) for wish in wishes]
     dialogs = [Dialog(meta_prompt.system_info(), info, (asked,)) for info in infos]
-    settings = replace(strengths.added(sampling.added(loaded.settings())), verbose=talk.verbose)
+    settings = gathered(loaded, sampling, strengths, talk)
     file = ModelFile(resolve_model(loaded.model))
     chosen, interrupt, options = choose_template(rendered.template, file), Interrupt(), rendered.options()
     answers: list[Answer] = []
@@ -4166,7 +4173,7 @@ def batch(
         echo '{"query": "What is tea?", "pref": "@json"}' | metaalign-edge batch -
     """
     screen, standing = talk.screen(), meta_prompt.dialog()
-    settings = replace(strengths.added(sampling.added(loaded.settings())), verbose=talk.verbose)
+    settings = gathered(loaded, sampling, strengths, talk)
     file = ModelFile(resolve_model(loaded.model))
     chosen, interrupt, options = choose_template(rendered.template, file), Interrupt(), rendered.options()
     deciding = replace(settings, seed=settings.seed if sampling.seed is not None else -1).deciding()
