@@ -1176,18 +1176,47 @@ def part_folder(name: str) -> Path:
     return Path(cast(str, part(name).__file__)).parent
 
 
+def system_folder(kind: Literal["cache", "config", "data"]) -> Path:
+    """Return where this system keeps a program's files of a kind; a user without a home has none that exists."""
+    from platformdirs import PlatformDirs
+
+    folder = Path(getattr(PlatformDirs("metaalign-edge", appauthor=False), f"user_{kind}_dir"))
+    return folder if folder.is_absolute() else Path(os.devnull) / "metaalign-edge"
+
+
 def cache_folder() -> Path:
-    """Return the folder for what can be made again: METAALIGN_EDGE_CACHE, else where this system keeps such things."""
-    if named := os.environ.get("METAALIGN_EDGE_CACHE"):
-        return Path(named)
-    if os.name == "nt":
-        place = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    else:
-        place = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    try:
-        return Path(place).expanduser() / "metaalign-edge"
-    except RuntimeError:  # a user without a home
-        return Path(os.devnull) / "metaalign-edge"
+    """Return the folder for what can be made again: METAALIGN_EDGE_CACHE, else the system's."""
+    return Path(os.environ.get("METAALIGN_EDGE_CACHE") or system_folder("cache"))
+
+
+def config_folder() -> Path:
+    """Return the folder for what the user decides: METAALIGN_EDGE_CONFIG, else the system's."""
+    return Path(os.environ.get("METAALIGN_EDGE_CONFIG") or system_folder("config"))
+
+
+def data_folder() -> Path:
+    """Return the folder for what was said: METAALIGN_EDGE_DATA, else the system's."""
+    return Path(os.environ.get("METAALIGN_EDGE_DATA") or system_folder("data"))
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes of this program wait for; it is named after a file, and lies beside it.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a+b") as file:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]  # released with the file
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager

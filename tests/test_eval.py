@@ -376,16 +376,19 @@ def test_a_home_that_cannot_be_written_costs_the_resumption_and_no_more(
     assert "nothing is kept" in result.stderr
 
 
-def test_the_cache_lies_where_the_system_wants_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_files_lie_where_the_system_wants_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert edge.cache_folder() == tmp_path / "cache"
-    monkeypatch.delenv("METAALIGN_EDGE_CACHE")
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert edge.cache_folder() == tmp_path / "home" / ".cache" / "metaalign-edge"
+    kinds = {"cache": edge.cache_folder, "config": edge.config_folder, "data": edge.data_folder}
+    for kind, folder in kinds.items():
+        monkeypatch.setenv(f"METAALIGN_EDGE_{kind.upper()}", str(tmp_path / "named" / kind))
+        assert folder() == tmp_path / "named" / kind
+        monkeypatch.delenv(f"METAALIGN_EDGE_{kind.upper()}")
+        monkeypatch.delenv(f"XDG_{kind.upper()}_HOME", raising=False)
+    home = tmp_path / "home"
+    places = [home / ".cache", home / ".config", home / ".local" / "share"]
+    assert [folder() for folder in kinds.values()] == [place / "metaalign-edge" for place in places]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert edge.cache_folder() == tmp_path / "xdg" / "metaalign-edge"
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert edge.cache_folder() == tmp_path / "home" / "Library" / "Caches" / "metaalign-edge"
 
 
 def test_progress_is_shown_at_a_terminal(tiny: Path, own: Path) -> None:
