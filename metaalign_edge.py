@@ -1157,9 +1157,8 @@ def marker_words(fragment: TierText) -> set[str]:
 @functools.cache
 def part(name: str) -> ModuleType:
     """Import one of the folders beside this file, as installed or, in a bare checkout, under the same module name."""
-    module_name, folder = f"metaalign_edge_{name}", Path(__file__).resolve().parent / name
-    checkout = folder.with_name("pyproject.toml").is_file() and (folder / "__init__.py").is_file()
-    if not checkout or module_name in sys.modules:
+    module_name, folder = f"metaalign_edge_{name}", checkout_folder(name)
+    if not folder or module_name in sys.modules:
         return importlib.import_module(module_name)
     spec = importlib.util.spec_from_file_location(
         module_name, folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -1171,9 +1170,20 @@ def part(name: str) -> ModuleType:
     return module
 
 
+def checkout_folder(name: str) -> Path | None:
+    """Return a part's folder beside this file; None where the parts are installed."""
+    folder = Path(__file__).resolve().parent / name
+    checkout = folder.with_name("pyproject.toml").is_file() and (folder / "__init__.py").is_file()
+    return folder if checkout else None
+
+
 def part_folder(name: str) -> Path:
-    """Return the folder of a part."""
-    return Path(cast(str, part(name).__file__)).parent
+    """Return the folder of a part, which is not imported for that."""
+    if folder := checkout_folder(name):
+        return folder
+    spec = importlib.util.find_spec(f"metaalign_edge_{name}")
+    assert spec and spec.origin
+    return Path(spec.origin).parent
 
 
 def system_folder(kind: Literal["cache", "config", "data"]) -> Path:
@@ -1517,6 +1527,12 @@ def profile_name(name: str) -> str:
     return bare
 
 
+@functools.cache
+def built_in_profiles() -> dict[str, str]:
+    """Return the profiles that come along: name and text."""
+    return read_toml(part_folder("preferences") / "profiles.toml")
+
+
 def own_profiles() -> list[str]:
     """List the names of the user's own profiles."""
     with contextlib.suppress(OSError):
@@ -1543,7 +1559,7 @@ def profile_text(name: str) -> str:
     """
     text = own_profile(name)
     if text is None:
-        built_in = part("preferences").profiles()
+        built_in = built_in_profiles()
         if name not in built_in:
             alike = nearest(f"@{name}", [f"@{one}" for one in (*own_profiles(), *built_in)], "`pref list` shows all")
             raise NotFound(f"no preference profile @{name}: {alike}")
@@ -1579,7 +1595,7 @@ def store_profile(name: str, text: str, before: str | None) -> None:
         raise UsageError(f"the text of @{name} is empty: say what you prefer")
     with changing(profiles_folder()):
         profiles_folder().mkdir(mode=0o700, exist_ok=True)
-        for other in (*own_profiles(), *part("preferences").profiles()):
+        for other in (*own_profiles(), *built_in_profiles()):
             if other != name and other.casefold() == name.casefold():
                 raise UsageError(f"there is @{other}, which is the same file on some systems: choose another name")
         now = own_profile(name)
@@ -1602,7 +1618,7 @@ def remove_profiles(names: Sequence[str]) -> None:
         for name in names:
             if name in own_profiles():
                 continue
-            if name in part("preferences").profiles():
+            if name in built_in_profiles():
                 raise UsageError(f"@{name} is built in and stays; an own profile of that name would win over it")
             alike = nearest(f"@{name}", [f"@{one}" for one in own_profiles()], "`pref list` shows all")
             raise NotFound(f"no preference profile @{name} of your own: {alike}")
@@ -1652,13 +1668,9 @@ def find_project() -> Project | None:
         path = folder / ".metaalign.toml"
         if os.path.isfile(path):
             owner = path.stat().st_uid
-            return Project(path, read_settings(path, PROJECT_KEYS), None if owner == user_id(owner) else owner)
+            mine = not hasattr(os, "geteuid") or owner == os.geteuid()  # Windows has no such ids
+            return Project(path, read_settings(path, PROJECT_KEYS), None if mine else owner)
     return None
-
-
-def user_id(otherwise: int) -> int:
-    """Return the id of the user this process acts for; something else on systems that have none."""
-    return os.geteuid() if hasattr(os, "geteuid") else otherwise
 
 
 class GGUFArray(NamedTuple):
@@ -4155,10 +4167,9 @@ def standing(known: Mapping[str, Any]) -> dict[str, Setting]:
 def take_settings(context: typer.Context) -> None:
     """Hand a command what stands in files for it; what is wrong with them is said by its options."""
     root, name = cast(Any, context.command), context.invoked_subcommand or ""
-    taken = settable(root.commands[name])
-    for aside in ASIDE.get(name, ()):
-        taken.pop(aside, None)
-    if taken.keys() <= {"quiet", "verbose"} or hasattr(root.commands[name], "commands"):
+    called, aside = root.commands[name], ASIDE.get(name, ())
+    taken = {key: option for key, option in settable(called).items() if key not in aside}
+    if hasattr(called, "commands") or taken.keys() <= {"quiet", "verbose"}:
         return
     try:
         found = standing(settable(root))
@@ -5170,7 +5181,7 @@ def pref_add(
         if not text:
             raise UsageError("no text: give it as an argument, with --file, or pipe it in")
     store_profile(name, text, own_profile(name) if force else None)
-    Screen(quiet).note(f"@{name} is there: use it with --pref @{name}, or always with `pref default {name}`")
+    Screen(quiet).note(f"@{name} is kept: use it with --pref @{name}, or always with `pref default {name}`")
 
 
 @pref.command("list")
@@ -5183,7 +5194,7 @@ def pref_list(context: typer.Context, as_json: JsonOption = False) -> None:
 
         metaalign-edge pref list --json
     """
-    screen, built_in = Screen(), part("preferences").profiles()
+    screen, built_in = Screen(), built_in_profiles()
     own, stands = own_profiles(), standing_profiles(context)
     found: list[dict[str, Any]] = []
     for name in sorted({*own, *built_in}):
@@ -5205,8 +5216,8 @@ def pref_list(context: typer.Context, as_json: JsonOption = False) -> None:
         ]
         for one in found
     ]
-    lay_out = rich_table if screen.terminal else aligned
-    screen.write("\n".join(lay_out(["  profile", "kind", "text"], rows)) + "\n")
+    wide = screen.terminal and shutil.get_terminal_size().columns >= 60  # narrower, a table would cut the names
+    screen.write("\n".join((rich_table if wide else aligned)(["  profile", "kind", "text"], rows)) + "\n")
 
 
 @pref.command("show")
@@ -5218,7 +5229,7 @@ def pref_show(context: typer.Context, name: ProfileArgument, as_json: JsonOption
         metaalign-edge pref show concise
     """
     name, screen = profile_name(name), Screen()
-    text, own, built_in = profile_text(name), name in own_profiles(), name in part("preferences").profiles()
+    text, own, built_in = profile_text(name), name in own_profiles(), name in built_in_profiles()
     kind = {"own": own, "built_in": built_in, "default": name in standing_profiles(context)}
     screen.json({"name": name, "text": text, **kind}) if as_json else screen.write(f"{text}\n")
 
@@ -5287,7 +5298,7 @@ def pref_rm(context: typer.Context, names: ProfilesArgument = None, quiet: Quiet
     if not names:
         raise UsageError("name the profiles to remove: `pref list` shows them")
     bare = list(dict.fromkeys(map(profile_name, names)))
-    gone = set(bare) - part("preferences").profiles().keys()
+    gone = set(bare) - built_in_profiles().keys()
     if lost := gone & set(standing_profiles(context)):
         first = min(lost)
         raise UsageError(f"@{first} stands by default: change that first, with `pref default NAME` or --none")
@@ -5321,11 +5332,10 @@ def pref_default(
         store_setting("pref", [f"@{name}" for name in bare])
     elif none:
         store_setting("pref", None)
-    setting = standing(settable(context.find_root().command)).get("pref")
     if none or names:
-        if setting and setting.origin != str(config_file()):
-            screen.note(f"metaalign-edge: note: here {setting.origin} comes before it")
+        note_nearer(settable_key(context, "pref"), context, screen)
         return
+    setting = standing(settable(context.find_root().command)).get("pref")
     wishes = [] if setting is None else setting()
     if as_json:
         screen.json(wishes)
@@ -5369,15 +5379,13 @@ def in_force(context: typer.Context) -> dict[str, InForce]:
     known = settable(context.find_root().command)
     found = standing(known)
     values: dict[str, InForce] = {}
-    for name, setting in known.items():
-        variable = setting.envvar
-        if variable and os.environ.get(variable):
-            values[name] = InForce(setting.type_cast_value(None, os.environ[variable]), variable)
+    for name, option in known.items():
+        if (given := option.value_from_envvar(context)) is not None:
+            values[name] = InForce(option.type_cast_value(context, given), option.envvar)
         elif name in found:
-            found[name].check()
-            values[name] = InForce(setting.type_cast_value(None, found[name]()), found[name].origin)
+            values[name] = InForce(option.type_cast_value(context, found[name]()), found[name].origin)
         else:
-            values[name] = InForce(setting.default, "built-in")
+            values[name] = InForce(option.default, "built-in")
     return values
 
 
@@ -5392,6 +5400,16 @@ def settable_key(context: typer.Context, key: str) -> Any:
     if name not in known:
         raise UsageError(f"no setting {key!r}: {nearest(name, known, '`config show` lists all')}")
     return known[name]
+
+
+def note_nearer(option: Any, context: typer.Context, screen: Screen) -> None:
+    """Say what comes before the user's file here, if anything does, for a setting that was just changed there."""
+    nearer = option.envvar if option.value_from_envvar(context) is not None else None
+    with contextlib.suppress(EdgeError):  # of another setting, which is not what was asked for
+        found = standing(settable(context.find_root().command)).get(option.name)
+        nearer = nearer or (found and found.origin)
+    if nearer and nearer != str(config_file()):
+        screen.note(f"metaalign-edge: note: here {nearer} comes before it")
 
 
 def written(value: Any) -> str:
@@ -5481,11 +5499,7 @@ def config_set(
         Dialog(text)  # refuses what is not UTF-8
     Setting(taken, value, "config set").check()
     store_setting(taken.name, value)
-    setting = standing(settable(context.find_root().command)).get(taken.name)
-    if variable := (taken.envvar and os.environ.get(taken.envvar) and taken.envvar):
-        Screen(quiet).note(f"metaalign-edge: note: here {variable} comes before it")
-    elif setting and setting.origin != str(config_file()):
-        Screen(quiet).note(f"metaalign-edge: note: here {setting.origin} comes before it")
+    note_nearer(taken, context, Screen(quiet))
 
 
 @config.command("unset")

@@ -98,6 +98,17 @@ def test_comments_links_and_rights_stay(says: Says, file: Path, tmp_path: Path) 
     assert real.read_text() == "# only a comment\nseed = 1\n"
 
 
+def test_one_mistake_keeps_no_other_setting_from_being_seen_or_mended(says: Says, refuses: Refuses, file: Path) -> None:
+    file.write_text('temp = "hot"\nmodel = "/no/such/model.gguf"\npref = "@gone"\n')
+    assert says("config", "set", "seed", "3") == ("", "")
+    assert says("config", "set", "temp", "0.5") == ("", "")
+    assert says("config", "get", "model")[0] == "/no/such/model.gguf\n"
+    assert "@gone" in says("config", "show")[0] and "*" not in says("pref", "list")[0]
+    file.write_text("nonsense = 1\nseed = 2\n")
+    assert says("config", "set", "seed", "3") == ("", "")
+    assert edge.read_toml(file) == {"nonsense": 1, "seed": 3}
+
+
 def test_a_models_path_is_found_from_anywhere(
     says: Says, tiny: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
