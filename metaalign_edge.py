@@ -1417,8 +1417,8 @@ def nearest(word: str, words: Iterable[str], otherwise: str) -> str:
 
     word, spelled = word.casefold(), {one.casefold(): one for one in words}
     found = [one for one in spelled if one.startswith(word[:3]) and (one.startswith(word) or word.startswith(one))]
-    found = found or difflib.get_close_matches(word, spelled, n=2, cutoff=0.65)
-    return f"do you mean {' or '.join(spelled[one] for one in found)}?" if found else otherwise
+    found = found or difflib.get_close_matches(word, spelled, cutoff=0.65)
+    return f"do you mean {' or '.join(spelled[one] for one in found[:2])}?" if found else otherwise
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -1455,8 +1455,8 @@ def read_settings(path: Path, known: Iterable[str]) -> dict[str, Any]:
             raise UsageError(f"{path}: no setting {key!r}: {alike}")
     model = found.get("model")
     if isinstance(model, str):
-        place = path.parent / Path(model).expanduser()
-        if model.startswith((".", "~")) or model.endswith(".gguf") or place.is_file():
+        place = path.parent / os.path.expanduser(model)
+        if model.startswith((".", "~")) or model.endswith(".gguf") or os.path.isfile(place):
             found["model"] = os.path.normpath(place)
     return found
 
@@ -1584,8 +1584,8 @@ def profile_names(wish: str) -> list[str]:
     return wish[1:].split("+@") if re.fullmatch(r"@[\w.-]+(\+@[\w.-]+)*", wish) else []
 
 
-def store_profile(name: str, text: str, before: str | None) -> None:
-    """Write a profile of the user's own in place of the text `before`; None: there should be none yet.
+def store_profile(name: str, text: str, before: str | None = None, force: bool = False) -> None:
+    """Write a profile of the user's own in place of the text `before` (None: there is none yet), or of any by force.
 
     Raises:
         UsageError: the text is empty or not UTF-8, or another one stands there. CannotWrite: it cannot be written.
@@ -1598,8 +1598,7 @@ def store_profile(name: str, text: str, before: str | None) -> None:
         for other in (*own_profiles(), *built_in_profiles()):
             if other != name and other.casefold() == name.casefold():
                 raise UsageError(f"there is @{other}, which is the same file on some systems: choose another name")
-        now = own_profile(name)
-        if now != before:
+        if not force and own_profile(name) != before:
             raise UsageError(
                 f"there is a profile @{name} already: --force replaces it"
                 if before is None
@@ -1636,7 +1635,7 @@ class Project(NamedTuple):
     def is_known(self) -> bool:
         """Tell whether the user has been told what it sets, and it has set that since."""
         with contextlib.suppress(OSError):
-            return self.owner is None and self._memory().read_text() == self._digest()
+            return self.owner is None and self._memory().read_bytes() == self._digest().encode()
         return False
 
     def remember(self) -> None:
@@ -4164,6 +4163,15 @@ def standing(known: Mapping[str, Any]) -> dict[str, Setting]:
     return found
 
 
+def standing_here(context: typer.Context) -> dict[str, Setting]:
+    """Do the same for any command.
+
+    Raises:
+        UsageError, NotFound: as above.
+    """
+    return standing(settable(context.find_root().command))
+
+
 def take_settings(context: typer.Context) -> None:
     """Hand a command what stands in files for it; what is wrong with them is said by its options."""
     root, name = cast(Any, context.command), context.invoked_subcommand or ""
@@ -4202,19 +4210,21 @@ def obey_settings(context: typer.Context, given: dict[str, Any]) -> None:
     if project := next((setting.project for setting in settings if setting.project), None):
         announce(project, screen)
     for setting in settings:
-        screen.detail(f"{setting.option.name} {one_line(setting)}: from {setting.origin}")
+        screen.detail(f"{setting.option.name}: {shortened(setting)} (from {setting.origin})")
+
+
+def shortened(value: object) -> str:
+    """Return the beginning of a text, or of several, in one line."""
+    text = one_line(", ".join(map(str, value)) if isinstance(value, list) else value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def announce(project: Project, screen: Screen) -> None:
     """Say what a project sets, at its first use; of another user's, at every use."""
     if screen.quiet or project.is_known():
         return
-
-    def shown(value: Any) -> str:
-        text = one_line(value)
-        return json.dumps(text if len(text) < 60 else f"{text[:59]}…", ensure_ascii=False)
-
-    sets = ", ".join(f"{key} {shown(value)}" for key, value in project.settings.items())
+    texts = {key: json.dumps(shortened(value), ensure_ascii=False) for key, value in project.settings.items()}
+    sets = ", ".join(f"{key} {text}" for key, text in texts.items())
     whose = "" if project.owner is None else f", another user's file (uid {project.owner}),"
     screen.note(f"metaalign-edge: note: {project.path}{whose} sets {sets} (METAALIGN_EDGE_PROJECT=0 ignores it)")
     project.remember()
@@ -5180,7 +5190,7 @@ def pref_add(
         text = read_stdin()
         if not text:
             raise UsageError("no text: give it as an argument, with --file, or pipe it in")
-    store_profile(name, text, own_profile(name) if force else None)
+    store_profile(name, text, force=force)
     Screen(quiet).note(f"@{name} is kept: use it with --pref @{name}, or always with `pref default {name}`")
 
 
@@ -5201,7 +5211,7 @@ def pref_list(context: typer.Context, as_json: JsonOption = False) -> None:
         try:
             text = profile_text(name)
         except EdgeError as error:
-            screen._say(f"metaalign-edge: warning: {one_line(error)}")
+            screen.note(f"metaalign-edge: warning: {one_line(error)}")
             text = ""
         kind = {"own": name in own, "built_in": name in built_in, "default": name in stands}
         found.append({"name": name, "text": text, **kind})
@@ -5335,7 +5345,7 @@ def pref_default(
     if none or names:
         note_nearer(settable_key(context, "pref"), context, screen)
         return
-    setting = standing(settable(context.find_root().command)).get("pref")
+    setting = standing_here(context).get("pref")
     wishes = [] if setting is None else setting()
     if as_json:
         screen.json(wishes)
@@ -5352,7 +5362,7 @@ def standing_profiles(context: typer.Context) -> list[str]:
     Raises:
         UsageError, NotFound: a file of settings makes no sense.
     """
-    setting = standing(settable(context.find_root().command)).get("pref")
+    setting = standing_here(context).get("pref")
     return [name for wish in setting() for name in profile_names(wish)] if setting else []
 
 
@@ -5406,7 +5416,7 @@ def note_nearer(option: Any, context: typer.Context, screen: Screen) -> None:
     """Say what comes before the user's file here, if anything does, for a setting that was just changed there."""
     nearer = option.envvar if option.value_from_envvar(context) is not None else None
     with contextlib.suppress(EdgeError):  # of another setting, which is not what was asked for
-        found = standing(settable(context.find_root().command)).get(option.name)
+        found = standing_here(context).get(option.name)
         nearer = nearer or (found and found.origin)
     if nearer and nearer != str(config_file()):
         screen.note(f"metaalign-edge: note: here {nearer} comes before it")

@@ -117,7 +117,7 @@ def test_a_models_path_is_found_from_anywhere(
     monkeypatch.chdir(tmp_path)
     assert says("config", "get", "model")[0] == f"{tiny}\n"
     file.write_text(f"model = {json.dumps(os.path.relpath(tiny, file.parent))}\n")
-    assert f"model {tiny}: from" in says("render", "-v", "tea?")[1]
+    assert f"model: {tiny} (from" in says("render", "-v", "tea?")[1]
     file.write_text('model = "user/repo:Q4_K_M"\n')
     assert says("config", "get", "model")[0] == "user/repo:Q4_K_M\n"
 
@@ -202,7 +202,7 @@ def test_set_refuses_what_the_option_would(arguments: tuple[str, ...], said: str
 def test_numbers_may_be_texts_and_flags_have_both_values(says: Says, tiny: Path, file: Path) -> None:
     file.write_text('system = 5\ngpu_layers = 0\npref_strength = 2\nmax_tokens = "2"\nremind = false\nstop = "z"\n')
     out, error = says("chat", "-m", str(tiny), "--json", "-v", "tea?")
-    assert json.loads(out)["system_info"] == "5" and "remind false: from" in error and "User Info 2" in error
+    assert json.loads(out)["system_info"] == "5" and "remind: false (from" in error and "User Info 2" in error
 
 
 def test_what_measures_a_model_leaves_sampling_and_preferences_aside(
@@ -210,17 +210,18 @@ def test_what_measures_a_model_leaves_sampling_and_preferences_aside(
 ) -> None:
     suite = {"query": "What is tea?", "checks": [{"checker": "mentions", "parameters": {"text": "water"}}]}
     (tmp_path / "suite.jsonl").write_text(json.dumps(suite) + "\n")
-    command = ("eval", "-m", str(tiny), "--suite", str(tmp_path / "suite.jsonl"), "-c", "256")
+    command = ("eval", "-m", str(tiny), "--suite", str(tmp_path / "suite.jsonl"), "-c", "256", "-t", "1")
     assert "1 answers, 0 of them given already" in says(*command)[1]
     file.write_text("temp = 1\nseed = 5\nmax_tokens = 3\npref = '@json'\nsystem_strength = 2\nthink = true\n")
     assert "1 answers, 1 of them given already" in says(*command)[1]
     file.write_text('quiet = true\nmodel = "/no/such/model.gguf"\n')
     assert says(*command)[1] == ""
-    template, interrupt = "auto", edge.Interrupt()
-    found = edge.time_calls(edge.ModelFile(tiny), edge.Settings(threads=1), template, "be kind", interrupt)
-    assert min(found[:2]) > 0  # its calls of `chat` know nothing of the damage below
+
+
+def test_what_bench_times_knows_nothing_of_the_users_files(tiny: Path, file: Path) -> None:
     file.write_text("damage\n")
-    edge.time_calls(edge.ModelFile(tiny), edge.Settings(threads=1), template, "be kind", interrupt)
+    times = edge.time_calls(edge.ModelFile(tiny), edge.Settings(threads=1), "auto", "be kind", edge.Interrupt())
+    assert min(times[:2]) > 0
 
 
 def test_a_settings_template_is_not_what_convert_writes(says: Says, checkpoint: Path, file: Path) -> None:

@@ -127,6 +127,8 @@ def test_a_profile_emptied_or_recoded_by_hand_is_named_and_the_others_are_listed
     assert "pref edit void" in refuses(2, "render", "--pref", "@void", "tea?")
     assert "latin.txt is not UTF-8" in refuses(2, "render", "--pref", "@latin", "tea?")
     out, error = says("pref", "list")
+    says("pref", "add", "--force", "-q", "latin", "caf\xe9")
+    assert says("pref", "show", "latin")[0] == "caf\xe9\n"
     assert "@concise" in out and "void.txt is empty" in error and "latin.txt is not UTF-8" in error
 
 
@@ -214,7 +216,7 @@ def test_a_default_applies_to_render_chat_batch_and_the_conversation(
     assert user_info() == both
     out, error = says("chat", "-m", str(tiny), "-n", "1", "--json", "-v", "tea?")
     assert json.loads(out)["user_info"] == both
-    assert f"pref @rome, @concise: from {edge.config_file()}\n" in error
+    assert f"pref: @rome, @concise (from {edge.config_file()})\n" in error
     (tmp_path / "rows.jsonl").write_text('{"query": "tea?"}\n{"query": "tea?", "pref": "@caps"}\n')
     rows = says("batch", "-m", str(tiny), "-n", "1", str(tmp_path / "rows.jsonl"))[0].splitlines()
     assert [json.loads(row)["user_info"] for row in rows] == [both, "Write everything in capital letters."]
@@ -270,7 +272,7 @@ def test_a_prompt_can_name_the_preferences() -> None:
 
 def add_some(start: int) -> None:
     for number in range(start, start + 8):
-        edge.store_profile(f"p{number}", f"text {number}", None)
+        edge.store_profile(f"p{number}", f"text {number}")
         edge.store_setting(edge.PROJECT_KEYS[start // 8], f"{number}")
 
 

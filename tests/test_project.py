@@ -71,8 +71,9 @@ def test_the_first_use_is_announced_in_one_line_and_again_when_it_sets_something
     assert announced() == []
     project.write_text('# a comment\nsystem = "Be kind."\n')
     assert announced() == []
-    project.write_text(f"system = 'two\x1f\\nlines {'x' * 99}'\n".replace("\x1f", ""))
-    assert len(announced()) == 1 and announced() == []
+    project.write_text(f"system = {json.dumps('two' + chr(10) + 'lines ' + 'x' * 99)}\npref = ['@json', 'a']\n")
+    (line,) = announced()
+    assert f'sets system "two lines {"x" * 49}…", pref "@json, a" (' in line and announced() == []
 
 
 def test_another_users_file_is_announced_at_every_use(
