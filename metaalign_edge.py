@@ -5484,7 +5484,9 @@ def config_get(context: typer.Context, key: KeyArgument, as_json: JsonOption = F
 def config_set(
     context: typer.Context,
     key: KeyArgument,
-    values: Annotated[list[str], typer.Argument(metavar="VALUE", help="Several of pref and stop.", show_default=False)],
+    values: Annotated[
+        list[str], typer.Argument(metavar="VALUE...", help="One; of pref and stop, any.", show_default=False)
+    ],
     quiet: QuietOption = False,
 ) -> None:
     """Set what an option is when it is not given. Comments in the file stay.
