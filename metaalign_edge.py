@@ -1167,9 +1167,8 @@ def marker_words(fragment: TierText) -> set[str]:
 @functools.cache
 def part(name: str) -> ModuleType:
     """Import one of the folders beside this file, as installed or, in a bare checkout, under the same module name."""
-    module_name, folder = f"metaalign_edge_{name}", Path(__file__).resolve().parent / name
-    checkout = folder.with_name("pyproject.toml").is_file() and (folder / "__init__.py").is_file()
-    if not checkout or module_name in sys.modules:
+    module_name, folder = f"metaalign_edge_{name}", checkout_folder(name)
+    if not folder or module_name in sys.modules:
         return importlib.import_module(module_name)
     spec = importlib.util.spec_from_file_location(
         module_name, folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -1181,9 +1180,20 @@ def part(name: str) -> ModuleType:
     return module
 
 
+def checkout_folder(name: str) -> Path | None:
+    """Return a part's folder beside this file; None where the parts are installed."""
+    folder = Path(__file__).resolve().parent / name
+    checkout = folder.with_name("pyproject.toml").is_file() and (folder / "__init__.py").is_file()
+    return folder if checkout else None
+
+
 def part_folder(name: str) -> Path:
-    """Return the folder of a part."""
-    return Path(cast(str, part(name).__file__)).parent
+    """Return the folder of a part, which is not imported for that."""
+    if folder := checkout_folder(name):
+        return folder
+    spec = importlib.util.find_spec(f"metaalign_edge_{name}")
+    assert spec and spec.origin
+    return Path(spec.origin).parent
 
 
 def system_folder(kind: Literal["cache", "config", "data"]) -> Path:
@@ -1390,6 +1400,286 @@ def digest(document: Any) -> str:
     import hashlib  # four milliseconds
 
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
+
+
+Value = str | int | float | bool | list[str]  # of a setting in a file
+PROJECT_KEYS = ("system", "pref", "model")  # nothing that runs code or reads another file
+
+
+def config_file() -> Path:
+    """Return the file of the user's settings."""
+    return config_folder() / "config.toml"
+
+
+def profiles_folder() -> Path:
+    """Return the folder of the user's own profiles: a text file each."""
+    return config_folder() / "preferences"
+
+
+def tidy(text: str) -> str:
+    """Return a text without what editors put around it: a byte order mark, carriage returns, empty lines."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").strip()
+
+
+def nearest(word: str, words: Iterable[str], otherwise: str) -> str:
+    """Ask whether one of the words was meant that are most like one that does not exist; else say something else."""
+    import difflib
+
+    word, spelled = word.casefold(), {one.casefold(): one for one in words}
+    found = [one for one in spelled if one.startswith(word[:3]) and (one.startswith(word) or word.startswith(one))]
+    found = found or difflib.get_close_matches(word, spelled, cutoff=0.65)
+    return f"do you mean {' or '.join(spelled[one] for one in found[:2])}?" if found else otherwise
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; one that is not there, or in a folder closed to us, says nothing.
+
+    Raises:
+        UsageError: it is no TOML, or not UTF-8. NotFound: it cannot be read.
+    """
+    if not os.path.isfile(path):  # Path.is_file raises in a closed folder
+        return {}
+    text = read_text(path, "the settings").removeprefix("\ufeff")
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        found: dict[str, Any] = tomllib.loads(text)
+        return found
+    except (ValueError, RecursionError) as error:
+        advice = "mend it (a text stands in quotes), or remove the file"
+        raise UsageError(f"{path} is no TOML: {one_line(error)}: {advice}") from None
+
+
+def read_settings(path: Path, known: Iterable[str]) -> dict[str, Any]:
+    """Read the settings in a file, by key; a model's path is found from where the file lies.
+
+    Raises:
+        UsageError: it has a key that is not known, or is no TOML. NotFound: it cannot be read.
+    """
+    found, known = read_toml(path), list(known)
+    for key in found:
+        if key not in known:
+            alike = nearest(key, known, f"it takes {', '.join(known)}")
+            raise UsageError(f"{path}: no setting {key!r}: {alike}")
+    model = found.get("model")
+    if isinstance(model, str):
+        place = path.parent / os.path.expanduser(model)
+        if model.startswith((".", "~")) or model.endswith(".gguf") or os.path.isfile(place):
+            found["model"] = os.path.normpath(place)
+    return found
+
+
+@contextlib.contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """Hold what the user decides in a file or a folder against other processes, to change it.
+
+    Raises:
+        CannotWrite: it cannot be changed.
+    """
+    try:
+        with locked(path):
+            yield
+    except OSError as error:
+        reason = f"{error.strerror} (METAALIGN_EDGE_CONFIG names another folder)"
+        raise CannotWrite(f"cannot write {error.filename or path}: {reason}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all, where a link at its place leads, and with the rights it had.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = path.resolve()
+    with replacing(path) as part:
+        part.write_bytes(text.encode())
+        if path.exists():
+            shutil.copymode(path, part)
+
+
+def store_setting(key: str, value: Value | None) -> None:
+    """Write a setting to the user's file, or remove it if it is None; comments and all else stay.
+
+    Raises:
+        UsageError: the file is no TOML. NotFound: it cannot be read. CannotWrite: it cannot be written.
+    """
+    import tomlkit  # 50 milliseconds
+
+    path = config_file()
+    with changing(path):
+        document = tomlkit.document()
+        read_toml(path)  # says what is wrong with it, and where
+        if os.path.isfile(path):
+            document = tomlkit.parse(read_text(path, "the settings").removeprefix("\ufeff"))
+        if value is not None:
+            document[key] = value
+        elif key in document:
+            del document[key]
+        else:
+            return
+        write_text(path, tomlkit.dumps(document))
+
+
+def profile_name(name: str) -> str:
+    """Return the name of a profile that is given as `name` or `@name`.
+
+    Raises:
+        UsageError: a file could not have that name on every system.
+    """
+    bare = name.removeprefix("@")
+    if not re.fullmatch(r"\w[\w.-]{,49}", bare):
+        rule = "letters, digits, _ . and -, 50 at most, neither a dot nor a dash first"
+        raise UsageError(f"{name!r} cannot name a profile: {rule}")
+    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", bare, re.IGNORECASE):
+        raise UsageError(f"{name!r} cannot name a profile: Windows keeps that name for a device; choose another")
+    return bare
+
+
+@functools.cache
+def built_in_profiles() -> dict[str, str]:
+    """Return the profiles that come along: name and text."""
+    return read_toml(part_folder("preferences") / "profiles.toml")
+
+
+def own_profiles() -> list[str]:
+    """List the names of the user's own profiles."""
+    with contextlib.suppress(OSError):
+        names = (path.stem for path in profiles_folder().glob("*.txt"))
+        return sorted(name for name in names if re.fullmatch(r"\w[\w.-]*", name))
+    return []
+
+
+def own_profile(name: str) -> str | None:
+    """Return the text of a profile of the user's own; None if there is none.
+
+    Raises:
+        UsageError: it is not UTF-8. NotFound: it cannot be read.
+    """
+    path = profiles_folder() / f"{name}.txt"
+    return tidy(read_text(path, "the profile")) if os.path.isfile(path) else None
+
+
+def profile_text(name: str) -> str:
+    """Return the text of a profile: the user's own, else the built-in one.
+
+    Raises:
+        NotFound: there is none. UsageError: it is empty, or not UTF-8.
+    """
+    text = own_profile(name)
+    if text is None:
+        built_in = built_in_profiles()
+        if name not in built_in:
+            alike = nearest(f"@{name}", [f"@{one}" for one in (*own_profiles(), *built_in)], "`pref list` shows all")
+            raise NotFound(f"no preference profile @{name}: {alike}")
+        text = built_in[name]
+    if not text:
+        raise UsageError(f"the profile {profiles_folder() / name}.txt is empty: fill it with `pref edit {name}`")
+    return text
+
+
+def expand_profile(wish: str) -> str:
+    """Return the text of a profile, `@name`, or of several, `@one+@two`; any other wish as it is.
+
+    Raises:
+        NotFound: there is no such profile. UsageError: it is empty, or not UTF-8.
+    """
+    names = profile_names(wish)
+    return "\n".join(map(profile_text, names)) if names else wish
+
+
+def profile_names(wish: str) -> list[str]:
+    """List the profiles that a wish names, `@one+@two`; none if it is a text."""
+    return wish[1:].split("+@") if re.fullmatch(r"@[\w.-]+(\+@[\w.-]+)*", wish) else []
+
+
+def store_profile(name: str, text: str, before: str | None = None, force: bool = False) -> None:
+    """Write a profile of the user's own in place of the text `before` (None: there is none yet), or of any by force.
+
+    Raises:
+        UsageError: the text is empty or not UTF-8, or another one stands there. CannotWrite: it cannot be written.
+    """
+    text = tidy(Dialog(user_info=text).user_info)
+    if not text:
+        raise UsageError(f"the text of @{name} is empty: say what you prefer")
+    with changing(profiles_folder()):
+        profiles_folder().mkdir(mode=0o700, exist_ok=True)
+        for other in (*own_profiles(), *built_in_profiles()):
+            if other != name and other.casefold() == name.casefold():
+                raise UsageError(f"there is @{other}, which is the same file on some systems: choose another name")
+        if not force and own_profile(name) != before:
+            raise UsageError(
+                f"there is a profile @{name} already: --force replaces it"
+                if before is None
+                else f"another process changed @{name} meanwhile, so it stays as that left it"
+            )
+        write_text(profiles_folder() / f"{name}.txt", text + "\n")
+
+
+def remove_profiles(names: Sequence[str]) -> None:
+    """Remove profiles of the user's own: all of them, or none if one is not there.
+
+    Raises:
+        UsageError: one is built in. NotFound: there is none. CannotWrite: one cannot be removed.
+    """
+    with changing(profiles_folder()):
+        for name in names:
+            if name in own_profiles():
+                continue
+            if name in built_in_profiles():
+                raise UsageError(f"@{name} is built in and stays; an own profile of that name would win over it")
+            alike = nearest(f"@{name}", [f"@{one}" for one in own_profiles()], "`pref list` shows all")
+            raise NotFound(f"no preference profile @{name} of your own: {alike}")
+        for name in names:
+            (profiles_folder() / f"{name}.txt").unlink(missing_ok=True)
+
+
+class Project(NamedTuple):
+    """What the nearest `.metaalign.toml` says, upwards from the working folder."""
+
+    path: Path
+    settings: dict[str, Any]
+    owner: int | None  # the id of another user, whose file it is; None: the user's own
+
+    def is_known(self) -> bool:
+        """Tell whether the user has been told what it sets, and it has set that since."""
+        with contextlib.suppress(OSError):
+            return self.owner is None and self._memory().read_bytes() == self._digest().encode()
+        return False
+
+    def remember(self) -> None:
+        """Remember that the user has been told; where nothing can be written, it is told again."""
+        with contextlib.suppress(OSError):
+            self._memory().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_text(self._memory(), self._digest())
+
+    def _memory(self) -> Path:
+        return data_folder() / "projects" / digest(os.fsencode(self.path).hex())
+
+    def _digest(self) -> str:
+        return digest(repr(self.settings))
+
+
+def find_project() -> Project | None:
+    """Find the project that the working folder lies in; METAALIGN_EDGE_PROJECT=0 finds none.
+
+    Raises:
+        UsageError: its file has a key that means nothing, or is no TOML. NotFound: it cannot be read.
+    """
+    if os.environ.get("METAALIGN_EDGE_PROJECT") == "0":
+        return None
+    try:
+        here = Path.cwd()
+    except OSError:  # the working folder has been removed
+        return None
+    for folder in (here, *here.parents):
+        path = folder / ".metaalign.toml"
+        if os.path.isfile(path):
+            owner = path.stat().st_uid
+            mine = not hasattr(os, "geteuid") or owner == os.geteuid()  # Windows has no such ids
+            return Project(path, read_settings(path, PROJECT_KEYS), None if mine else owner)
+    return None
 
 
 class GGUFArray(NamedTuple):
@@ -3783,6 +4073,7 @@ def time_calls(
     with tempfile.TemporaryDirectory(prefix="metaalign-edge-") as folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("METAALIGN_EDGE_")}
         environment |= {"METAALIGN_EDGE_CACHE": folder, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment |= {"METAALIGN_EDGE_CONFIG": folder, "METAALIGN_EDGE_PROJECT": "0"}  # nothing of the user's
         for _ in range(2):
             interrupt.check()
             started = time.perf_counter()
@@ -3817,7 +4108,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command take groups of options, NamedTuples, where Typer sees every option of theirs."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {}
-    seen: list[inspect.Parameter] = []
+    seen = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for name, parameter in inspect.signature(command).parameters.items():
         if not hasattr(hints[name], "_fields"):
             seen.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
@@ -3830,13 +4121,174 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         ]
 
     @functools.wraps(command)
-    def spread(**given: Any) -> None:
+    def spread(context: typer.Context, **given: Any) -> None:
+        obey_settings(context, given)
         built = {name: group(*(given.pop(field) for field in group._fields)) for name, group in groups.items()}
         command(**given, **built)
 
     spread.__signature__ = inspect.Signature(seen)  # type: ignore[attr-defined]
     spread.__annotations__ = {parameter.name: parameter.annotation for parameter in seen}
     return spread
+
+
+# What stands in files reaches a command through Click's `default_map`: after a flag and a variable, and before what is
+# built in. A setting is named like the option.
+
+ALSO_SETTINGS = ("pref", "stop", "strict_tiers", "remind", "think", "stream", "quiet", "verbose")  # without a variable
+ASIDE: Mapping[str, tuple[str, ...]] = {  # settings that a command leaves aside
+    "compare": ("pref",),  # its columns are those that are asked for
+    "eval": ("max_tokens", "temp", "seed", "remind", "think", "system_strength", "pref_strength"),  # it measures
+}
+REPLACED_BY = {"system": ("system_file",), "pref": ("pref_file", "no_pref")}  # flags of another name
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value of a file, as Click's default_map takes it: looked at when its option is not given."""
+
+    option: Any  # Click's
+    value: Any
+    origin: str  # the file, or the variable
+    project: Project | None = None
+
+    def __call__(self) -> Any:
+        """Return the value as a command line would give it.
+
+        Raises:
+            UsageError: the option does not take it.
+        """
+        flag, several = self.option.is_flag, self.option.multiple
+        parts = self.value if several and isinstance(self.value, list) else [self.value]
+        for part in parts:
+            if not isinstance(part, bool if flag else str | int | float) or (isinstance(part, bool) and not flag):
+                kind = "true or false" if flag else "a text or a number" + (", or a list of them" if several else "")
+                raise self._refusal(UsageError, f"it takes {kind}, not {part!r}")
+        given = [part if flag else str(part) for part in parts]
+        try:
+            self.option.type_cast_value(None, given if several else given[0])
+        except typer.BadParameter as error:
+            raise self._refusal(UsageError, error.message) from None
+        return given if several else given[0]
+
+    def __str__(self) -> str:
+        """Return the value for people."""
+        parts = self.value if isinstance(self.value, list) else [self.value]
+        return ", ".join(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)
+
+    def check(self) -> None:
+        """Make sure of what an option's type does not know.
+
+        Raises:
+            UsageError: no such strength or layers, an empty preference. NotFound: no such profile or file.
+        """
+        given, name = self(), self.option.name
+        try:
+            if name == "gpu_layers":
+                checked_gpu_layers(given)
+            elif name in ("system_strength", "pref_strength") and given != "auto":
+                checked_strength(self.option.opts[0], given)
+            elif name == "pref":
+                MetaPrompt(pref=given).dialog()
+            elif name == "model" and os.path.isabs(given):
+                resolve_model(given)
+        except (UsageError, NotFound) as error:
+            raise self._refusal(type(error), error) from None
+
+    def _refusal(self, kind: type[EdgeError], reason: object) -> EdgeError:
+        return kind(f"{self.origin}: {self.option.name}: {reason}")
+
+
+def settable(command: Any) -> dict[str, Any]:
+    """Return the options of a command, or of all commands of a group, that a file may set, by name."""
+    found: dict[str, Any] = {}
+    for one in getattr(command, "commands", {"": command}).values():
+        for option in one.params:
+            if getattr(option, "envvar", None) or option.name in ALSO_SETTINGS:
+                found.setdefault(option.name, option)
+    return found
+
+
+def standing(known: Mapping[str, Any]) -> dict[str, Setting]:
+    """Return what stands in files, by name: the user's, then the project's, then the environment's preference.
+
+    Raises:
+        UsageError, NotFound: a file is damaged, or has a key that means nothing.
+    """
+    path = config_file()
+    found = {key: Setting(known[key], value, str(path)) for key, value in read_settings(path, known).items()}
+    if project := find_project():
+        for key, value in project.settings.items():
+            found[key] = Setting(known[key], value, str(project.path), project)
+    if pref := os.environ.get("METAALIGN_EDGE_PREF"):  # Click would split it at its spaces
+        found["pref"] = Setting(known["pref"], pref, "METAALIGN_EDGE_PREF")
+    return found
+
+
+def standing_here(context: typer.Context) -> dict[str, Setting]:
+    """Do the same for any command.
+
+    Raises:
+        UsageError, NotFound: as above.
+    """
+    return standing(settable(context.find_root().command))
+
+
+def take_settings(context: typer.Context) -> None:
+    """Hand a command what stands in files for it; what is wrong with them is said by its options."""
+    root, name = cast(Any, context.command), context.invoked_subcommand or ""
+    called, aside = root.commands[name], ASIDE.get(name, ())
+    taken = {key: option for key, option in settable(called).items() if key not in aside}
+    if hasattr(called, "commands") or taken.keys() <= {"quiet", "verbose"}:
+        return
+    try:
+        found = standing(settable(root))
+        defaults: dict[str, Any] = {key: replace(found[key], option=taken[key]) for key in found if key in taken}
+    except EdgeError as error:
+        damage = error  # raised only now, so that --help helps
+
+        def complain() -> None:
+            raise damage
+
+        defaults = dict.fromkeys(taken, complain)
+    context.default_map = {name: defaults}
+
+
+def obey_settings(context: typer.Context, given: dict[str, Any]) -> None:
+    """Drop what a flag of another name replaces, check what is in force of the files, and say where it comes from.
+
+    Raises:
+        UsageError, NotFound: something in force makes no sense.
+    """
+    source = {name: getattr(context.get_parameter_source(name), "name", "") for name in given}
+    for name, flags in REPLACED_BY.items():
+        if source.get(name) != "COMMANDLINE" and any(given.get(flag) for flag in flags):
+            given[name], source[name] = None, ""
+    defaults = context.default_map or {}
+    settings = [defaults[name] for name in given if source[name] == "DEFAULT_MAP"]
+    screen = Screen(given.get("quiet", False), given.get("verbose", False))
+    for setting in settings:
+        setting.check()
+    if project := next((setting.project for setting in settings if setting.project), None):
+        announce(project, screen)
+    for setting in settings:
+        screen.detail(f"{setting.option.name}: {shortened(setting)} (from {setting.origin})")
+
+
+def shortened(value: object) -> str:
+    """Return the beginning of a text, or of several, in one line."""
+    text = one_line(", ".join(map(str, value)) if isinstance(value, list) else value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def announce(project: Project, screen: Screen) -> None:
+    """Say what a project sets, at its first use; of another user's, at every use."""
+    if screen.quiet or project.is_known():
+        return
+    texts = {key: json.dumps(shortened(value), ensure_ascii=False) for key, value in project.settings.items()}
+    sets = ", ".join(f"{key} {text}" for key, text in texts.items())
+    whose = "" if project.owner is None else f", another user's file (uid {project.owner}),"
+    screen.note(f"metaalign-edge: note: {project.path}{whose} sets {sets} (METAALIGN_EDGE_PROJECT=0 ignores it)")
+    project.remember()
 
 
 OPEN = contextlib.ExitStack()  # what a call holds to its end
@@ -3858,6 +4310,7 @@ PrefOption = Annotated[
     list[str] | None, option("--pref", help="User Info: a text, or @concise and the like. Repeat to add.", panel=DIALOG)
 ]
 PrefFileOption = Annotated[Path | None, option("--pref-file", help="Read User Info from a file.", panel=DIALOG)]
+NoPrefOption = Annotated[bool, option("--no-pref", help="Ignore the preferences that stand.", panel=DIALOG)]
 TemplateOption = Annotated[
     str, option("--template", help="auto, a shipped name, or a Jinja file.", panel=DIALOG, env="TEMPLATE")
 ]
@@ -3973,6 +4426,7 @@ class MetaPrompt(NamedTuple):
     system_file: SystemFileOption = None
     pref: PrefOption = None
     pref_file: PrefFileOption = None
+    no_pref: NoPrefOption = False
 
     def system_info(self) -> str:
         """Return System Info.
@@ -3987,7 +4441,7 @@ class MetaPrompt(NamedTuple):
         return self.system or ""
 
     def wishes(self) -> list[str]:
-        """Return the preferences as they are given; the environment's if there is no other.
+        """Return the preferences as they are given.
 
         Raises:
             UsageError: one is empty. NotFound: the file is not there.
@@ -3995,11 +4449,13 @@ class MetaPrompt(NamedTuple):
         wishes = list(self.pref or [])
         if self.pref_file is not None:
             wishes.append(read_text(self.pref_file, "--pref-file").removesuffix("\n"))
-        if not wishes and (standing := os.environ.get("METAALIGN_EDGE_PREF")):
-            wishes = [standing]
         if any(not wish.strip() for wish in wishes):
             raise UsageError("the preference is empty: say what you prefer, or leave --pref out")
         return wishes
+
+    def label(self) -> str:
+        """Return a short name of the preferences: `@concise+@json`, `(text)`; an empty string if there is none."""
+        return "+".join(wish if profile_names(wish) else "(text)" for wish in self.wishes())
 
     def dialog(self) -> Dialog:
         """Return a dialog without turns, the preferences joined.
@@ -4104,13 +4560,14 @@ class Talk(NamedTuple):
 
 
 @app.callback(epilog="metaalign-edge COMMAND --help shows a command's options and examples.")
-def root(version: VersionOption = False) -> None:
+def root(context: typer.Context, version: VersionOption = False) -> None:
     """One local model that follows any preference at inference time.
 
     System Info says what the provider wants, User Info (--pref) who you are and what you prefer.
 
     When the two conflict, System Info wins. Everything runs on this machine, offline.
     """
+    take_settings(context)
 
 
 def gathered(loaded: Loaded, sampling: Sampling, strengths: Strengths, talk: Talk) -> Settings:
@@ -4755,6 +5212,420 @@ def cache_clear(quiet: QuietOption = False) -> None:
     Screen(quiet).note(f"{States().clear()} states removed")
 
 
+pref = typer.Typer(no_args_is_help=True, help="Preferences with a name, and the ones that stand.")
+app.add_typer(pref, name="pref")
+
+ProfileArgument = Annotated[str, typer.Argument(metavar="NAME", help="A profile: brief or @brief.", show_default=False)]
+ProfilesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME]...", help="Profiles: brief or @brief.", show_default=False)
+]
+
+
+@pref.command("add")
+def pref_add(
+    name: ProfileArgument,
+    text: Annotated[
+        str | None, typer.Argument(metavar="TEXT", help="What you prefer. Default: stdin.", show_default=False)
+    ] = None,
+    file: Annotated[Path | None, option("--file", help="Read the text from a file.")] = None,
+    force: Annotated[bool, option("--force", help="Replace a profile that exists.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Give a preference a name: from then on it is `--pref @NAME`.
+
+    Examples:
+
+        metaalign-edge pref add brief "Answer in two sentences at most."
+
+        metaalign-edge pref add --file about-me.txt me
+
+        fortune | metaalign-edge pref add --force mood
+    """
+    name = profile_name(name)
+    if text is not None and file is not None:
+        raise UsageError("TEXT and --file both say what you prefer: choose one")
+    if file is not None:
+        text = read_text(file, "--file")
+    elif text is None:
+        text = read_stdin()
+        if not text:
+            raise UsageError("no text: give it as an argument, with --file, or pipe it in")
+    store_profile(name, text, force=force)
+    Screen(quiet).note(f"@{name} is kept: use it with --pref @{name}, or always with `pref default {name}`")
+
+
+@pref.command("list")
+def pref_list(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List the profiles: your own, the built-in ones, and with a * those that stand.
+
+    Examples:
+
+        metaalign-edge pref list
+
+        metaalign-edge pref list --json
+    """
+    screen, built_in = Screen(), built_in_profiles()
+    own, stands = own_profiles(), standing_profiles(context)
+    found: list[dict[str, Any]] = []
+    for name in sorted({*own, *built_in}):
+        try:
+            text = profile_text(name)
+        except EdgeError as error:
+            screen.note(f"metaalign-edge: warning: {one_line(error)}")
+            text = ""
+        kind = {"own": name in own, "built_in": name in built_in, "default": name in stands}
+        found.append({"name": name, "text": text, **kind})
+    if as_json:
+        screen.json(found)
+        return
+    rows = [
+        [
+            f"{'*' if one['default'] else ' '} @{one['name']}",
+            "built-in" if not one["own"] else "own, wins" if one["built_in"] else "own",
+            one_line(one["text"]) if one["text"] else "",
+        ]
+        for one in found
+    ]
+    wide = screen.terminal and shutil.get_terminal_size().columns >= 60  # narrower, a table would cut the names
+    screen.write("\n".join((rich_table if wide else aligned)(["  profile", "kind", "text"], rows)) + "\n")
+
+
+@pref.command("show")
+def pref_show(context: typer.Context, name: ProfileArgument, as_json: JsonOption = False) -> None:
+    """Print the text of a profile.
+
+    Examples:
+
+        metaalign-edge pref show concise
+    """
+    name, screen = profile_name(name), Screen()
+    text, own, built_in = profile_text(name), name in own_profiles(), name in built_in_profiles()
+    kind = {"own": own, "built_in": built_in, "default": name in standing_profiles(context)}
+    screen.json({"name": name, "text": text, **kind}) if as_json else screen.write(f"{text}\n")
+
+
+@pref.command("edit")
+def pref_edit(name: ProfileArgument, quiet: QuietOption = False) -> None:
+    """Edit a profile in $VISUAL or $EDITOR; a built-in one becomes one of your own, which wins.
+
+    A text that is unchanged or empty leaves all as it was.
+
+    Examples:
+
+        EDITOR=nano metaalign-edge pref edit brief
+    """
+    name, screen = profile_name(name), Screen(quiet)
+    before = own_profile(name)
+    old = profile_text(name) if before is None else before
+    with edited(old, f"{name}.txt") as text:
+        if text in ("", old):
+            screen.note(f"@{name} stays as it was: the text is {'empty' if not text else 'unchanged'}")
+            return
+        store_profile(name, text, before)
+    screen.note(f"@{name} is changed")
+
+
+@contextlib.contextmanager
+def edited(text: str, name: str) -> Iterator[str]:
+    """Let the user edit a text in a file of a name; yield what became of it. If that fails, the file stays.
+
+    Raises:
+        UsageError: no editor can be started, or it leaves something that is not UTF-8. EdgeError: the editor failed.
+    """
+    import shlex
+    import subprocess
+    import tempfile
+
+    windows = os.name == "nt"
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
+    if not editor and not (sys.stdin and sys.stdin.isatty()):
+        raise UsageError("no terminal for an editor: set VISUAL or EDITOR, or use `pref add --force`")
+    editor = editor or ("notepad" if windows else "vi")
+    draft = Path(tempfile.mkdtemp(prefix="metaalign-edge-")) / name
+    try:
+        draft.write_bytes(f"{text}\n".encode())
+        status = subprocess.run([*shlex.split(editor, posix=not windows), str(draft)]).returncode
+    except (OSError, ValueError) as error:
+        shutil.rmtree(draft.parent, ignore_errors=True)
+        raise UsageError(f"cannot start the editor {editor!r}: {one_line(error)}: set VISUAL or EDITOR") from None
+    try:
+        if status:
+            raise EdgeError(f"the editor {editor!r} ended with {status}, so nothing is changed")
+        yield tidy(read_text(draft, "the draft"))
+    except EdgeError as error:
+        raise type(error)(f"{error}; what you wrote is in {draft}") from None
+    shutil.rmtree(draft.parent, ignore_errors=True)
+
+
+@pref.command("rm")
+def pref_rm(context: typer.Context, names: ProfilesArgument = None, quiet: QuietOption = False) -> None:
+    """Remove profiles of your own.
+
+    Examples:
+
+        metaalign-edge pref rm brief mood
+    """
+    if not names:
+        raise UsageError("name the profiles to remove: `pref list` shows them")
+    bare = list(dict.fromkeys(map(profile_name, names)))
+    gone = set(bare) - built_in_profiles().keys()
+    if lost := gone & set(standing_profiles(context)):
+        first = min(lost)
+        raise UsageError(f"@{first} stands by default: change that first, with `pref default NAME` or --none")
+    remove_profiles(bare)
+    Screen(quiet).note(f"{', '.join(f'@{name}' for name in bare)} removed")
+
+
+@pref.command("default")
+def pref_default(
+    context: typer.Context,
+    names: ProfilesArgument = None,
+    none: Annotated[bool, option("--none", help="Let no preference stand.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Say which profiles apply to every chat, batch and render, joined in this order; without a name, show them.
+
+    Examples:
+
+        metaalign-edge pref default brief metric
+
+        metaalign-edge pref default --none
+    """
+    screen = Screen(quiet)
+    if none and names:
+        raise UsageError("--none and a name contradict each other: choose one")
+    if names:
+        bare = [profile_name(name) for name in names]
+        for name in bare:
+            profile_text(name)
+        store_setting("pref", [f"@{name}" for name in bare])
+    elif none:
+        store_setting("pref", None)
+    if none or names:
+        note_nearer(settable_key(context, "pref"), context, screen)
+        return
+    setting = standing_here(context).get("pref")
+    wishes = [] if setting is None else setting()
+    if as_json:
+        screen.json(wishes)
+    elif wishes:
+        screen.write("".join(f"{wish}\n" for wish in wishes))
+        screen.note(f"from {cast(Setting, setting).origin}")
+    else:
+        screen.note("no preference stands: `pref default NAME` sets one")
+
+
+def standing_profiles(context: typer.Context) -> list[str]:
+    """List the profiles that stand here, by name.
+
+    Raises:
+        UsageError, NotFound: a file of settings makes no sense.
+    """
+    setting = standing_here(context).get("pref")
+    return [name for wish in setting() for name in profile_names(wish)] if setting else []
+
+
+config = typer.Typer(no_args_is_help=True, help="What the options are when they are not given.")
+app.add_typer(config, name="config")
+KeyArgument = Annotated[
+    str, typer.Argument(metavar="KEY", help="An option's name: max_tokens for --max-tokens.", show_default=False)
+]
+
+
+class InForce(NamedTuple):
+    """The value of a setting, and what gave it."""
+
+    value: Any  # None: the model, or the machine, decides
+    origin: str
+
+
+def in_force(context: typer.Context) -> dict[str, InForce]:
+    """Return every setting as it is in force here for a command without flags.
+
+    Raises:
+        UsageError, NotFound: a file of settings makes no sense.
+    """
+    known = settable(context.find_root().command)
+    found = standing(known)
+    values: dict[str, InForce] = {}
+    for name, option in known.items():
+        if (given := option.value_from_envvar(context)) is not None:
+            values[name] = InForce(option.type_cast_value(context, given), option.envvar)
+        elif name in found:
+            values[name] = InForce(option.type_cast_value(context, found[name]()), found[name].origin)
+        else:
+            values[name] = InForce(option.default, "built-in")
+    return values
+
+
+def settable_key(context: typer.Context, key: str) -> Any:
+    """Return the option that a setting is named after.
+
+    Raises:
+        UsageError: there is none.
+    """
+    known = settable(context.find_root().command)
+    name = key.removeprefix("--").replace("-", "_")
+    if name not in known:
+        raise UsageError(f"no setting {key!r}: {nearest(name, known, '`config show` lists all')}")
+    return known[name]
+
+
+def note_nearer(option: Any, context: typer.Context, screen: Screen) -> None:
+    """Say what comes before the user's file here, if anything does, for a setting that was just changed there."""
+    nearer = option.envvar if option.value_from_envvar(context) is not None else None
+    with contextlib.suppress(EdgeError):  # of another setting, which is not what was asked for
+        found = standing_here(context).get(option.name)
+        nearer = nearer or (found and found.origin)
+    if nearer and nearer != str(config_file()):
+        screen.note(f"metaalign-edge: note: here {nearer} comes before it")
+
+
+def written(value: Any) -> str:
+    """Return a setting's value for people and scripts: a line for each text."""
+    lines = value if isinstance(value, list | tuple) else [value]
+    return "\n".join(str(line).lower() if isinstance(line, bool) else str(line) for line in lines if line is not None)
+
+
+@config.command("show")
+def config_show(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List every setting: its value in force here, and what gives it.
+
+    Examples:
+
+        metaalign-edge config show
+
+        metaalign-edge config show --json
+    """
+    screen, values = Screen(), in_force(context)
+    if as_json:
+        screen.json({key: one._asdict() for key, one in values.items()})
+        return
+    rows = [
+        [key, one_line(written(one.value)) if written(one.value) else "-", one.origin] for key, one in values.items()
+    ]
+    widths = [max(len(row[place]) for row in rows) for place in (0, 1)]
+    screen.write(
+        "".join(f"{key:<{widths[0]}}  {value:<{min(widths[1], 40)}}  {origin}\n" for key, value, origin in rows)
+    )
+
+
+@config.command("path")
+def config_path() -> None:
+    """Print where the settings lie: a TOML file, which need not be there.
+
+    Examples:
+
+        $EDITOR "$(metaalign-edge config path)"
+    """
+    Screen().write(f"{config_file()}\n")
+
+
+@config.command("get")
+def config_get(context: typer.Context, key: KeyArgument, as_json: JsonOption = False) -> None:
+    """Print the value of a setting that is in force here; of several texts, a line each.
+
+    Examples:
+
+        metaalign-edge config get model
+    """
+    name, screen = settable_key(context, key).name, Screen()
+    value = in_force(context)[name].value
+    if as_json:
+        screen.json(value)
+    elif value is None:
+        raise NotFound(f"{name} is not set: set it with `config set {name} VALUE`")
+    else:
+        screen.write(f"{written(value)}\n")
+
+
+@config.command("set")
+def config_set(
+    context: typer.Context,
+    key: KeyArgument,
+    values: Annotated[
+        list[str], typer.Argument(metavar="VALUE...", help="One; of pref and stop, any.", show_default=False)
+    ],
+    quiet: QuietOption = False,
+) -> None:
+    """Set what an option is when it is not given. Comments in the file stay.
+
+    Examples:
+
+        metaalign-edge config set max_tokens 300
+
+        metaalign-edge config set pref @concise "I live in Rome."
+    """
+    taken = settable_key(context, key)
+    if len(values) > 1 and not taken.multiple:
+        raise UsageError(f"{taken.name} takes one value, not {len(values)}: put a text in quotes")
+    try:
+        found = taken.type_cast_value(None, values if taken.multiple else values[0])
+    except typer.BadParameter as error:
+        raise UsageError(f"{taken.name}: {error.message}") from None
+    value = list(found) if taken.multiple else found
+    if taken.name == "model" and (place := Path(values[0]).expanduser()).is_file():
+        value = os.path.abspath(place)  # whatever the working folder will be
+    for text in values:
+        Dialog(text)  # refuses what is not UTF-8
+    Setting(taken, value, "config set").check()
+    store_setting(taken.name, value)
+    note_nearer(taken, context, Screen(quiet))
+
+
+@config.command("unset")
+def config_unset(context: typer.Context, key: KeyArgument) -> None:
+    """Remove a setting, also one that means nothing.
+
+    Examples:
+
+        metaalign-edge config unset max_tokens
+    """
+    name = key if key in read_toml(config_file()) else settable_key(context, key).name
+    store_setting(name, None)
+
+
+@app.command()
+def paths(as_json: JsonOption = False) -> None:
+    """Print where everything lies, one a line, and how large the caches are.
+
+    Examples:
+
+        metaalign-edge paths
+
+        metaalign-edge paths --json
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    screen, project = Screen(), find_project()
+    places = {
+        "settings": config_file(),
+        "profiles": profiles_folder(),
+        "project": project and project.path,
+        "states": cache_folder() / "states",
+        "answers": cache_folder() / "answers",
+        "data": data_folder(),
+        "hub": Path(HF_HUB_CACHE),
+    }
+    sizes = {name: folder_bytes(cast(Path, places[name])) for name in ("states", "answers")}
+    if as_json:
+        screen.json({name: {"path": path and str(path), "bytes": sizes.get(name)} for name, path in places.items()})
+        return
+    for name, path in places.items():
+        size = f"  ({sizes[name] / 1e6:,.1f} MB)" if name in sizes else ""
+        screen.write(f"{name:<10}{path or '-'}{size}\n")
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in a folder; 0 if there is none."""
+    sizes = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            sizes += path.stat().st_size if path.is_file() else 0
+    return sizes
+
+
 SuiteOption = Annotated[
     str, option("--suite", help="builtin, ifeval, or a file: a suite of your own or IFEval's rows.")
 ]
@@ -4918,22 +5789,27 @@ def read_grid(text: str) -> tuple[str, list[float]]:
     return tier, found
 
 
-def expand_profile(wish: str) -> str:
-    """Return the text of a profile, `@name`, or of several, `@one+@two`; any other wish as it is.
+STDIN_LIMIT = 1 << 23  # bytes; no context holds more, and /dev/zero never ends
+
+
+def read_stdin() -> str:
+    """Read what is piped in, without its final newline; nothing at a terminal.
 
     Raises:
-        NotFound: there is no such profile.
+        UsageError: stdin is not text. ContextOverflow: there is no end to it.
     """
-    if not re.fullmatch(r"@[\w.-]+(\+@[\w.-]+)*", wish):
-        return wish
-    known = part("preferences").profiles()
-    for name in (names := wish[1:].split("+@")):
-        if name not in known:
-            raise NotFound(f"no preference profile @{name}: there are {', '.join(f'@{one}' for one in known)}")
-    return "\n".join(known[name] for name in names)
-
-
-STDIN_LIMIT = 1 << 23  # bytes; no context holds more, and /dev/zero never ends
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    try:
+        data = sys.stdin.buffer.read(STDIN_LIMIT + 1)
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin is not UTF-8 text (byte {error.start}): pipe text, or use --no-stdin") from None
+    except OSError as error:
+        raise UsageError(f"cannot read stdin ({error.strerror}): pipe text, or use --no-stdin") from None
+    if len(data) > STDIN_LIMIT:
+        raise ContextOverflow(f"stdin has more than {STDIN_LIMIT:,} bytes: no context holds that")
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def read_query(argument: str | None, no_stdin: bool, repl: bool) -> str | None:
@@ -4942,19 +5818,8 @@ def read_query(argument: str | None, no_stdin: bool, repl: bool) -> str | None:
     Raises:
         UsageError: there is no query, or stdin is not text.
     """
-    piped = ""
     terminal = sys.stdin is not None and sys.stdin.isatty()
-    if sys.stdin is not None and not terminal and not no_stdin:
-        try:
-            data = sys.stdin.buffer.read(STDIN_LIMIT + 1)
-            piped = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"stdin is not UTF-8 text (byte {error.start}): pipe text, or use --no-stdin") from None
-        except OSError as error:
-            raise UsageError(f"cannot read stdin ({error.strerror}): pipe text, or use --no-stdin") from None
-        if len(data) > STDIN_LIMIT:
-            raise ContextOverflow(f"stdin has more than {STDIN_LIMIT:,} bytes: no context holds that")
-        piped = piped.removesuffix("\n").removesuffix("\r")
+    piped = "" if no_stdin else read_stdin()
     query = "\n\n".join(text for text in (piped, argument or "") if text.strip())
     if query:
         return query

@@ -38,6 +38,7 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("XDG_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("METAALIGN_EDGE_PROJECT", "0")
     monkeypatch.setenv("COLUMNS", "100")
 
 
@@ -115,6 +116,19 @@ def refuses(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return one_line_of(*capfd.readouterr())
 
     return check
+
+
+@pytest.fixture
+def says(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
+    """Run a command in this process that must succeed; return what it wrote to stdout and to stderr."""
+
+    def call(*arguments: str, stdin: bytes = b"") -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code, (out, error) = edge.run(arguments), capfd.readouterr()
+        assert code == 0, error
+        return out, error
+
+    return call
 
 
 @pytest.fixture

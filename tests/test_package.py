@@ -113,10 +113,11 @@ def test_every_command_has_help_an_example_and_a_place_in_the_readme(command: st
 def test_every_option_of_the_readme_exists_and_every_template_stands_there() -> None:
     known = {
         name
-        for command in commands().values()
+        for group in commands().values()
+        for command in getattr(group, "commands", {"": group}).values()
         for option in command.params
         for name in [*option.opts, *option.secondary_opts]
-    }  # type: ignore[attr-defined]
+    }
     known |= {"--help", "--version"}
     shown = re.sub(
         r"```bash\n.*?```", lambda block: "\n".join(re.findall(r"metaalign-edge .*", block[0])), README, flags=re.DOTALL
