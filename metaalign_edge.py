@@ -3973,9 +3973,11 @@ class Bench:
         LoadError: llama.cpp cannot make the context. Interrupted: Ctrl-C, in any measurement.
     """
 
-    def __init__(self, model: Model, settings: Settings, interrupt: Interrupt) -> None:
+    def __init__(
+        self, model: Model, settings: Settings, interrupt: Interrupt, together: Sequence[int] = BENCH_TOGETHER
+    ) -> None:
         self._interrupt = interrupt
-        self._engine = Engine(model, settings, interrupt, BENCH_PROMPT + BENCH_TOKENS, max(BENCH_TOGETHER))
+        self._engine = Engine(model, settings, interrupt, BENCH_PROMPT + BENCH_TOKENS, max(2, *together))
         vocabulary = model.vocabulary
         usual = [token for token in range(vocabulary.size) if vocabulary.attributes(token) & ATTR_NORMAL]
         self._prompt = random.Random(0).choices(usual, k=BENCH_PROMPT)

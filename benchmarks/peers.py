@@ -1,20 +1,22 @@
 #!/usr/bin/env python3
 """Compare with what people use, on the same GGUF, in the same run: starts of a call, many answers at a time, memory.
 
-    python benchmarks/peers.py --build DIR [--rounds 5] [--threads N] [-ngl N] [--model GGUF]
-    python benchmarks/peers.py --tools DIR [--llm PATH --llm-model ID] ...
+    python benchmarks/peers.py --build DIR [--rounds 5] [--threads N] [--model GGUF]
+    python benchmarks/peers.py --tools DIR [--llm PATH] [--node DIR] ...
+    CMAKE_ARGS=-DGGML_CUDA=on python benchmarks/peers.py --build DIR -ngl all --sequences 1,2,8,32
 
 llama.cpp's own programs (llama-completion, llama-batched-bench) are taken from --tools, or built into --build from the
 source package of the llama-cpp-python that is installed, which pip downloads; that takes cmake, a C++ compiler and some
-ten minutes. `llm` is compared if its console script is named, with the id that its plugin llm-gguf gave to the model.
-Without --model it is the random one of decode.py, of the shape of a 0.5B one in Q8_0.
+ten minutes. `llm` with its plugin llm-gguf is compared if its console script is named, node-llama-cpp if the folder
+that has it in its `node_modules` is. Without --model it is the random one of decode.py, of the shape of a 0.5B one in
+Q8_0. With -ngl all everything is on the GPU, on both sides; where llama-cpp-python has none, the table says so.
 
 Every round runs each way once; the first extra round only fills caches. Prints the median of each way, and ratios:
 
-- one token after a meta-prompt of some 770 tokens, as whole processes, with the peak of resident memory;
-- tokens per second of one, two and eight sequences together (all sequences' tokens count), ours by `metaalign-edge
-  bench`: two are also the two contexts of a strength; against `llama-batched-bench -kvu -pps`, and against
-  llama-cpp-python's `Llama`, which answers one after the other.
+- one token after a meta-prompt of some 770 tokens, as whole processes, with the peak of resident memory. A second call
+  asks another query after the same meta-prompt, or the same again, which `llama-completion --prompt-cache` has whole;
+- tokens per second of some sequences together (all sequences' tokens count); two are also the two contexts of a
+  strength; against `llama-batched-bench -kvu -pps`, and llama-cpp-python's `Llama`, which answers one after the other.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -36,7 +39,7 @@ from typing import NamedTuple
 
 from decode import make_model
 
-from metaalign_edge import Dialog, ModelFile, Turn, choose_template, physical_cores, render
+from metaalign_edge import Dialog, ModelFile, Turn, choose_template, llama_cpp, physical_cores, render
 
 PACKAGE = "llama-cpp-python"
 PROGRAMS = ("llama-completion", "llama-batched-bench")
@@ -45,7 +48,31 @@ LENGTH = 48  # tokens that each sequence writes
 META_PROMPT = " ".join(
     ["The tone is calm, and every answer names its source."] * 14
 )  # a token a letter, for the random one
-QUERY = "What is tea?"
+QUERY, OTHER = "What is tea?", "What is ice?"
+TOGETHER = """
+import json, sys
+import metaalign_edge as edge
+path, threads, layers, *counts = sys.argv[1:]
+file, counts = edge.ModelFile(edge.Path(path)), list(map(int, counts))
+settings, interrupt = edge.Settings(gpu_layers=layers, threads=int(threads)), edge.Interrupt()
+with edge.Model(file, settings) as model, edge.Bench(model, settings, interrupt, counts) as bench:
+    bench.write(1)
+    found = {count: bench.write(count) for count in counts}
+    strength = edge.Guidance(edge.Dialog("", "a preference"), 1.0, 2.0)
+    print(json.dumps({"guided": bench.write(2, strength), "together": found}))
+"""
+NODE = """
+import {readFileSync} from "node:fs";
+import {getLlama, LlamaCompletion, LlamaLogLevel} from "node-llama-cpp";
+const [path, prompt, context, threads, layers] = process.argv.slice(1);
+const gpu = layers === "0" ? false : "auto";
+const llama = await getLlama({gpu, build: "never", logLevel: LlamaLogLevel.error, maxThreads: Number(threads)});
+const model = await llama.loadModel({modelPath: path, gpuLayers: layers === "-1" ? "max" : Number(layers)});
+const made = await model.createContext({contextSize: Number(context), threads: Number(threads)});
+const completion = new LlamaCompletion({contextSequence: made.getSequence()});
+console.log(await completion.generateCompletion(readFileSync(prompt, "utf8"), {maxTokens: 1, temperature: 0}));
+process.exit(0);
+"""
 HIGH_LEVEL = """
 import sys
 from llama_cpp import Llama
@@ -73,13 +100,14 @@ class Call(NamedTuple):
     megabytes: float  # the peak of resident memory
 
 
-def call(command: list[str], cache: Path) -> Call:
-    """Run a command to its end.
+def call(command: list[str], folder: Path) -> Call:
+    """Run a command to its end, with what it keeps in a folder.
 
     Raises:
         SystemExit: it fails.
     """
-    environment = os.environ | {"METAALIGN_EDGE_CACHE": str(cache)}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {"METAALIGN_EDGE_CACHE": str(folder / "kept"), "LLM_USER_PATH": str(folder / "llm")}
     with tempfile.TemporaryFile() as said:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment)
@@ -118,71 +146,90 @@ def build(folder: Path) -> Path:
 def starts(path: Path, tools: Path, options: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Call]]:
     """Return the ways to get one token after a long meta-prompt."""
     template = choose_template("auto" if ModelFile(path).templates else "chatml", ModelFile(path))
-    prompt, kept = folder / "prompt.txt", folder / "kept"
-    prompt.write_text(render(Dialog(META_PROMPT, "", (Turn(QUERY),)), template).prompt, encoding="utf-8")
-    threads, layers = str(options.threads), str(options.layers)
-    ours = [sys.executable, "-m", "metaalign_edge", "chat", "-m", str(path), "--template", template.name]
-    ours += ["--system", META_PROMPT, "-n", "1", "--temp", "0", "-c", str(CONTEXT), "-t", threads, "-ngl", layers]
-    theirs = [str(tools / "llama-completion"), "-m", str(path), "-f", str(prompt), "-n", "1", "--temp", "0"]
-    theirs += ["-c", str(CONTEXT), "-t", threads, "-ngl", layers, "-no-cnv"]
-    class_ = [sys.executable, "-c", HIGH_LEVEL, str(path), str(prompt), str(CONTEXT), threads, layers]
-    commands = {
-        "metaalign-edge chat --no-cache": [*ours, "--no-cache", QUERY],
-        "metaalign-edge chat": [*ours, QUERY],
-        "llama-completion": theirs,
-        "llama-completion --prompt-cache": [*theirs, "--prompt-cache", str(folder / "prompt-cache")],
-        "llama-cpp-python's Llama": class_,
+    prompts, kept = {query: folder / f"{query[8:-1]}.txt" for query in (QUERY, OTHER)}, folder / "prompt-cache"
+    for query, prompt in prompts.items():
+        text = render(Dialog(META_PROMPT, "", (Turn(query),)), template).prompt
+        prompt.write_text(text, encoding="utf-8")
+    threads, layers, context = str(options.threads), options.layers, str(CONTEXT)
+    ours = [sys.executable, "-m", "metaalign_edge", "chat", "-m", str(path), "--template", template.name, "--system"]
+    ours += [META_PROMPT, "-n", "1", "--temp", "0", "-c", context, "-t", threads, "-ngl", options.ngl]
+    theirs = [str(tools / "llama-completion"), "-m", str(path), "-n", "1", "--temp", "0", "-c", context, "-t", threads]
+    theirs += ["-ngl", options.ngl, "-no-cnv", "-f"]
+    class_ = [sys.executable, "-c", HIGH_LEVEL, str(path), str(prompts[QUERY]), context, threads, layers]
+
+    def cached(query: str) -> Call:
+        """Call llama-completion with what it keeps of the first query's prompt: it overwrites that at each call."""
+        if not kept.exists():
+            call([*theirs, str(prompts[QUERY]), "--prompt-cache", str(kept)], folder)
+        shutil.copy(kept, folder / "copy")
+        return call([*theirs, str(prompts[query]), "--prompt-cache", str(folder / "copy")], folder)
+
+    ways = {
+        "metaalign-edge chat --no-cache": lambda: call([*ours, "--no-cache", QUERY], folder),
+        "llama-completion": lambda: call([*theirs, str(prompts[QUERY])], folder),
+        "llama-cpp-python's Llama": lambda: call(class_, folder),
+        "metaalign-edge chat, another query": lambda: call([*ours, OTHER], folder),
+        "llama-completion --prompt-cache, another query": lambda: cached(OTHER),
+        "metaalign-edge chat, the same query": lambda: call([*ours, QUERY], folder),
+        "llama-completion --prompt-cache, the same query": lambda: cached(QUERY),
     }
     if options.llm:
-        commands["llm"] = [
-            options.llm,
-            "-m",
-            options.llm_model,
-            "--no-log",
-            "-s",
-            META_PROMPT,
-            "-o",
-            "max_tokens",
-            "1",
-            QUERY,
-        ]
-    return {name: (lambda command=command: call(command, kept)) for name, command in commands.items()}  # type: ignore[misc]
+        llm = [options.llm, "-m", "gguf/peer", "--no-log", "-s", META_PROMPT, QUERY]
+        call([options.llm, "gguf", "register-model", "peer", str(path), "--n-ctx", context], folder)
+        ways["llm, a whole answer"] = lambda: call(llm, folder)
+    if options.node:
+        script = options.node / "metaalign-edge-peer.mjs"
+        script.write_text(NODE, encoding="utf-8")
+        node = ["node", str(script), str(path), str(prompts[QUERY]), context, threads, layers]
+        ways["node-llama-cpp"] = lambda: call(node, folder)
+    return ways
 
 
 def rates(path: Path, tools: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Return tokens per second of one, two and eight sequences, in every way."""
-    threads, layers = str(options.threads), str(options.layers)
-    ours = [sys.executable, "-m", "metaalign_edge", "bench", "-m", str(path), "--rounds", "1", "--json", "-t", threads]
-    ours += ["-ngl", layers, "--template", "auto" if ModelFile(path).templates else "chatml"]
+    """Return tokens per second of some sequences together, in every way."""
+    threads, layers, counts = str(options.threads), options.layers, options.sequences
+    ours = [sys.executable, "-c", TOGETHER, str(path), threads, options.ngl, *map(str, counts)]
     found = json.loads(subprocess.run(ours, capture_output=True, text=True, check=True).stdout)
-    theirs = [str(tools / "llama-batched-bench"), "-m", str(path), "-c", "2048", "-npp", "16", "-ntg", str(LENGTH)]
-    theirs += ["-npl", "1,2,8", "-kvu", "-pps", "-t", threads, "-ngl", layers, "--output-format", "jsonl"]
-    said = subprocess.run(theirs, capture_output=True, text=True, check=True).stdout.splitlines()
-    bench = {row["pl"]: row["speed_tg"] for row in map(json.loads, (line for line in said if line.startswith("{")))}
+    theirs = [str(tools / "llama-batched-bench"), "-m", str(path), "-npp", "16", "-ntg", str(LENGTH), "-t", threads]
+    theirs += [
+        "-c",
+        str(256 * max(8, *counts)),
+        "-npl",
+        ",".join(map(str, counts)),
+        "-kvu",
+        "-pps",
+        "-ngl",
+        options.ngl,
+    ]
+    said = subprocess.run([*theirs, "--output-format", "jsonl"], capture_output=True, text=True, check=True).stdout
+    rows = map(json.loads, (line for line in said.splitlines() if line.startswith("{")))
+    bench = {row["pl"]: row["speed_tg"] for row in rows}
     one_by_one = [sys.executable, "-c", SUCCESSIVE, str(path), "8", str(LENGTH), threads, layers]
     after = subprocess.run(one_by_one, capture_output=True, text=True, check=True)
-    return {
-        "1 ours": found["decode_tps"],
-        "1 llama-batched-bench": bench[1],
-        "2 ours": found["parallel"]["2"],
-        "2 ours, as the contexts of a strength": 2 * found["guided_tps"],
-        "2 llama-batched-bench": bench[2],
-        "8 ours": found["parallel"]["8"],
-        "8 llama-batched-bench": bench[8],
-        "8 Llama, one after the other": float(after.stdout),
-    }
+    speeds = {}
+    for count in counts:
+        speeds[f"{count} metaalign-edge"] = found["together"][str(count)]
+        if count == 2:
+            speeds["2 metaalign-edge, as the contexts of a strength"] = 2 * found["guided"]
+        if count == 8:
+            speeds["8 `Llama`, one after the other"] = float(after.stdout)
+        speeds[f"{count} llama-batched-bench"] = bench[count]
+    return speeds
 
 
 def show_starts(calls: dict[str, list[Call]]) -> None:
-    """Print the table of whole processes."""
+    """Print the table of whole processes: a second call is compared with what llama-completion makes of the same."""
     medians = {
         name: [statistics.median(column) for column in zip(*found, strict=True)] for name, found in calls.items()
     }
     print("| one token, as a whole process | s | of `llama-completion` | of its `--prompt-cache` | peak MB |")
     print("| --- | --- | --- | --- | --- |")
-    cold, cached = (medians[name][0] for name in ("llama-completion", "llama-completion --prompt-cache"))
+    cold = medians["llama-completion"][0]
     for name, (seconds, megabytes) in medians.items():
-        print(f"| {name} | {seconds:.2f} | {seconds / cold:.2f} | {seconds / cached:.2f} | {megabytes:,.0f} |")
+        _, _, query = name.partition(", ")
+        theirs = medians.get(f"llama-completion --prompt-cache, {query}")
+        second = f"{seconds / theirs[0]:.2f}" if theirs else ""
+        print(f"| {name} | {seconds:.2f} | {seconds / cold:.2f} | {second} | {megabytes:,.0f} |")
 
 
 def show_rates(found: dict[str, list[float]]) -> None:
@@ -195,6 +242,18 @@ def show_rates(found: dict[str, list[float]]) -> None:
         print(f"| {count} | {way} | {median:.1f} | {median / medians[f'{count} llama-batched-bench']:.2f} |")
 
 
+def versions(options: argparse.Namespace) -> str:
+    """Return what was compared, on what."""
+    found = [f"{PACKAGE} {importlib.metadata.version(PACKAGE)}", f"Python {platform.python_version()}"]
+    if options.llm:
+        said = subprocess.run([options.llm, "--version"], capture_output=True, text=True, check=True).stdout
+        found.append(said.strip().replace(", version", ""))
+    if options.node:
+        package = options.node / "node_modules" / "node-llama-cpp" / "package.json"
+        found.append(f"node-llama-cpp {json.loads(package.read_text(encoding='utf-8'))['version']}")
+    return ", ".join(found)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -202,13 +261,16 @@ def main() -> None:
     parser.add_argument("--build", metavar="DIR", type=Path, help="download their source and build them here")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; the first extra one is not counted")
     parser.add_argument("--threads", type=int, default=physical_cores(), help="default: one per physical core")
-    parser.add_argument("-ngl", dest="layers", type=int, default=0, help="layers on the GPU")
+    parser.add_argument("-ngl", dest="ngl", default="0", help="layers on the GPU: a number, or all")
+    parser.add_argument("--sequences", default="1,2,8", help="how many together (default: %(default)s)")
     parser.add_argument("--model", metavar="GGUF", type=Path, help="a model of yours, that does not end early")
     parser.add_argument("--llm", metavar="PATH", help="the console script of the package `llm`")
-    parser.add_argument("--llm-model", metavar="ID", help="what `llm gguf models` calls the model")
+    parser.add_argument("--node", metavar="DIR", type=Path, help="where `npm install node-llama-cpp` was run")
     options = parser.parse_args()
-    if (options.tools is None) == (options.build is None) or (options.llm is None) != (options.llm_model is None):
-        parser.error("give --tools or --build, and --llm with --llm-model")
+    if (options.tools is None) == (options.build is None):
+        parser.error("give --tools or --build")
+    options.layers = "-1" if options.ngl == "all" else options.ngl
+    options.sequences = [int(count) for count in options.sequences.split(",")]
     tools = options.tools or build(options.build)
     path = options.model or Path(tempfile.gettempdir()) / "metaalign-edge-bench-0.5b-q8_0.gguf"
     if not path.is_file():
@@ -228,10 +290,9 @@ def main() -> None:
                 for name, speed in figures.items():
                     speeds.setdefault(name, []).append(speed)
             print(f"round {number} of {options.rounds}", file=sys.stderr)
-    print(
-        f"{path.name}, {options.threads} threads, {options.layers} layers on the GPU, {options.rounds} rounds,", end=" "
-    )
-    print(f"{PACKAGE} {importlib.metadata.version(PACKAGE)}, Python {sys.version.split()[0]}\n")
+    gpu = llama_cpp().llama_supports_gpu_offload()
+    where = f"-ngl {options.ngl} on the GPU" if gpu and options.ngl != "0" else f"the CPU, {options.threads} threads"
+    print(f"{path.name}, {where}, {options.rounds} rounds, {time.strftime('%Y-%m-%d')}, {versions(options)}\n")
     show_starts(calls)
     print()
     show_rates(speeds)
