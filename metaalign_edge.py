@@ -1486,7 +1486,8 @@ class ModelFile:
                 self.metadata = self._read()
         except (struct.error, UnicodeDecodeError, KeyError, OverflowError):
             raise LoadError(f"{path} is truncated or damaged in its metadata: download or convert it again") from None
-        if (count := self.metadata.get("split.count", 0)) > 1:
+        count = self.metadata.get("split.count")
+        if isinstance(count, int) and count > 1:
             self._check_parts(count, number)
 
     def _check_parts(self, count: int, number: int) -> None:
@@ -1679,13 +1680,14 @@ SIDE_FILE = re.compile(
 def quantization_of(name: str) -> str:
     """Return the quantisation that a GGUF's name, or its folder's, tells; nothing if none does."""
     found = QUANTIZATION.findall(PART.sub("", name).removesuffix(".gguf"))
-    return found[-1].upper() if found else ""
+    return re.sub("^FP", "F", found[-1].upper()) if found else ""
 
 
 def is_main_part(name: str) -> bool:
     """Tell by its name whether a file is a model, or the first part of one: no projector, adapter or the like."""
     part = PART.search(name)
-    plain = name.lower().endswith(".gguf") and not SIDE_FILE.search(Path(name).name)
+    own = Path(name).name
+    plain = own.lower().endswith(".gguf") and not own.startswith(".") and not SIDE_FILE.search(own)
     return plain and (part is None or int(part[1]) == 1)
 
 
@@ -1734,11 +1736,21 @@ def stored_models() -> list[Stored]:
     return [*named.values(), Stored("metaalign-demo", embedded_model())]
 
 
+NO_MODELS = (".", "datasets--", "spaces--", "kernels--")  # how folders begin that are not looked into
+
+
+def modified(path: Path) -> float:
+    """Return when a file, or a link to one, was made, in seconds since 1970; 0 if it has gone meanwhile."""
+    with contextlib.suppress(OSError):
+        return path.lstat().st_mtime
+    return 0.0
+
+
 def models_within(folder: Path, in_hub: bool) -> list[Stored]:
     """List the models below a folder: of each file of a repository in the hub's cache, the newest version."""
     found: dict[tuple[str, str], Stored] = {}
     for place, below, names in os.walk(folder):
-        below[:] = sorted(name for name in below if name not in ("blobs", "refs") and not name.startswith("."))
+        below[:] = sorted(name for name in below if name not in ("blobs", "refs") and not name.startswith(NO_MODELS))
         for name in sorted(filter(is_main_part, names)):
             path = Path(place) / name
             repository, file = "", name
@@ -1748,7 +1760,7 @@ def models_within(folder: Path, in_hub: bool) -> list[Stored]:
             elif len(parts) > 2:  # LM Studio's publisher/repository/file
                 repository, file = "/".join(parts[:2]), "/".join(parts[2:])
             key = (repository, file) if repository else ("", str(path))
-            if key not in found or path.lstat().st_mtime >= found[key].path.lstat().st_mtime:
+            if key not in found or modified(path) >= modified(found[key].path):
                 found[key] = Stored("", path, repository, file, in_hub)
     return list(found.values())
 
@@ -1756,6 +1768,11 @@ def models_within(folder: Path, in_hub: bool) -> list[Stored]:
 def model_names() -> list[str]:
     """List the names that -m takes for the models on this machine."""
     return [one.name for one in stored_models()]
+
+
+def name_of(path: Path) -> str:
+    """Return the name of a model that lies there; a path that none is listed with is its own."""
+    return next((one.name for one in stored_models() if one.path.absolute() == path.absolute()), str(path))
 
 
 def stored_as(wanted: str) -> list[Stored]:
@@ -1769,7 +1786,7 @@ def stored_as(wanted: str) -> list[Stored]:
         if one.repository.lower() == repository
         and (not tag or tag in (quantization_of(one.file).lower(), one.file.lower(), Path(one.file).name.lower()))
     ]
-    return sorted(found, key=lambda one: -one.path.lstat().st_mtime)
+    return sorted(found, key=lambda one: -modified(one.path))
 
 
 def resolve_model(name: str | None) -> Path | None:
@@ -4066,7 +4083,7 @@ def hub_error(error: Exception, repository: str) -> EdgeError:
         )
     if isinstance(error, errors.HTTPError | OSError):
         return NetworkError(
-            f"{repository} is not here, and the hub cannot be reached ({type(error).__name__}): try again"
+            f"{repository} is not here, and {hub_address()} cannot be reached ({type(error).__name__}): try again"
         )
     return NetworkError(f"the hub's answer on {repository} makes no sense ({type(error).__name__}): try again later")
 
@@ -4146,7 +4163,7 @@ def read_repository(repository: str) -> tuple[str, list[Choice]]:
     if not models:
         convert = any(name.endswith(".safetensors") for name in sizes)
         hint = f"`metaalign-edge convert {repository}` makes one" if convert else "look for one that ends in -GGUF"
-        raise NotFound(f"{repository} has no GGUF model: {hint}")
+        raise NotFound(f"{repository} has no whole GGUF model: {hint}")
     alike = Counter(quantization_of(parts[0]) for parts in models)
     choices = [
         Choice(
@@ -4171,21 +4188,22 @@ def choose(repository: str, choices: Sequence[Choice], wanted: str, screen: Scre
     Raises:
         NotFound: there is no such one. UsageError: there are several. LoadError: none fits this machine.
     """
-    listed = ", ".join(f"{choice.tag} ({size_of(choice.bytes)})" for choice in choices)
+    listed = [f"{choice.tag} ({size_of(choice.bytes)})" for choice in choices]
     if wanted:
         found = [choice for choice in choices if choice.is_called(wanted)]
         if not found:
-            raise NotFound(f"{repository} has no {wanted}: it has {listed}")
+            raise NotFound(f"{repository} has no {wanted}: it has {', '.join(listed)}")
         if len(found) > 1:
             raise UsageError(f"{repository} has several {wanted}: name the file: {', '.join(one.tag for one in found)}")
         return found[0]
     free = free_memory()
-    memory = f"{SHARE:.0%} of the free memory, {size_of(free)}"
+    memory = f"{100 * SHARE:.0f} % of the {size_of(free)} of free memory"
     best = best_choice(choices, free)
     if best is None:
-        raise LoadError(f"no model of {repository} fits into {memory}: name one to have it anyway: {listed}")
+        raise LoadError(f"no model of {repository} fits into {memory}: name one to have it anyway: {', '.join(listed)}")
     if len(choices) > 1:
-        screen.note(f"taking {best.tag}, the best that fits into {memory}, of {listed}")
+        taken = listed.pop(choices.index(best))
+        screen.note(f"taking {taken}, the best that fits into {memory}; there are also {', '.join(listed)}")
     return best
 
 
@@ -4247,7 +4265,8 @@ def receive(download: Download, repository: str, tell: Callable[[int], None]) ->
             ):
                 hub().utils.hf_raise_for_status(answer)
                 if answer.status_code != 206:  # it begins anew
-                    out.truncate(0)
+                    out.seek(0)
+                    out.truncate()
                 for data in answer.iter_bytes():
                     out.write(data)
                     tell(out.tell())
@@ -5381,7 +5400,7 @@ def pull(
         return
     path = here[0].path if here else download_model(repository, tag, screen)
     try:
-        row = model_row(next(one.name for one in stored_models() if one.path == path), ModelFile(path))
+        row = model_row(name_of(path), ModelFile(path))
     except LoadError as error:
         raise LoadError(f"{error}: `metaalign-edge models rm {wanted}`, then pull it again") from None
     if here:
@@ -5412,7 +5431,10 @@ def show_choices(repository: str, wanted: str, as_json: bool, screen: Screen) ->
     if as_json:
         screen.json(rows)
         return
-    notes = ["taken" if row["taken"] else "" if row["fits"] else f"over {SHARE:.0%} of the free memory" for row in rows]
+    notes = [
+        "taken" if row["taken"] else "" if row["fits"] else f"over {100 * SHARE:.0f} % of the free memory"
+        for row in rows
+    ]
     cells = [[choice.tag, size_of(choice.bytes), note] for choice, note in zip(choices, notes, strict=True)]
     screen.write("\n".join((rich_table if screen.terminal else aligned)(["model", "size", ""], cells)) + "\n")
 
@@ -5449,7 +5471,7 @@ def model_row(name: str, file: ModelFile) -> dict[str, Any]:
     }
 
 
-def damaged_row(one: Stored, error: EdgeError) -> dict[str, Any]:
+def damaged_row(one: Stored, error: Exception) -> dict[str, Any]:
     """Return what `models list` says of a model that cannot be loaded."""
     nothing = dict.fromkeys(("architecture", "parameters", "quantization", "context", "template"))
     size = sum(part.stat().st_size for part in parts_of(one.path) if part.is_file())
@@ -5466,6 +5488,12 @@ def models_list(as_json: JsonOption = False) -> None:
     """List the models in the hub's cache, in the folders of llama.cpp and LM Studio, and the embedded one.
 
     A file that is damaged, or only half there, is listed with its error.
+
+    Examples:
+
+        metaalign-edge models list
+
+        metaalign-edge models list --json
     """
     screen, rows = Screen(), []
     for one in stored_models():
@@ -5473,7 +5501,7 @@ def models_list(as_json: JsonOption = False) -> None:
             file = ModelFile(one.path)
             if file.purpose == "model":
                 rows.append(model_row(one.name, file))
-        except (LoadError, NotFound) as error:
+        except (EdgeError, ValueError, TypeError) as error:
             rows.append(damaged_row(one, error))
     if as_json:
         screen.json(rows)
@@ -5511,12 +5539,11 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
         metaalign-edge models show Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q8_0 --json
     """
     screen, file = Screen(), find_model(name, True, Screen())
-    known = [one.name for one in stored_models() if one.path == file.path]
     tokens, words = split_markers(file)
     native = choose_template("auto", file).native if file.templates else None
     kv = token_bytes(file)
     document = {
-        **model_row(known[0] if known else str(file.path), file),
+        **model_row(name_of(file.path), file),
         "parts": [str(part) for part in file.paths],
         "native": native,
         "marker_tokens": tokens,
@@ -5652,8 +5679,7 @@ def models_default(name: NameArgument = None, none: NoDefaultOption = False, as_
         raise UsageError("--none takes no name")
     if name:
         file = find_model(name, True, Screen())
-        known = [one.name for one in stored_models() if one.path == file.path]
-        store_setting("model", known[0] if known else str(file.path.absolute()))
+        store_setting("model", name_of(file.path.absolute()))
     elif none:
         store_setting("model", None)
     chosen = setting("model") or "metaalign-demo"

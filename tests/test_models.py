@@ -97,7 +97,7 @@ def test_without_a_home_there_is_no_cache_but_the_embedded_model(
     ("Llama-3.2-1B-Instruct-UD-Q4_K_XL.gguf", "UD-Q4_K_XL"),
     ("model.Q8_0.gguf", "Q8_0"),
     ("gpt-oss-20b-mxfp4.gguf", "MXFP4"),
-    ("Phi-3-mini-4k-instruct-fp16.gguf", "FP16"),
+    ("Phi-3-mini-4k-instruct-fp16.gguf", "F16"),
     ("Qwen3-0.6B-BF16.gguf", "BF16"),
     ("x-Q4_K_M-imat.gguf", "Q4_K_M"),
     ("Q4_K_M/model-00001-of-00002.gguf", "Q4_K_M"),
@@ -112,7 +112,7 @@ def test_a_files_name_tells_its_quantisation(name: str, quantization: str) -> No
     ("a.gguf", True), ("A-Q8_0.GGUF", True), ("explorations.gguf", True), ("a-00001-of-00003.gguf", True),
     ("a-00002-of-00003.gguf", False), ("mmproj-a-f16.gguf", False), ("a.mmproj-Q8_0.gguf", False), ("imatrix.gguf", False),
     ("a-lora-f16.gguf", False), ("nomic-embed-text-v1.5.Q4_K_M.gguf", False), ("bge-reranker-v2.gguf", False),
-    ("ggml-vocab-llama.gguf", False), ("model.safetensors", False),
+    ("ggml-vocab-llama.gguf", False), ("._a.gguf", False), ("model.safetensors", False),
 ])  # fmt: skip
 def test_side_files_are_told_from_models_by_name(name: str, model: bool) -> None:
     assert edge.is_main_part(name) is model
@@ -232,6 +232,12 @@ def test_a_damaged_model_is_listed_as_such_and_the_others_too(
     assert word in rows["some/half:Q4_0"]["error"] and rows["some/half:Q4_0"]["architecture"] is None
     assert rows[f"{REPOSITORY}:Q8_0"]["error"] is None
     assert "damaged: " in says("models", "list")
+
+
+def test_metadata_that_make_no_sense_are_damage(tmp_path: Path, says: Says) -> None:
+    odd = {"split__count": "three", "llama__context_length": "long", "general__alignment": 32}
+    write_gguf(tmp_path / "home/.lmstudio/models/some/odd/odd.gguf", **odd)
+    assert [bool(row["error"]) for row in json.loads(says("models", "list", "--json"))] == [True, False]
 
 
 def test_a_link_that_leads_nowhere_is_damaged_too(cached: Path, says: Says) -> None:
