@@ -93,7 +93,10 @@ BYTES_PER_TOKEN = 512  # no vocabulary in the wild has a longer token; bounds wh
 
 
 class Stopwatch:
-    """Adds up where the time of a call goes. A lap is a `with`, or decorates what it times; laps do not nest."""
+    """Adds up where the time of a call goes. A lap is a `with`, or decorates what it times; laps do not nest.
+
+    What another thread does meanwhile takes no time of the call's; waiting for it does.
+    """
 
     def __init__(self) -> None:
         self.laps = {"start": 1000 * time.process_time()}  # Python itself, and what is imported above
@@ -102,11 +105,18 @@ class Stopwatch:
     @contextlib.contextmanager
     def __call__(self, lap: str) -> Iterator[None]:
         """Time what is done inside."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         begun = time.perf_counter()
         try:
             yield
         finally:
             self.laps[lap] = self.laps.get(lap, 0.0) + 1000 * (time.perf_counter() - begun)
+
+    def mark(self, lap: str) -> None:
+        """Let a lap be all that has passed so far without one."""
+        self.laps[lap] = self.laps["start"] + 1000 * (time.perf_counter() - self._begun) - sum(self.laps.values())
 
     def __str__(self) -> str:
         total = self.laps["start"] + 1000 * (time.perf_counter() - self._begun)
@@ -1482,8 +1492,7 @@ class ModelFile:
         if self._data[:4] != b"GGUF":
             raise LoadError(f"{path} is not a GGUF file: make one with `metaalign-edge convert`")
         try:
-            with STOPWATCH("metadata"):
-                self.metadata = self._read()
+            self.metadata = self._read()
         except (struct.error, UnicodeDecodeError, KeyError, OverflowError):
             raise LoadError(f"{path} is truncated or damaged in its metadata: download or convert it again") from None
         count = self.metadata.get("split.count")
@@ -1541,11 +1550,12 @@ class ModelFile:
         if kind in self.SCALARS:
             self._at += struct.calcsize(self.SCALARS[kind]) * length
         else:
+            if kind == self.ARRAY:
+                raise KeyError(kind)
+            at, data, size_at = self._at, self._data, struct.Struct("<Q").unpack_from  # for 300,000 strings
             for _ in range(length):
-                if kind == self.ARRAY:
-                    raise KeyError(kind)
-                (size,) = struct.unpack_from("<Q", self._data, self._at)
-                self._at += 8 + size
+                at += 8 + size_at(data, at)[0]
+            self._at = at
         if self._at > len(self._data):
             raise struct.error
 
@@ -1969,7 +1979,6 @@ LOG = Log()
 
 
 @functools.cache
-@STOPWATCH("llama.cpp")
 def llama_cpp() -> Any:
     """Import the low-level interface and start llama.cpp's backends.
 
@@ -2055,6 +2064,53 @@ class Model:
             self.pointer = None
 
 
+class Loading:
+    """A model that is loaded in a thread, while this one chooses a template and imports what that takes.
+
+    Use it in a `with`; a model that nobody has taken by its end is freed.
+    """
+
+    def __init__(self, file: ModelFile, settings: Settings, interrupt: Interrupt) -> None:
+        self.left: Model | None = None  # until it is taken
+        self._error: BaseException | None = None
+        self._interrupt, self._usual = interrupt, sys.getswitchinterval()
+
+        def load() -> None:
+            try:
+                self.left = Model(file, settings, interrupt)
+            except BaseException as error:
+                self._error = error
+
+        sys.setswitchinterval(1e-5)  # seconds; for each line of its log llama.cpp would wait longer for this thread
+        self._thread = threading.Thread(target=load)
+        self._thread.start()
+
+    def __enter__(self) -> Loading:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind:
+            self._interrupt.raised = True  # nobody needs it any more
+        self._thread.join()
+        sys.setswitchinterval(self._usual)
+        if self.left:
+            self.left.close()
+            self.left = None
+
+    @STOPWATCH("model")
+    def take(self) -> Model:
+        """Wait for the model.
+
+        Raises:
+            LoadError: llama.cpp refuses the file. Interrupted: Ctrl-C.
+        """
+        self._thread.join()
+        if self._error:
+            raise self._error
+        model, self.left = cast(Model, self.left), None
+        return model
+
+
 def threads_for(model: Model, settings: Settings) -> int:
     """Return the number of CPU threads: those asked for, else one per core, or a single one for a tiny model."""
     if settings.threads:
@@ -2069,6 +2125,11 @@ def gpu_layers(wish: str) -> int:
     if wish == "auto":
         return -1 if llama_cpp().llama_supports_gpu_offload() else 0
     return int(wish)
+
+
+def drives_gpu() -> bool:
+    """Tell whether llama.cpp runs in this process, and has started a GPU's driver."""
+    return bool(llama_cpp.cache_info().currsize and llama_cpp().llama_supports_gpu_offload())
 
 
 def cache_bytes(model: Model) -> int:
@@ -4469,6 +4530,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return spread
 
 
+OPEN = contextlib.ExitStack()  # what a call holds to its end
 DIALOG, MODEL, SAMPLING, OUTPUT = "Dialog", "Model", "Sampling", "Output"
 
 QueryArgument = Annotated[
@@ -4797,12 +4859,10 @@ def chat(
     screen, dialog = talk.screen(), meta_prompt.dialog()
     settings = gathered(loaded, sampling, strengths, talk)
     asked = read_query(query, no_stdin, repl=not as_json)
-    file = loaded.file(screen)
-    chosen, interrupt = choose_template(rendered.template, file), Interrupt()
-    with interrupt:
-        model = Model(file, settings, interrupt)
-    states = kept_states(no_cache)
-    with model, Chat(model, chosen, settings, rendered.options(), interrupt, states=states) as session:
+    interrupt, states = Interrupt(), kept_states(no_cache)
+    model, chosen = load_model(loaded, rendered, settings, interrupt, screen)
+    OPEN.enter_context(model)
+    with Chat(model, chosen, settings, rendered.options(), interrupt, states=states) as session:
         explain(model, chosen, settings, screen)
         if asked is None:
             Repl(session, dialog, screen, rendered.strict_tiers).run()
@@ -4841,8 +4901,8 @@ def compare(
     infos = ["" if wish == "-" else expand_profile(wish) for wish in wishes]
     dialogs = [Dialog(meta_prompt.system_info(), info, (asked,)) for info in infos]
     settings = gathered(loaded, sampling, strengths, talk)
-    file = loaded.file(screen)
-    chosen, interrupt, options = choose_template(rendered.template, file), Interrupt(), rendered.options()
+    interrupt, options = Interrupt(), rendered.options()
+    model, chosen = load_model(loaded, rendered, settings, interrupt, screen)
     answers: list[Answer] = []
 
     def before(answer: Answer) -> None:
@@ -4850,7 +4910,7 @@ def compare(
         warn(session, answer, screen, rendered.strict_tiers)
 
     with interrupt:
-        with Model(file, settings, interrupt) as model:
+        with model:
             explain(model, chosen, settings, screen)
             need = max(Session(model, chosen, settings, options, interrupt).outline(one).context for one in dialogs)
             with (
@@ -5922,6 +5982,24 @@ def checked_strength(flag: str, value: str | float) -> float:
     return number
 
 
+def load_model(
+    loaded: Loaded, rendered: Rendered, settings: Settings, interrupt: Interrupt, screen: Screen
+) -> tuple[Model, ChatTemplate]:
+    """Load a model, and choose its template meanwhile.
+
+    Raises:
+        NotFound, NetworkError, LoadError: there is no such model, or it is none. Interrupted: Ctrl-C.
+        TemplateError, UsageError: there is no such template.
+    """
+    STOPWATCH.mark("options")
+    with STOPWATCH("metadata"):
+        file = loaded.file(screen)
+    with interrupt, Loading(file, settings, interrupt) as loading:
+        with STOPWATCH("template"):
+            chosen = choose_template(rendered.template, file)
+        return loading.take(), chosen
+
+
 def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Screen) -> None:
     """Say with -v what was chosen, and why."""
     device = (
@@ -5985,8 +6063,11 @@ def exit_code(error: Exception) -> int | None:
     return getattr(error, "exit_code", None)  # Typer's own usage errors
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; return its exit code. Every error ends here, as one line on stderr."""
+def run(arguments: Sequence[str] | None = None, leaving: bool = False) -> int:
+    """Run a command line; return its exit code. Every error ends here, as one line on stderr.
+
+    With `leaving` the process ends next: what is open goes with it.
+    """
     try:
         status = app(args=arguments, prog_name="metaalign-edge", standalone_mode=False)
         return status if isinstance(status, int) else 0
@@ -6005,14 +6086,25 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if text:  # Typer shows the help where there are no arguments, and says no more
             Screen._say(f"metaalign-edge: {one_line(text)}")
         return 1 if code is None else code
+    finally:
+        if not leaving or drives_gpu():  # a driver wants back what it gave
+            OPEN.close()
 
 
 def main() -> None:
-    """Be the console script."""
+    """Be the console script.
+
+    The process ends without freeing what it holds: the system takes a vocabulary, a mapped file and Python's modules
+    back 70 ms sooner.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows no emoji is no reason to lose an answer
-    sys.exit(run())
+    status = run(leaving=True)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
