@@ -22,8 +22,9 @@ Contents, in dependency order (nothing refers upward):
     13  Batch
     14  Evaluation
     15  Bench
-    16  Commands
-    17  Main
+    16  Hub
+    17  Commands
+    18  Main
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ import struct
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -1499,6 +1500,15 @@ def write_text(path: Path, text: str) -> None:
             shutil.copymode(path, part)
 
 
+def setting(key: str) -> Any:
+    """Return what the user's file says; None if it says nothing.
+
+    Raises:
+        UsageError: it is no TOML. NotFound: it cannot be read.
+    """
+    return read_toml(config_file()).get(key)
+
+
 def store_setting(key: str, value: Value | None) -> None:
     """Write a setting to the user's file, or remove it if it is None; comments and all else stay.
 
@@ -1690,11 +1700,31 @@ class GGUFArray(NamedTuple):
     offset: int
 
 
+PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # how llama.cpp ends the name of a part of a GGUF that was split
+
+
+def parts_of(path: Path) -> list[Path]:
+    """List the parts of a GGUF by the name of one of them, the first first; of any other file, itself alone."""
+    if not (found := PART.search(path.name)):
+        return [path]
+    stem, count = path.name[: found.start()], found[2]
+    return [path.with_name(f"{stem}-{number:05}-of-{count}.gguf") for number in range(1, int(count) + 1)]
+
+
+class TensorInfo(NamedTuple):
+    """What a GGUF says of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int  # its ggml type
+    offset: int  # from where the weights begin
+
+
 class ModelFile:
-    """The metadata of a GGUF file, read without llama.cpp.
+    """The metadata of a GGUF file, or of one in several parts, read without llama.cpp.
 
     Raises:
-        NotFound: there is no such file. LoadError: it is empty, truncated or no GGUF.
+        NotFound: there is no such file. LoadError: it is empty, truncated or no GGUF, or a part is missing.
     """
 
     SCALARS: Mapping[int, str] = {
@@ -1712,8 +1742,8 @@ class ModelFile:
     }
     STRING, ARRAY = 8, 9
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, number: int = 0) -> None:
+        self.path, self.paths = path, [path]
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -1728,17 +1758,33 @@ class ModelFile:
             self.metadata = self._read()
         except (struct.error, UnicodeDecodeError, KeyError, OverflowError):
             raise LoadError(f"{path} is truncated or damaged in its metadata: download or convert it again") from None
+        count = self.metadata.get("split.count")
+        if isinstance(count, int) and count > 1:
+            self._check_parts(count, number)
+
+    def _check_parts(self, count: int, number: int) -> None:
+        """Find the other parts; this must be the one of that number, from 0."""
+        self.paths, own = parts_of(self.path), self.metadata.get("split.no", 0)
+        if len(self.paths) != count:
+            raise LoadError(
+                f"{self.path} is one of {count} parts: it must be called NAME-{own + 1:05}-of-{count:05}.gguf"
+            )
+        if own != number:
+            raise LoadError(f"{self.path} is part {own + 1} of {count}: give the first, {self.paths[0].name}")
+        if missing := [part.name for part in self.paths if not part.is_file()]:
+            raise LoadError(f"{self.path} lacks its part {', '.join(missing)}: download it again")
 
     def _read(self) -> dict[str, Any]:
         self._at = 4
         version = self._scalar("<I")
         if version not in (2, 3):
             raise LoadError(f"{self.path} is GGUF version {version}; 2 and 3 can be read (a big-endian file cannot)")
-        self._scalar("<Q")  # the number of tensors
+        self.tensor_count, keys = self._scalar("<Q"), self._scalar("<Q")
         metadata: dict[str, Any] = {}
-        for _ in range(self._scalar("<Q")):
+        for _ in range(keys):
             key = self._string()
             metadata[key] = self._value(self._scalar("<I"))
+        self._infos = self._at
         return metadata
 
     def _scalar(self, form: str) -> Any:
@@ -1806,9 +1852,78 @@ class ModelFile:
 
     @property
     def identity(self) -> str:
-        """Return what changes when the file does, without reading it."""
-        stat = self.path.stat()
-        return f"{self.path.resolve()}, {stat.st_size} bytes, {stat.st_mtime_ns}"
+        """Return what changes when the file does, or a part of it, without reading it."""
+        stats = [(part.resolve(), part.stat()) for part in self.paths]
+        return "; ".join(f"{path}, {stat.st_size} bytes, {stat.st_mtime_ns}" for path, stat in stats)
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of all parts."""
+        return sum(part.stat().st_size for part in self.paths)
+
+    def tensor_infos(self) -> Iterator[TensorInfo]:
+        """Yield what this part says of its tensors.
+
+        Raises:
+            LoadError: it is damaged there.
+        """
+        self._at = self._infos
+        try:
+            for _ in range(self.tensor_count):
+                name, dimensions = self._string(), self._scalar("<I")
+                shape = tuple(self._scalar("<Q") for _ in range(dimensions))
+                yield TensorInfo(name, shape, self._scalar("<I"), self._scalar("<Q"))
+        except (struct.error, UnicodeDecodeError):
+            raise LoadError(f"{self.path} is truncated or damaged in its list of tensors: download it again") from None
+
+    def _files(self) -> list[ModelFile]:
+        """Open all parts."""
+        return [self, *(ModelFile(part, number) for number, part in enumerate(self.paths) if number)]
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of weights, of all parts."""
+        return sum(math.prod(tensor.shape) for file in self._files() for tensor in file.tensor_infos())
+
+    @property
+    def quantization(self) -> str:
+        """Return llama.cpp's name of how most weights are stored."""
+        from gguf.constants import LlamaFileType
+
+        try:
+            name = LlamaFileType(self.metadata["general.file_type"]).name
+        except (KeyError, ValueError):
+            return "unknown"
+        return name.removeprefix("MOSTLY_").removeprefix("ALL_")
+
+    def check_whole(self) -> None:
+        """Make sure that no part ends before its weights do.
+
+        Raises:
+            LoadError: one does, or is damaged.
+        """
+        from gguf.constants import GGML_QUANT_SIZES
+
+        sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+        for file in self._files():
+            end = 0
+            for tensor in file.tensor_infos():
+                block, size = sizes.get(tensor.kind, (1, 0))  # a type of tomorrow
+                end = max(end, tensor.offset + math.prod(tensor.shape) // block * size)
+            alignment = max(1, int(file.metadata.get("general.alignment", 32)))
+            if -(-file._at // alignment) * alignment + end > len(file._data):
+                raise LoadError(f"{file.path} ends before its weights do: download it again")
+
+    @property
+    def purpose(self) -> str:
+        """Return what the file is for: `model`, or what else llama.cpp's programs keep in a GGUF."""
+        kind, causal = str(self.metadata.get("general.type", "model")), f"{self.architecture}.attention.causal"
+        if kind != "model" or self.architecture == "clip":
+            return "mmproj" if kind == "model" else kind
+        if not self.tensor_count and len(self.paths) == 1:
+            return "vocabulary"
+        embeds = self.metadata.get(causal) is False or self.metadata.get(f"{self.architecture}.pooling_type")
+        return "embedding" if embeds else kind
 
     @property
     def templates(self) -> dict[str, str]:
@@ -1820,22 +1935,159 @@ class ModelFile:
         }
 
 
-def resolve_model(name: str | None) -> Path:
-    """Find a model's file: nothing is the embedded default, else a path.
+def embedded_model() -> Path:
+    """Return the model that comes with the toolkit."""
+    return part_folder("models") / "metaalign-demo-q8_0.gguf"
+
+
+REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(.+))?")  # user/repo[:QUANT], on the hub
+QUANTIZATION = re.compile(
+    r"(?:^|[-_./])((?:UD-)?(?:I?Q[1-8]|TQ[12]|MXFP4|NVFP4|BF16|FP?16|FP?32)(?:_[A-Z0-9]+)*)(?=[-_./]|$)", re.IGNORECASE
+)
+SIDE_FILE = re.compile(
+    r"(?:^|[-_./])(?:mmproj|imatrix|lora|adapter|embed(?:dings?)?|rerank(?:er)?|c?vector|vocab|mtp|draft)(?=[-_.]|$)",
+    re.IGNORECASE,
+)
+
+
+def quantization_of(name: str) -> str:
+    """Return the quantisation that a GGUF's name, or its folder's, tells; nothing if none does."""
+    found = QUANTIZATION.findall(PART.sub("", name).removesuffix(".gguf"))
+    return re.sub("^FP", "F", found[-1].upper()) if found else ""
+
+
+def is_main_part(name: str) -> bool:
+    """Tell by its name whether a file is a model, or the first part of one: no projector, adapter or the like."""
+    part = PART.search(name)
+    own = Path(name).name
+    plain = own.lower().endswith(".gguf") and not own.startswith(".") and not SIDE_FILE.search(own)
+    return plain and (part is None or int(part[1]) == 1)
+
+
+def hub_folder() -> Path:
+    """Return the hub's own cache, where huggingface_hub finds it, too; importing that takes a fifth of a second."""
+    get = os.environ.get
+    home = get("HF_HOME") or os.path.join(get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    named = get("HF_HUB_CACHE") or get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    folder = os.path.expandvars(os.path.expanduser(named))
+    return Path(os.devnull if folder.startswith("~") else folder)  # a user without a home has none
+
+
+def other_folders() -> list[Path]:
+    """List where llama.cpp's own programs and LM Studio keep GGUFs."""
+    from platformdirs import PlatformDirs
+
+    llama = os.environ.get("LLAMA_CACHE") or os.path.join(PlatformDirs(opinion=False).user_cache_dir, "llama.cpp")
+    places = [llama, "~/.lmstudio/models", "~/.cache/lm-studio/models"]
+    return [Path(os.path.expanduser(place)) for place in places]
+
+
+class Stored(NamedTuple):
+    """A model that lies on this machine."""
+
+    name: str  # as -m takes it: user/repo:QUANT, or the file's name without .gguf
+    path: Path  # of its first part
+    repository: str = ""  # user/repo, if the folder tells
+    file: str = ""  # its name there
+    in_hub: bool = False  # in the hub's own cache; other programs' folders are only read
+
+
+def stored_models() -> list[Stored]:
+    """List the models in the hub's cache, in other programs' folders, and the embedded one. No file is opened."""
+    found: list[Stored] = []
+    for folder in dict.fromkeys([hub_folder(), *other_folders()]):
+        found += models_within(folder, in_hub=folder == hub_folder())
+    files = {(one.repository, one.file) for one in found}
+    alike = Counter((repository, quantization_of(file)) for repository, file in files)
+    named: dict[str, Stored] = {}
+    for one in found:
+        tag = quantization_of(one.file)
+        alone = tag and alike[one.repository, tag] == 1
+        name = f"{one.repository}:{tag if alone else one.file}" if one.repository else one.path.stem
+        name = name if name not in named else str(one.path)
+        named[name] = one._replace(name=name)
+    return [*named.values(), Stored("metaalign-demo", embedded_model())]
+
+
+NO_MODELS = (".", "datasets--", "spaces--", "kernels--")  # how folders begin that are not looked into
+
+
+def modified(path: Path) -> float:
+    """Return when a file, or a link to one, was made, in seconds since 1970; 0 if it has gone meanwhile."""
+    with contextlib.suppress(OSError):
+        return path.lstat().st_mtime
+    return 0.0
+
+
+def models_within(folder: Path, in_hub: bool) -> list[Stored]:
+    """List the models below a folder: of each file of a repository in the hub's cache, the newest version."""
+    found: dict[tuple[str, str], Stored] = {}
+    for place, below, names in os.walk(folder):
+        below[:] = sorted(name for name in below if name not in ("blobs", "refs") and not name.startswith(NO_MODELS))
+        for name in sorted(filter(is_main_part, names)):
+            path = Path(place) / name
+            repository, file = "", name
+            parts = path.relative_to(folder).parts
+            if parts[0].startswith("models--") and parts[1:2] == ("snapshots",) and len(parts) > 3:
+                repository, file = parts[0].removeprefix("models--").replace("--", "/"), "/".join(parts[3:])
+            elif len(parts) > 2:  # LM Studio's publisher/repository/file
+                repository, file = "/".join(parts[:2]), "/".join(parts[2:])
+            key = (repository, file) if repository else ("", str(path))
+            if key not in found or modified(path) >= modified(found[key].path):
+                found[key] = Stored("", path, repository, file, in_hub)
+    return list(found.values())
+
+
+def model_names() -> list[str]:
+    """List the names that -m takes for the models on this machine."""
+    return [one.name for one in stored_models()]
+
+
+def name_of(path: Path) -> str:
+    """Return the name of a model that lies there; a path that none is listed with is its own."""
+    return next((one.name for one in stored_models() if one.path.absolute() == path.absolute()), str(path))
+
+
+def stored_as(wanted: str) -> list[Stored]:
+    """List the models that a name or user/repo[:QUANT] means, of those on this machine; the newest first."""
+    models, low = stored_models(), wanted.lower()
+    exact = [one for one in models if one.name.lower() == low]
+    repository, _, tag = low.partition(":")
+    found = exact or [
+        one
+        for one in models
+        if one.repository.lower() == repository
+        and (not tag or tag in (quantization_of(one.file).lower(), one.file.lower(), Path(one.file).name.lower()))
+    ]
+    return sorted(found, key=lambda one: -modified(one.path))
+
+
+def resolve_model(name: str | None) -> Path | None:
+    """Find a model's file on this machine: the default, a path, user/repo[:QUANT], or a name that `models list` shows.
+
+    None: it names a repository of the hub, and nothing of it is here.
 
     Raises:
-        NotFound: there is no such file.
+        NotFound: there is no such file, and no such name.
     """
     if not name:
-        return part_folder("models") / "metaalign-demo-q8_0.gguf"
-    path = Path(name).expanduser()
+        chosen = setting("model")
+        return resolve_model(chosen) if chosen else embedded_model()
+    path, repository = Path(name).expanduser(), REPOSITORY.fullmatch(name)
     if path.is_file():
         return path
     if path.is_dir():
         raise NotFound(
             f"{name} is a folder: convert a checkpoint with `metaalign-edge convert {name}`, or give a GGUF file"
         )
-    raise NotFound(f"no model file {name}: give the path of a GGUF file, or leave -m out for the embedded model")
+    if (repository and (repository[2] or not name.endswith(".gguf"))) or not looks_like_path(name, ".gguf"):
+        if found := stored_as(name):
+            return found[0].path
+        if repository:
+            return None
+        hint = nearest(name, model_names(), "`metaalign-edge models list` shows what there is")
+        raise NotFound(f"no model file and no model {name}: {hint}")
+    raise NotFound(f"no model file {name}: give the path of a GGUF file, or leave -m out for the default model")
 
 
 def shipped_templates() -> dict[str, Path]:
@@ -4089,7 +4341,416 @@ def time_calls(
 
 
 # =====================================================================================================================
-# 16  Commands
+# 16  Hub
+# =====================================================================================================================
+# huggingface_hub keeps nothing of a download that was stopped, and compares no checksums. So what is large is fetched
+# here, into its place in the hub's own cache; the library does the rest.
+
+TRIES = 3  # to reach the hub, or to get more of a file
+PAUSE = 1.0  # seconds before the next try
+SHARE = 0.6  # of the free memory may be taken by weights; the rest is for contexts and for other programs
+USUAL = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")  # below four bits a model loses much, above eight it gains nothing
+
+
+@functools.cache
+def hub() -> Any:
+    """Import huggingface_hub, and keep it from talking: what is to be said is said here."""
+    huggingface_hub: Any = importlib.import_module("huggingface_hub")
+    for module in ("utils", "errors", "constants"):
+        importlib.import_module(f"huggingface_hub.{module}")
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # it would ask for a list of programs to look out for
+    huggingface_hub.utils.logging.set_verbosity_error()
+    if not (sys.stderr and sys.stderr.isatty()):
+        huggingface_hub.utils.disable_progress_bars()
+    return huggingface_hub
+
+
+def hub_address() -> str:
+    """Return where the hub is: HF_ENDPOINT, else the public one."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def is_offline(wanted: bool) -> bool:
+    """Tell whether no socket may be opened: it was wanted, or the hub's own variable says so."""
+    return wanted or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def absent(name: str) -> NetworkError:
+    """Return the error of what is not here and, offline, cannot be had."""
+    return NetworkError(f"{name} is not on this machine, and offline nothing is downloaded: pull it with a network")
+
+
+def hub_error(error: Exception, repository: str) -> EdgeError:
+    """Return what an exception of huggingface_hub's means, and what to do."""
+    errors = hub().errors
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return hub_error(error.__cause__, repository) if isinstance(error.__cause__, Exception) else absent(repository)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    page = f"{hub_address()}/{repository}"
+    if isinstance(error, EdgeError):
+        return error
+    if isinstance(error, errors.GatedRepoError):
+        return NetworkError(f"{repository} is gated: accept its licence on {page}, and set HF_TOKEN to your token")
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return NotFound(f"no hub repository {repository}, or a private one: look at {page}, or set HF_TOKEN")
+    if status == 404:
+        return NotFound(f"the hub has lost a file of {repository}: look at {page}")
+    if status in (401, 403):
+        return NetworkError(f"the hub refuses {repository} ({status}): set HF_TOKEN to a token that may read it")
+    if status == 429:
+        return NetworkError(f"the hub had too many requests from here ({status}): wait some minutes, or set HF_TOKEN")
+    if status:
+        return NetworkError(f"the hub fails on {repository} ({status}): try again later")
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
+        return CannotWrite(
+            f"cannot write to {hub_folder()}: {error.strerror}: make room, or set HF_HOME to another folder"
+        )
+    if isinstance(error, errors.HTTPError | OSError):
+        return NetworkError(
+            f"{repository} is not here, and {hub_address()} cannot be reached ({type(error).__name__}): try again"
+        )
+    return NetworkError(f"the hub's answer on {repository} makes no sense ({type(error).__name__}): try again later")
+
+
+def is_passing(error: Exception) -> bool:
+    """Tell whether the next try may go better: a connection that broke, a server that failed."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return isinstance(error, hub().errors.HTTPError) and (status is None or status >= 500)
+
+
+def asked(ask: Callable[[], Any], repository: str) -> Any:
+    """Ask the hub something; a few times, if need be.
+
+    Raises:
+        NotFound, NetworkError: it does not answer; see `hub_error`.
+    """
+    for more in reversed(range(TRIES)):
+        try:
+            return ask()
+        except Exception as error:
+            if not (more and is_passing(error)):
+                raise hub_error(error, repository) from error
+            time.sleep(PAUSE)
+    raise AssertionError
+
+
+def size_of(count: float) -> str:
+    """Write a number of bytes."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+class HubFile(NamedTuple):
+    """A file of a repository, as the hub lists it."""
+
+    name: str
+    bytes: int
+
+
+class Choice(NamedTuple):
+    """A model of a repository: a GGUF, or all parts of one."""
+
+    tag: str  # what -m takes behind the colon: its quantisation, or its name where several have the same
+    files: tuple[HubFile, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of all parts."""
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def quantization(self) -> str:
+        """Return its quantisation, nothing if its name tells none."""
+        return quantization_of(self.files[0].name)
+
+    def is_called(self, wanted: str) -> bool:
+        """Tell whether this is what stands behind a colon: a quantisation, or a file."""
+        name = self.files[0].name.lower()
+        return wanted.lower() in (self.quantization.lower(), name, Path(name).name)
+
+
+def read_repository(repository: str) -> tuple[str, list[Choice]]:
+    """Ask the hub for a repository's newest commit, and the models in it, the smallest first.
+
+    Raises:
+        NotFound: there is none, or no model in it. NetworkError: the hub does not answer, or refuses.
+    """
+    client = hub().HfApi(endpoint=hub_address())
+    patience = hub().constants.HF_HUB_DOWNLOAD_TIMEOUT
+    found = asked(lambda: client.model_info(repository, files_metadata=True, timeout=patience), repository)
+    sizes = {file.rfilename: file.size for file in found.siblings or []}
+    models = [[part.as_posix() for part in parts_of(Path(name))] for name in filter(is_main_part, sizes)]
+    models = [parts for parts in models if all(part in sizes for part in parts)]
+    if not re.fullmatch("[0-9a-f]{40}", str(found.sha)) or not all(
+        isinstance(sizes[part], int) and sizes[part] > 0 for parts in models for part in parts
+    ):
+        raise NetworkError(f"the hub's answer on {repository} makes no sense (no commit, or no sizes): try again later")
+    if not models:
+        convert = any(name.endswith(".safetensors") for name in sizes)
+        hint = f"`metaalign-edge convert {repository}` makes one" if convert else "look for one that ends in -GGUF"
+        raise NotFound(f"{repository} has no whole GGUF model: {hint}")
+    alike = Counter(quantization_of(parts[0]) for parts in models)
+    choices = [
+        Choice(
+            tag if (tag := quantization_of(parts[0])) and alike[tag] == 1 else parts[0],
+            tuple(HubFile(part, sizes[part]) for part in parts),
+        )
+        for parts in models
+    ]
+    return found.sha, sorted(choices, key=lambda choice: (choice.bytes, choice.tag))
+
+
+def best_choice(choices: Sequence[Choice], free: float) -> Choice | None:
+    """Return the largest usual quantisation whose weights fit the free memory, else the largest of all that do."""
+    fitting = [choice for choice in choices if choice.bytes <= SHARE * free]
+    usual = [choice for choice in fitting if choice.quantization in USUAL]
+    return max(usual or fitting, key=lambda choice: choice.bytes, default=None)
+
+
+def choose(repository: str, choices: Sequence[Choice], wanted: str, screen: Screen) -> Choice:
+    """Return the model that is wanted; where nothing is, the one that suits this machine, and say why.
+
+    Raises:
+        NotFound: there is no such one. UsageError: there are several. LoadError: none fits this machine.
+    """
+    listed = [f"{choice.tag} ({size_of(choice.bytes)})" for choice in choices]
+    if wanted:
+        found = [choice for choice in choices if choice.is_called(wanted)]
+        if not found:
+            raise NotFound(f"{repository} has no {wanted}: it has {', '.join(listed)}")
+        if len(found) > 1:
+            raise UsageError(f"{repository} has several {wanted}: name the file: {', '.join(one.tag for one in found)}")
+        return found[0]
+    free = free_memory()
+    memory = f"{100 * SHARE:.0f} % of the {size_of(free)} of free memory"
+    best = best_choice(choices, free)
+    if best is None:
+        raise LoadError(f"no model of {repository} fits into {memory}: name one to have it anyway: {', '.join(listed)}")
+    if len(choices) > 1:
+        taken = listed.pop(choices.index(best))
+        screen.note(f"taking {taken}, the best that fits into {memory}; there are also {', '.join(listed)}")
+    return best
+
+
+class Download(NamedTuple):
+    """A file on its way into the hub's cache."""
+
+    file: HubFile
+    url: str
+    checksum: str  # of LFS, SHA-256; of git, SHA-1
+    blob: Path  # where it belongs
+
+    @property
+    def partial(self) -> Path:
+        """Return where it lies until it is whole."""
+        return self.blob.with_name(f"{self.blob.name}.incomplete")
+
+    @property
+    def have(self) -> int:
+        """Return how many bytes are here."""
+        for path in (self.blob, self.partial):
+            with contextlib.suppress(OSError):
+                return path.stat().st_size
+        return 0
+
+
+def find_download(repository: str, commit: str, file: HubFile) -> Download:
+    """Ask the hub for a file's address and checksum.
+
+    Raises:
+        NotFound, NetworkError: it does not answer, or contradicts itself.
+    """
+    url = hub().hf_hub_url(repository, file.name, revision=commit, endpoint=hub_address())
+    found = asked(lambda: hub().get_hf_file_metadata(url, endpoint=hub_address()), repository)
+    if found.size != file.bytes or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", found.etag or ""):
+        raise NetworkError(
+            f"the hub says that {file.name} has {file.bytes:,} bytes, and then {found.size or 0:,} with the checksum "
+            f"{found.etag}: nothing was downloaded"
+        )
+    folder = hub_folder() / f"models--{repository.replace('/', '--')}"
+    return Download(file, url, found.etag, folder / "blobs" / found.etag)
+
+
+def receive(download: Download, repository: str, tell: Callable[[int], None]) -> None:
+    """Get what is missing of a file. A connection that breaks is taken up where it broke, as long as more comes.
+
+    Raises:
+        NetworkError: there comes no more, or too much. CannotWrite: the disk is full.
+    """
+    tries, size, patience = TRIES, download.file.bytes, hub().constants.HF_HUB_DOWNLOAD_TIMEOUT
+    while (have := download.have) < size:
+        headers = {**hub().utils.build_hf_headers(), "Accept-Encoding": "identity"}
+        if have:
+            headers["Range"] = f"bytes={have}-"
+        error: Exception = NetworkError(f"the hub ends {download.file.name} before its {size:,} bytes: try again later")
+        try:
+            with (
+                download.partial.open("ab") as out,
+                hub().utils.get_session().stream("GET", download.url, headers=headers, timeout=patience) as answer,
+            ):
+                hub().utils.hf_raise_for_status(answer)
+                if answer.status_code != 206:  # it begins anew
+                    out.seek(0)
+                    out.truncate()
+                for data in answer.iter_bytes():
+                    out.write(data)
+                    tell(out.tell())
+                    if out.tell() > size:
+                        break
+        except Exception as found:
+            if not is_passing(found):
+                raise hub_error(found, repository) from found
+            error = found
+        tries = TRIES if download.have > have else tries - 1
+        if not tries:
+            raise hub_error(error, repository) from error
+        if download.have < size:
+            time.sleep(PAUSE)
+
+
+def check_download(download: Download) -> None:
+    """Compare what was received with its checksum; what is wrong is removed.
+
+    Raises:
+        NetworkError: it is not what the hub said it would be.
+    """
+    import hashlib
+
+    size = download.partial.stat().st_size
+    checksum = hashlib.sha256() if len(download.checksum) == 64 else hashlib.sha1(b"blob %d\0" % size)
+    with download.partial.open("rb") as file:
+        while data := file.read(1 << 20):
+            checksum.update(data)
+    if size != download.file.bytes or checksum.hexdigest() != download.checksum:
+        download.partial.unlink()
+        raise NetworkError(f"what came as {download.file.name} is not what the hub promised: it was removed; try again")
+
+
+def fetch(download: Download, repository: str, commit: str, tell: Callable[[int], None]) -> Path:
+    """Download a file, unless it is here, and give it its name in the hub's cache.
+
+    Raises:
+        NetworkError: it does not come, or not as promised. CannotWrite: there is no writing.
+    """
+    folder = download.blob.parent.parent
+    try:
+        download.blob.parent.mkdir(parents=True, exist_ok=True)
+        with locked(hub_folder() / ".locks" / folder.name / download.blob.name):
+            if not download.blob.exists():
+                receive(download, repository, tell)
+                check_download(download)
+                os.replace(download.partial, download.blob)
+        (folder / "refs").mkdir(exist_ok=True)
+        with replacing(folder / "refs" / "main") as part:
+            part.write_text(commit, "ascii")
+        place = {"cache_dir": hub_folder(), "endpoint": hub_address()}
+        return Path(hub().hf_hub_download(repository, download.file.name, revision=commit, **place))
+    except Exception as error:
+        found = hub_error(error, repository)
+        if isinstance(found, CannotWrite):
+            found = CannotWrite(f"{found}; {size_of(download.file.bytes - download.have)} more are needed")
+        raise found from error
+
+
+def download_model(repository: str, wanted: str, screen: Screen) -> Path:
+    """Download a model into the hub's own cache; return where it, or its first part, lies.
+
+    What was stopped goes on where it was.
+
+    Raises:
+        NotFound: there is no such one. NetworkError: the hub does not give it. LoadError: nothing fits this machine.
+        CannotWrite: there is no room for it.
+    """
+    commit, choices = read_repository(repository)
+    choice = choose(repository, choices, wanted, screen)
+    downloads = [find_download(repository, commit, file) for file in choice.files]
+    have = sum(download.have for download in downloads)
+    going_on = f", of which {size_of(have)} are here" if have else ""
+    screen.note(f"downloading {repository}:{choice.tag}, {size_of(choice.bytes)}{going_on}, to {hub_folder()}")
+    place = next((one for one in [hub_folder(), *hub_folder().parents] if one.is_dir()), Path("."))
+    free = shutil.disk_usage(place).free
+    if choice.bytes - have > free:
+        raise CannotWrite(
+            f"{repository}:{choice.tag} needs {size_of(choice.bytes - have)} on the disk, and {place} has "
+            f"{size_of(free)}: make room, or set HF_HOME to another folder"
+        )
+    paths, before = [], 0
+    try:
+        with progress_bar(screen) as bar:
+            for download in downloads:
+                shown = functools.partial(show_download, bar, choice, before)
+                paths.append(fetch(download, repository, commit, shown))
+                before += download.file.bytes
+    except KeyboardInterrupt:
+        screen.note("interrupted: the same command goes on from there")
+        raise
+    return paths[0]
+
+
+def show_download(bar: Callable[[str, int, int], None] | None, choice: Choice, before: int, have: int) -> None:
+    """Move the bar, if there is one, to the bytes that all parts have by now."""
+    if bar:
+        bar(choice.tag, before + have, choice.bytes)
+
+
+def find_model(name: str | None, offline: bool, screen: Screen) -> ModelFile:
+    """Open the model that -m names; one of the hub's that is not here is downloaded, unless offline.
+
+    Raises:
+        NotFound: there is no such one. LoadError: the file is bad, or no model. NetworkError, CannotWrite: it cannot be
+        had from the hub.
+    """
+    path, name = resolve_model(name), name or setting("model") or ""
+    if path is None:
+        if is_offline(offline):
+            raise absent(name)
+        repository, _, wanted = name.partition(":")
+        path = download_model(repository, wanted, screen)
+    file = ModelFile(path)
+    if file.purpose in ("adapter", "mmproj", "imatrix"):
+        raise LoadError(f"{path} is no model but a file for one ({file.purpose}): name the model itself with -m")
+    return file
+
+
+def find_checkpoint(source: str, screen: Screen, offline: bool = False) -> Path:
+    """Return a checkpoint's folder; a hub id is fetched into the hub's own cache.
+
+    Raises:
+        NotFound: no such folder or repository. NetworkError: the hub is unreachable, or refuses.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
+        return path
+    screen.detail(f"fetching {source} from the hub")
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "README.md"]
+    try:
+        return Path(hub().snapshot_download(source, allow_patterns=wanted, local_files_only=is_offline(offline)))
+    except Exception as error:
+        raise hub_error(error, source) from error
+
+
+@contextlib.contextmanager
+def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Show a progress bar on stderr if that is a terminal; yield what is to be told of progress."""
+    if screen.quiet or not (sys.stderr and sys.stderr.isatty()):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
+
+
+# =====================================================================================================================
+# 17  Commands
 # =====================================================================================================================
 
 app = typer.Typer(
@@ -4302,7 +4963,19 @@ QueryArgument = Annotated[
 ]
 ModelOption = Annotated[
     str | None,
-    option("-m", "--model", help="A GGUF file. Default: the embedded demonstration model.", panel=MODEL, env="MODEL"),
+    option(
+        "-m",
+        "--model",
+        help="A GGUF file, user/repo[:QUANT] on the hub, or a name of `models list`. Default: the embedded one.",
+        panel=MODEL,
+        env="MODEL",
+    ),
+]
+OfflineOption = Annotated[
+    bool,
+    option(
+        "--offline", help="Open no connection; what is not on this machine is an error.", panel=MODEL, env="OFFLINE"
+    ),
 ]
 SystemOption = Annotated[
     str | None, option("-s", "--system", help="System Info: what the provider wants.", panel=DIALOG, env="SYSTEM")
@@ -4488,6 +5161,15 @@ class Loaded(NamedTuple):
     ctx_size: ContextOption = None
     gpu_layers: GpuOption = "auto"
     threads: ThreadsOption = None
+    offline: OfflineOption = False
+
+    def file(self, screen: Screen) -> ModelFile:
+        """Open the model.
+
+        Raises:
+            EdgeError: as `find_model`.
+        """
+        return find_model(self.model, self.offline, screen)
 
     def settings(self) -> Settings:
         """Return what the engine has to know.
@@ -4607,7 +5289,7 @@ def chat(
     settings = gathered(loaded, sampling, strengths, talk)
     asked = read_query(query, no_stdin, repl=not as_json)
     interrupt, states = Interrupt(), kept_states(no_cache)
-    model, chosen = load_model(loaded, rendered, settings, interrupt)
+    model, chosen = load_model(loaded, rendered, settings, interrupt, screen)
     OPEN.enter_context(model)
     with Chat(model, chosen, settings, rendered.options(), interrupt, states=states) as session:
         explain(model, chosen, settings, screen)
@@ -4649,7 +5331,7 @@ def compare(
     dialogs = [Dialog(meta_prompt.system_info(), info, (asked,)) for info in infos]
     settings = gathered(loaded, sampling, strengths, talk)
     interrupt, options = Interrupt(), rendered.options()
-    model, chosen = load_model(loaded, rendered, settings, interrupt)
+    model, chosen = load_model(loaded, rendered, settings, interrupt, screen)
     answers: list[Answer] = []
 
     def before(answer: Answer) -> None:
@@ -4722,7 +5404,7 @@ def batch(
     """
     screen, standing = talk.screen(), meta_prompt.dialog()
     settings = gathered(loaded, sampling, strengths, talk)
-    file = ModelFile(resolve_model(loaded.model))
+    file = loaded.file(screen)
     chosen, interrupt, options = choose_template(rendered.template, file), Interrupt(), rendered.options()
     deciding = replace(settings, seed=settings.seed if sampling.seed is not None else -1).deciding()
     run = digest([__version__, file.identity, chosen.identity, *options, *deciding])[:16]
@@ -4798,6 +5480,7 @@ def open_rows(source: str) -> Iterator[tuple[Iterable[bytes], str]]:
 def render_command(
     query: QueryArgument = None,
     model: ModelOption = None,
+    offline: OfflineOption = False,
     *,
     meta_prompt: MetaPrompt,
     rendered: Rendered,
@@ -4816,7 +5499,7 @@ def render_command(
     """
     screen, dialog = talk.screen(), meta_prompt.dialog()
     dialog = replace(dialog, turns=(Turn(cast(str, read_query(query, no_stdin, repl=False))),))
-    file = ModelFile(resolve_model(model))
+    file = find_model(model, offline, screen)
     chosen = choose_template(rendered.template, file)
     screen.detail(f"template {chosen.name}: {chosen.why}")
     rendering = render(dialog, chosen, rendered.options())
@@ -4918,6 +5601,7 @@ def convert(
     dry_run: DryRunOption = False,
     check: CheckOption = True,
     force: ForceOption = False,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -4955,8 +5639,8 @@ def convert(
         converter.check_output(target, force)
         plan = converter.plan_gguf(Path(source).expanduser(), outtype, options=options)
     else:
-        checkpoint = converter.open_checkpoint(find_checkpoint(source, screen))
-        adapters = [open_lora(name, checkpoint, screen) for name in lora or []]
+        checkpoint = converter.open_checkpoint(find_checkpoint(source, screen, offline))
+        adapters = [open_lora(name, checkpoint, offline, screen) for name in lora or []]
         if lora_only:
             target = output or Path(f"{adapters[0].name}-{outtype}.gguf")
             result = converter.write_adapter(checkpoint, adapters[0], target, outtype=outtype, force=force)
@@ -4978,14 +5662,14 @@ def convert(
     report_conversion(result, as_json, screen)
 
 
-def open_lora(name: str, checkpoint: Any, screen: Screen) -> Any:
+def open_lora(name: str, checkpoint: Any, offline: bool, screen: Screen) -> Any:
     """Open the LoRA adapter `name`, a folder or a hub id, with `:SCALE` behind it or without."""
     folder, colon, tail = name.rpartition(":")
     try:
         scale = float(tail) if colon and not Path(name).expanduser().exists() else None
     except ValueError:  # a drive's colon, or another one in a folder's name
         scale = None
-    place = find_checkpoint(name if scale is None else folder, screen)
+    place = find_checkpoint(name if scale is None else folder, screen, offline)
     return part("convert").open_adapter(place, checkpoint, 1.0 if scale is None else scale)
 
 
@@ -5057,35 +5741,6 @@ def report_conversion(result: Any, as_json: bool, screen: Screen) -> None:
     )
 
 
-def find_checkpoint(source: str, screen: Screen) -> Path:
-    """Return a checkpoint's folder; a hub id is fetched into the hub's own cache.
-
-    Raises:
-        NotFound: no such folder or repository. NetworkError: the hub is unreachable, or refuses.
-    """
-    path = Path(source).expanduser()
-    if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
-        return path
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    screen.detail(f"fetching {source} from the hub")
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                source, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "README.md"]
-            )
-        )
-    except errors.GatedRepoError:
-        raise NetworkError(f"{source} is gated: accept its terms on the hub and set HF_TOKEN") from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise NotFound(f"no folder and no hub repository {source}") from None
-    except Exception as error:  # offline, unreachable, or an answer that is none
-        raise NetworkError(
-            f"{source} is no folder here, and the hub cannot be reached ({type(error).__name__}): download it first"
-        ) from error
-
-
 def conversion_template(name: str, checkpoint: Any) -> tuple[str | None, str | None]:
     """Choose the chat template that `convert` writes: its name if it is native, and its text (None: the checkpoint's).
 
@@ -5148,27 +5803,6 @@ def check_logits(engine: Engine) -> str:
     if all(map(math.isfinite, logits[: engine.model.vocabulary.size])):
         return "a token is decoded"
     return "warning: what the result computes are no numbers; use --outtype bf16 or f32, or look at the weights"
-
-
-@contextlib.contextmanager
-def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Show a progress bar on stderr if that is a terminal; yield what is to be told of progress."""
-    if screen.quiet or not (sys.stderr and sys.stderr.isatty()):
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("converting", total=None)
-        yield lambda tensor, done, total: bars.update(task, description=tensor, completed=done, total=total)
 
 
 cache = typer.Typer(no_args_is_help=True, help="What was read of meta-prompts, kept on the disk.")
@@ -5628,6 +6262,335 @@ def folder_bytes(folder: Path) -> int:
     return sizes
 
 
+RepositoryArgument = Annotated[
+    str, typer.Argument(metavar="REPO[:QUANT]", help="A repository of the hub: user/repo, user/repo:Q4_K_M or :FILE.")
+]
+ListOption = Annotated[bool, option("--list", help="Show what there is, and what would be taken; download nothing.")]
+UpdateOption = Annotated[bool, option("--update", help="Ask the hub for a newer version of what is here.")]
+
+
+@app.command()
+def pull(
+    wanted: RepositoryArgument,
+    show: ListOption = False,
+    update: UpdateOption = False,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Download a model into the hub's own cache, and print its path. What was stopped goes on where it was.
+
+    Without QUANT, the best that fits this machine is taken. HF_HOME, HF_HUB_CACHE and HF_TOKEN are honoured.
+
+    Examples:
+
+        metaalign-edge pull Qwen/Qwen2.5-0.5B-Instruct-GGUF
+
+        metaalign-edge pull bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M
+
+        metaalign-edge pull bartowski/Llama-3.2-1B-Instruct-GGUF --list
+    """
+    screen, named = Screen(quiet, verbose), REPOSITORY.fullmatch(wanted)
+    if not named:
+        raise UsageError(f"{wanted!r} is no repository of the hub: they are called user/repo, or user/repo:QUANT")
+    repository, tag = named[1], named[2] or ""
+    here = [] if show or update else stored_as(wanted)
+    if not here and is_offline(offline):
+        raise absent(wanted)
+    if show:
+        show_choices(repository, tag, as_json, screen)
+        return
+    path = here[0].path if here else download_model(repository, tag, screen)
+    try:
+        row = model_row(name_of(path), ModelFile(path))
+    except LoadError as error:
+        raise LoadError(f"{error}: `metaalign-edge models rm {wanted}`, then pull it again") from None
+    if here:
+        screen.note(f"{row['name']} is here already; --update asks the hub for a newer one")
+    screen.json({**row, "downloaded": not here}) if as_json else screen.write(f"{path}\n")
+
+
+def show_choices(repository: str, wanted: str, as_json: bool, screen: Screen) -> None:
+    """Print the models of a repository, and which one `pull` would take.
+
+    Raises:
+        NotFound, NetworkError, UsageError: as `read_repository` and `choose`.
+    """
+    _, choices = read_repository(repository)
+    free = free_memory()
+    taken = choose(repository, choices, wanted, Screen(quiet=True)) if wanted else best_choice(choices, free)
+    rows = [
+        {
+            "name": f"{repository}:{choice.tag}",
+            "quantization": choice.quantization or None,
+            "files": [file.name for file in choice.files],
+            "bytes": choice.bytes,
+            "fits": choice.bytes <= SHARE * free,
+            "taken": choice is taken,
+        }
+        for choice in choices
+    ]
+    if as_json:
+        screen.json(rows)
+        return
+    notes = [
+        "taken" if row["taken"] else "" if row["fits"] else f"over {100 * SHARE:.0f} % of the free memory"
+        for row in rows
+    ]
+    cells = [[choice.tag, size_of(choice.bytes), note] for choice, note in zip(choices, notes, strict=True)]
+    screen.write("\n".join((rich_table if screen.terminal else aligned)(["model", "size", ""], cells)) + "\n")
+
+
+models = typer.Typer(no_args_is_help=True, help="The models on this machine.")
+app.add_typer(models, name="models")
+NameArgument = Annotated[
+    str | None, typer.Argument(metavar="NAME", help="A name that `models list` shows, or a path.", show_default=False)
+]
+NamesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="NAME...", help="Names that `models list` shows.", show_default=False)
+]
+UnfinishedOption = Annotated[bool, option("--unfinished", help="Remove what stopped downloads left.")]
+NoDefaultOption = Annotated[bool, option("--none", help="Go back to the embedded model.")]
+
+
+def model_row(name: str, file: ModelFile) -> dict[str, Any]:
+    """Return what `models list` says of a model.
+
+    Raises:
+        LoadError: it is damaged.
+    """
+    file.check_whole()
+    return {
+        "name": name,
+        "path": str(file.path),
+        "bytes": file.bytes,
+        "architecture": file.architecture,
+        "parameters": file.parameters,
+        "quantization": file.quantization,
+        "context": file.context,
+        "template": file.metadata.get("metaalign.template") or ("embedded" if file.templates else None),
+        "error": None,
+    }
+
+
+def damaged_row(one: Stored, error: Exception) -> dict[str, Any]:
+    """Return what `models list` says of a model that cannot be loaded."""
+    nothing = dict.fromkeys(("architecture", "parameters", "quantization", "context", "template"))
+    size = sum(part.stat().st_size for part in parts_of(one.path) if part.is_file())
+    return {"name": one.name, "path": str(one.path), "bytes": size, **nothing, "error": str(error)}
+
+
+def unfinished_downloads() -> list[Path]:
+    """List what downloads into the hub's cache have left there, ours and other programs'."""
+    return sorted(hub_folder().glob("models--*/blobs/*.incomplete"))
+
+
+@models.command("list")
+def models_list(as_json: JsonOption = False) -> None:
+    """List the models in the hub's cache, in the folders of llama.cpp and LM Studio, and the embedded one.
+
+    A file that is damaged, or only half there, is listed with its error.
+
+    Examples:
+
+        metaalign-edge models list
+
+        metaalign-edge models list --json
+    """
+    screen, rows = Screen(), []
+    for one in stored_models():
+        try:
+            file = ModelFile(one.path)
+            if file.purpose == "model":
+                rows.append(model_row(one.name, file))
+        except (EdgeError, ValueError, TypeError) as error:
+            rows.append(damaged_row(one, error))
+    if as_json:
+        screen.json(rows)
+        return
+    cells = [
+        [row["name"], size_of(row["bytes"]), "-", "-", "-", "-", f"damaged: {row['error']}"]
+        if row["error"]
+        else [
+            row["name"],
+            size_of(row["bytes"]),
+            row["architecture"],
+            f"{row['parameters'] / 1e6:,.0f} M",
+            row["quantization"],
+            f"{row['context']:,}",
+            row["template"] or "none",
+        ]
+        for row in rows
+    ]
+    heads = ["model", "size", "architecture", "parameters", "quantisation", "context", "template"]
+    lines = (rich_table if screen.terminal else aligned)(heads, cells)
+    screen.write("\n".join(lines) + "\n")
+    if left := unfinished_downloads():
+        size = size_of(sum(path.stat().st_size for path in left))
+        screen.note(f"unfinished downloads: {size}; `pull` goes on with them, `models rm --unfinished` removes them")
+
+
+@models.command("show")
+def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
+    """Show what a model is: its size, its template and tiers, its licence, and what a context takes.
+
+    Examples:
+
+        metaalign-edge models show
+
+        metaalign-edge models show Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q8_0 --json
+    """
+    screen, file = Screen(), find_model(name, True, Screen())
+    tokens, words = split_markers(file)
+    native = choose_template("auto", file).native if file.templates else None
+    kv = token_bytes(file)
+    document = {
+        **model_row(name_of(file.path), file),
+        "parts": [str(part) for part in file.paths],
+        "native": native,
+        "marker_tokens": tokens,
+        "marker_words": words,
+        "kv_bytes_per_1000_tokens": kv and 1000 * kv,
+        "licence": file.metadata.get("general.license"),
+    }
+    if as_json:
+        screen.json(document)
+        return
+    way = {True: "native: it knows the three tiers", False: "wrapped", None: "name one with --template"}[native]
+    rows = {
+        "model": document["name"],
+        "file": f"{file.path}" + (f" and {len(file.paths) - 1} more parts" if len(file.paths) > 1 else ""),
+        "size": size_of(file.bytes),
+        "architecture": file.architecture,
+        "parameters": f"{document['parameters']:,}",
+        "quantisation": document["quantization"],
+        "context": f"{file.context:,} tokens, {size_of(1000 * kv) if kv else 'it varies how much'} for each 1,000",
+        "template": f"{document['template'] or 'none'}, {way}",
+        "tokens": " ".join(tokens) or "none of the template's markers",
+        "words": " ".join(words) or "none",
+        "licence": document["licence"] or "the file does not say",
+    }
+    screen.write("".join(f"{head:<14}{text}\n" for head, text in rows.items()))
+
+
+def split_markers(file: ModelFile) -> tuple[list[str], list[str]]:
+    """Return the markers of a model's template: those that are tokens, which no text can forge, and mere words."""
+    found = dict.fromkeys(marker.strip() for marker in MARKUP.findall(file.templates.get("default", "")))
+    texts, kinds = list(file.items("tokenizer.ggml.tokens")), list(file.items("tokenizer.ggml.token_type"))
+    special = {text for text, kind in zip(texts, kinds, strict=False) if kind in (3, 4)}  # control, user-defined
+    return [marker for marker in found if marker in special], [marker for marker in found if marker not in special]
+
+
+def token_bytes(file: ModelFile) -> int | None:
+    """Return what a token takes in the KV cache, 16 bits a number; None where that is not the same for all tokens."""
+    known, prefix = file.metadata.get, f"{file.architecture}."
+    attention = f"{prefix}attention."
+    odd = (f"{attention}sliding_window", f"{attention}kv_lora_rank", f"{prefix}ssm.state_size")
+    heads, layers = known(f"{attention}head_count"), known(f"{prefix}block_count")
+    if any(known(key) for key in odd) or not isinstance(heads, int) or not isinstance(layers, int) or not heads:
+        return None
+    each = int(known(f"{prefix}embedding_length", 0)) // heads
+    width = int(known(f"{attention}key_length", each)) + int(known(f"{attention}value_length", each))
+    shared = known(f"{attention}head_count_kv", heads)
+    return 2 * width * (layers * shared if isinstance(shared, int) else sum(file.items(f"{attention}head_count_kv")))
+
+
+@models.command("rm")
+def models_rm(names: NamesArgument = None, unfinished: UnfinishedOption = False, quiet: QuietOption = False) -> None:
+    """Remove models from the hub's cache. What lies in other programs' folders is theirs, and is left alone.
+
+    Examples:
+
+        metaalign-edge models rm Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q8_0
+
+        metaalign-edge models rm --unfinished
+    """
+    if not names and not unfinished:
+        raise UsageError("name the models to remove: `metaalign-edge models list` shows them")
+    gone = [removable(name) for name in names or []]
+    freed = remove_models(gone)
+    for path in unfinished_downloads() if unfinished else []:
+        freed += path.stat().st_size
+        try:
+            path.unlink()
+        except OSError as error:
+            raise CannotWrite(f"cannot remove {path}: {error.strerror}") from None
+    if setting("model") in [one.name for one in gone]:
+        store_setting("model", None)
+    Screen(quiet).note(f"{size_of(freed)} freed")
+
+
+def removable(name: str) -> Stored:
+    """Return the model of that name, if it lies in the hub's cache.
+
+    Raises:
+        NotFound: it does not exist. UsageError: it is not in the hub's cache, or there are several.
+    """
+    found = stored_as(name)
+    if not found:
+        raise NotFound(f"no model {name}: `metaalign-edge models list` shows what there is; a path is removed with rm")
+    if not all(one.in_hub for one in found):
+        raise UsageError(f"{found[0].path} is not in the hub's cache: only what is there is removed here")
+    if len(found) > 1:
+        raise UsageError(f"{name} means several: name one of {', '.join(one.name for one in found)}")
+    return found[0]
+
+
+def remove_models(stored: Sequence[Stored]) -> int:
+    """Remove models, all parts and all versions, from the hub's cache; return how many bytes that frees.
+
+    Raises:
+        CannotWrite: something is left.
+    """
+    if not stored:
+        return 0
+    parts = {(one.repository, part.as_posix()) for one in stored for part in parts_of(Path(one.file))}
+    cache, gone, revisions = hub().scan_cache_dir(hub_folder()), [], []
+    for repository in cache.repos:
+        for revision in repository.revisions:
+            place = revision.snapshot_path
+            mine = [
+                file
+                for file in revision.files
+                if (repository.repo_id, file.file_path.relative_to(place).as_posix()) in parts
+            ]
+            if len(mine) == len(revision.files):
+                revisions.append(revision.commit_hash)
+            else:
+                gone += mine
+    freed = 0
+    for strategy in (cache.delete_files(*gone), cache.delete_revisions(*revisions)):
+        strategy.execute()
+        freed += strategy.expected_freed_size
+    if left := [one.path for one in stored if one.path.exists()]:
+        raise CannotWrite(f"cannot remove {left[0]}: look at who owns it")
+    return freed
+
+
+@models.command("default")
+def models_default(name: NameArgument = None, none: NoDefaultOption = False, as_json: JsonOption = False) -> None:
+    """Show the model that is used without -m, or choose another one.
+
+    Examples:
+
+        metaalign-edge models default Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q8_0
+
+        metaalign-edge models default --none
+    """
+    if name and none:
+        raise UsageError("--none takes no name")
+    if name:
+        file = find_model(name, True, Screen())
+        store_setting("model", name_of(file.path.absolute()))
+    elif none:
+        store_setting("model", None)
+    chosen = setting("model") or "metaalign-demo"
+    path = resolve_model(chosen)
+    screen = Screen()
+    screen.json({"name": chosen, "path": path and str(path)}) if as_json else screen.write(f"{chosen}\n")
+
+
 SuiteOption = Annotated[
     str, option("--suite", help="builtin, ifeval, or a file: a suite of your own or IFEval's rows.")
 ]
@@ -5685,7 +6648,7 @@ def bench(
     """
     screen, interrupt, settings = talk.screen(), Interrupt(), loaded.settings()
     check_outputs(None, chart)
-    file = ModelFile(resolve_model(loaded.model))
+    file = loaded.file(screen)
     choose_template(template, file)
     with interrupt:
         found = measure(file, replace(settings, temperature=0.0, verbose=talk.verbose), template, rounds, interrupt)
@@ -5746,7 +6709,7 @@ def eval_command(
         models.append(rival(models, against, against_template))
     chosen = []
     for name, wanted, how in models:  # before the suite is composed
-        file = ModelFile(resolve_model(name))
+        file = find_model(name, loaded.offline, screen)
         chosen.append((file, choose_template(wanted, file), how))
     asked = find_suite(suite, seed, size, ifeval_tier)
     files = [answers and answers.with_name(f"{answers.stem}{name}{answers.suffix}") for name in names]
@@ -5857,17 +6820,17 @@ def checked_strength(flag: str, value: str | float) -> float:
 
 
 def load_model(
-    loaded: Loaded, rendered: Rendered, settings: Settings, interrupt: Interrupt
+    loaded: Loaded, rendered: Rendered, settings: Settings, interrupt: Interrupt, screen: Screen
 ) -> tuple[Model, ChatTemplate]:
     """Load a model, and choose its template meanwhile.
 
     Raises:
-        NotFound, LoadError: there is no such model, or it is none. TemplateError, UsageError: nor such a template.
-        Interrupted: Ctrl-C.
+        NotFound, NetworkError, LoadError: there is no such model, or it is none. Interrupted: Ctrl-C.
+        TemplateError, UsageError: there is no such template.
     """
     STOPWATCH.mark("options")
     with STOPWATCH("metadata"):
-        file = ModelFile(resolve_model(loaded.model))
+        file = loaded.file(screen)
     with interrupt, Loading(file, settings, interrupt) as loading:
         with STOPWATCH("template"):
             chosen = choose_template(rendered.template, file)
@@ -5918,7 +6881,7 @@ def answer_once(session: Chat, dialog: Dialog, screen: Screen, strict: bool, as_
 
 
 # =====================================================================================================================
-# 17  Main
+# 18  Main
 # =====================================================================================================================
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import gguf
 import pytest
 
 import metaalign_edge as edge
@@ -72,7 +73,7 @@ def tiny(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo() -> Path:
     """The embedded default model."""
-    return edge.resolve_model(None)
+    return edge.embedded_model()
 
 
 @pytest.fixture
@@ -164,3 +165,25 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
         == 0
     )
     return folder / "slow.gguf"
+
+
+@pytest.fixture(scope="session")
+def parts(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """That model in three parts."""
+    path = tmp_path_factory.mktemp("parts") / "tiny-Q8_0.gguf"
+    reader = gguf.GGUFReader(tiny)
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=-(-len(reader.tensors) // 3))
+    for name, entry in reader.fields.items():
+        if name.startswith(("GGUF.", "general.architecture")):
+            continue
+        if entry.types[0] == gguf.GGUFValueType.ARRAY:
+            writer.add_array(name, entry.contents())
+        else:
+            writer.add_key_value(name, entry.contents(), entry.types[0])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(path.parent.glob("*.gguf"))

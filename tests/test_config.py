@@ -153,7 +153,7 @@ def test_a_damaged_file_is_named_with_the_line_and_what_to_do(
         assert str(file) in line and said in line
     assert file.read_bytes() == content
     assert "--pref" in says("chat", "--help")[0]
-    assert "nothing" in refuses(3, "convert", "nothing")  # which takes no settings
+    assert "no model" in refuses(3, "models", "rm", "nothing")  # which takes no settings
 
 
 @pytest.mark.parametrize("line, said", [

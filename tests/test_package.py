@@ -95,7 +95,7 @@ def _is_nested(source: str, node: ast.AST) -> bool:
 
 
 def test_no_function_is_long() -> None:
-    long = {"chat": 90, "convert": 75, "render_command": 70}  # their options are most of them
+    long = {"chat": 90, "convert": 80, "render_command": 70}  # their options are most of them
     for node in ast.walk(ast.parse(Path(edge.__file__).read_text())):
         if isinstance(node, ast.FunctionDef):
             lines = (node.end_lineno or 0) - node.lineno + 1
