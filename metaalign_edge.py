@@ -2716,7 +2716,7 @@ class Draft:
         thinking: Thinking,
         think: Callable[[str], None],
     ) -> None:
-        """Begin; `think` sees the reasoning as it comes, which is no part of the text, and a new line when it ends."""
+        """Begin; `think` sees the reasoning as it comes, which is no part of the text, and white space when it ends."""
         self.answer, self.ended = answer, False
         self._thinking, self._thought, self._think = thinking, Incremental(()), think
         self._vocabulary, self._text = vocabulary, Incremental(settings.stop)
@@ -2749,7 +2749,7 @@ class Draft:
 
     def _say(self, piece: str) -> None:
         if piece and not self.answer.response and self.answer.reasoning:
-            self._think("\n")
+            self._think("\n\n")
         self.answer.response += piece
 
     def close(self) -> str:
