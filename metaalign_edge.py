@@ -2202,9 +2202,10 @@ class Engine:
         """
         if tuple(adapters) == self.adapters:
             return
-        count, pointers = len(adapters), [self.model.adapter(adapter) for adapter in adapters]
+        llama, count = self._llama, len(adapters)
+        pointers = (llama.llama_adapter_lora_p_ctypes * count)(*map(self.model.adapter, adapters))
         scales = (ctypes.c_float * count)(*(adapter.scale for adapter in adapters))
-        if self._llama.llama_set_adapters_lora(self.pointer, (ctypes.c_void_p * count)(*pointers), count, scales):
+        if llama.llama_set_adapters_lora(self.pointer, pointers, count, scales):
             raise LoadError(f"llama.cpp cannot use the adapters of {self.model.file.path}: {LOG.reason()}")
         self.adapters = tuple(adapters)
         for sequence in self.sequences:

@@ -21,7 +21,7 @@ def check_schema(document: Any) -> None:
     Raises:
         InvalidSchema: which part is wrong, and why.
     """
-    from jsonschema.exceptions import SchemaError, best_match
+    from jsonschema.exceptions import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for
 
     if not isinstance(document, dict):
@@ -30,8 +30,7 @@ def check_schema(document: Any) -> None:
     try:
         kind.check_schema(document)
     except SchemaError as error:
-        inner = best_match([error]) or error
-        raise InvalidSchema(f"{pointer(inner.absolute_path)}: {inner.message}") from None
+        raise InvalidSchema(f"{pointer(error.absolute_path)}: {error.message}") from None
 
 
 def fault(text: str, document: Any) -> str | None:

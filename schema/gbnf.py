@@ -27,8 +27,8 @@ COMMON = {
     "number": 'integer ( "." [0-9]{1,16} )? ( [eE] [+-]? [0-9]{1,2} )?',
     "boolean": '"true" | "false"',
     "null": '"null"',
-    "array": '"[" ws ( value ( "," ws value )* )? ws "]"',
-    "object": r'"{" ws ( string ":" ws value ( "," ws string ":" ws value )* )? ws "}"',
+    "array": '"[" ( value ( "," ws value )* )? "]"',
+    "object": r'"{" ( string ":" ws value ( "," ws string ":" ws value )* )? "}"',
     "value": "object | array | string | number | boolean | null",
 }
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
@@ -84,6 +84,9 @@ class _Converter:
         for schema, at in parts(self.document, "/"):
             if isinstance(schema.get("$ref"), str):
                 self.resolve(schema["$ref"], at)
+            patterns = schema.get("patternProperties", {})
+            for pattern in [schema.get("pattern"), *(patterns if isinstance(patterns, dict) else ())]:
+                check_pattern(pattern, at)
         if not self.ends(self.document, ()):
             raise InvalidSchema("no answer to it is ever complete: something requires itself")
         root = self.value(self.document, "/")
@@ -377,7 +380,7 @@ class _Converter:
             comma = '"," ws ' if place else ""
             body = f"{comma}{self.value(prefix[place], f'{inside}/{place}')} {body}"
             body = body if place < low else f"( {body} )?"
-        return f'"[" ws {body} ws "]"'
+        return f'"[" {body} "]"'
 
     def object(self, schema: Schema, kind: str, at: str) -> str | None:
         inside, required = at.rstrip("/"), set(schema.get("required", ()))
@@ -399,7 +402,7 @@ class _Converter:
             elif name in required:
                 return None
         extra = self.extra(known, others, patterns, at)
-        return f'"{{" ws {self.members(members, extra)} ws "}}"'
+        return f'"{{" {self.members(members, extra)} "}}"'
 
     def extra(self, known: Schema, others: Any, patterns: Schema, at: str) -> str | None:
         """Return the rule of a property that has no name in the schema; None if there is none."""
@@ -449,6 +452,14 @@ def parts(schema: Any, at: str) -> Iterator[tuple[Schema, str]]:
     elif isinstance(schema, list):
         for place, value in enumerate(schema):
             yield from parts(value, f"{at.rstrip('/')}/{place}")
+
+
+def check_pattern(pattern: Any, at: str) -> None:
+    """Refuse a text that is no regular expression to Python, which checks the answer."""
+    try:
+        re.compile(pattern if isinstance(pattern, str) else "")
+    except re.error as error:
+        raise InvalidSchema(f"{at} has the pattern {pattern!r}, which is none here: {error}") from None
 
 
 def listed(schema: Schema) -> list[str]:

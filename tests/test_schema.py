@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,205 @@ def test_whatever_the_grammar_lets_through_fits_the_schema(name: str, randomly: 
     for text in texts:
         assert not list(validator.iter_errors(json.loads(text))), text
     assert grammar.left == []
+
+
+LEFT: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "a multiple": ({"type": "integer", "multipleOf": 5}, ["multipleOf at /"]),
+    "no two alike": (obj(a={"type": "array", "items": INT, "uniqueItems": True}), ["uniqueItems at /a"]),
+    "not": ({"type": "string", "not": {"const": "a"}}, ["not at /"]),
+    "if": ({**obj(a=INT), "if": {"required": ["a"]}, "then": {"required": ["b"]}}, ["if at /"]),
+    "one of two that overlap": ({"oneOf": [INT, {"type": "number", "minimum": 3}]}, ["oneOf at /"]),
+    "a pattern that looks ahead": ({"type": "string", "pattern": "^(?!a)b"}, ["pattern at /"]),
+    "a pattern with a length": ({"type": "string", "pattern": "^a+$", "maxLength": 3}, ["maxLength at /"]),
+    "a format of which nothing is known": ({"type": "string", "format": "hostname"}, ["format 'hostname' at /"]),
+    "a very long text": ({"type": "string", "maxLength": 50_000}, ["maxLength at /"]),
+    "very many": ({"type": "array", "items": INT, "maxItems": 50_000}, ["minItems and maxItems at /"]),
+    "a bound with a fraction": ({"type": "number", "minimum": 0.25, "maximum": 3}, ["minimum at /"]),
+    "names": ({"additionalProperties": INT, "propertyNames": {"maxLength": 3}}, ["propertyNames at /"]),
+    "how many names": ({"additionalProperties": INT, "minProperties": 3}, ["minProperties at /"]),
+    "names by two patterns": ({"patternProperties": {"^a": INT, "b$": STR}, "additionalProperties": False}, ["patternProperties at /"]),
+    "two patterns": ({"allOf": [{"type": "string", "pattern": "a"}, {"pattern": "b"}]}, ["pattern at /"]),
+    "at least one of a kind": ({"type": "array", "contains": {"const": 3}}, ["contains at /"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_a_grammar_cannot_say_is_named(name: str, randomly: Randomly) -> None:
+    schema, left = LEFT[name]
+    check_schema(schema)
+    grammar = convert(schema)
+    assert grammar.left == left
+    for text in filter(None, (randomly.write(grammar.text, seed, 100) for seed in range(3))):
+        json.loads(text)
+
+
+SHORT: dict[str, dict[str, Any]] = {
+    "name, age int, ok bool, x float": obj(name=STR, age=INT, ok={"type": "boolean"}, x=NUM),
+    "name: the full name, age int: in years": obj(name={**STR, "description": "the full name"}, age={**INT, "description": "in years"}),
+    "name\nage int: in years, about\n": obj(name=STR, age={**INT, "description": "in years, about"}),
+    "tags [str]": obj(tags={"type": "array", "items": STR}),
+    "grid [[int]], at {x float, y float}": obj(grid={"type": "array", "items": {"type": "array", "items": INT}}, at={**obj(x=NUM, y=NUM), "additionalProperties": False}),
+    "mood good|so so|bad": obj(mood={"enum": ["good", "so so", "bad"]}),
+    "a, b? int": {**obj(a=STR), "properties": {"a": STR, "b": INT}},
+    "when date, rest any": obj(when={**STR, "format": "date"}, rest={}),
+    "[name, age int]": {"type": "array", "items": {**obj(name=STR, age=INT), "additionalProperties": False}},
+    "[int]": {"type": "array", "items": INT},
+    "name string, n integer, x number, b boolean": obj(name=STR, n=INT, x=NUM, b={"type": "boolean"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SHORT)
+def test_the_short_form_is_a_schema(text: str) -> None:
+    expected = SHORT[text]
+    assert expand(text) == ({**expected, "additionalProperties": False} if expected["type"] == "object" else expected)
+
+
+# -- as a user meets it -----------------------------------------------------------------------------------------------
+
+GREEDY = ("--temp", "0", "--seed", "1", "-n", "120")
+BAD: list[tuple[int, str, list[str]]] = [
+    (3, "./none.json", ["none.json"]),
+    (3, "my schemas/none.json", ["my schemas/none.json"]),
+    (2, '{"type": "object",}', ["no JSON", "line 1, column 19"]),
+    (2, '{"type": "strin"}', ["/type", "'strin'"]),
+    (2, '{"properties": {"a": {"minimum": "3"}}}', ["/properties/a/minimum", "'3'"]),
+    (2, '{"$ref": "https://example.org/schema.json"}', ["https://example.org/schema.json", "nothing is fetched"]),
+    (2, '{"not": {"$ref": "other.json#/a"}}', ["/not", "other.json"]),
+    (2, '{"$ref": "#/$defs/none"}', ["#/$defs/none", "not there"]),
+    (2, '{"$ref": "#name"}', ["#name"]),
+    (2, '{"$ref": "#"}', ["ever complete"]),
+    (2, '{"anyOf": [{"$ref": "#"}, {"type": "null"}]}', ["refers to itself without end"]),
+    (2, '{"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}', ["complete"]),
+    (2, '{"allOf": [{"type": "string"}, {"type": "integer"}]}', ["nothing fits /"]),
+    (2, '{"type": "integer", "minimum": 3, "maximum": 2}', ["nothing fits /"]),
+    (2, '{"properties": {"a": {"type": "array", "minItems": 2, "maxItems": 1}}, "required": ["a"]}', ["nothing fits /a"]),
+    (2, '{"type": "string", "pattern": "("}', ["/pattern", "'('"]),
+    (2, '{"$dynamicRef": "#a"}', ["$dynamicRef"]),
+    (2, "name, age inte", ["no type 'inte'", "int, "]),
+    (2, "a, a int", ["'a'", "twice"]),
+    (2, "tags [str", ["bracket"]),
+    (2, "", ["no field", "name, age int"]),
+    (2, "a b c, d", ["no type 'b c'"]),
+    (2, "{" * 3 + "}" * 3, ["no JSON"]),
+    (2, '{"a":' * 50_000 + "1" + "}" * 50_000, ["too deep"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("code, schema, said", BAD, ids=[text[:40] or "nothing" for _, text, _ in BAD])
+def test_a_bad_schema_is_one_line_before_any_model_is_loaded(
+    code: int, schema: str, said: list[str], refuses: Fails
+) -> None:
+    line = refuses(code, "chat", "-m", "never-loaded.gguf", "--no-stdin", "-j", schema, "tea?")
+    assert all(word in line for word in said), line
+
+
+def test_a_file_is_read_and_its_name_said(tmp_path: Path, refuses: Fails, run: Run, tiny: Path) -> None:
+    (tmp_path / "ok.json").write_text('{"type": "boolean"}')
+    answer = run("chat", "-m", str(tiny), *GREEDY, "-j", str(tmp_path / "ok.json"), "tea?")
+    assert (answer.returncode, answer.stderr) == (0, "") and answer.stdout in ("true\n", "false\n")
+    (tmp_path / "bad.json").write_text('{\n  "type": "boolean"\n  "title": "x"\n}')
+    line = refuses(2, "chat", "--no-stdin", "-j", str(tmp_path / "bad.json"), "tea?")
+    assert "bad.json" in line and "line 3, column 3" in line
+    (tmp_path / "list.json").write_text("[1]")
+    assert "not an object" in refuses(2, "chat", "--no-stdin", "-j", str(tmp_path / "list.json"), "tea?")
+
+
+def test_greedy_warm_and_guided_answers_all_fit(tiny: Path, run: Run) -> None:
+    shape = ("-m", str(tiny), "-n", "300", "-j", "a int, b [bool], c red|green, d {e bool}")
+    for options in (
+        ("--temp", "0"),
+        ("--temp", "1.8", "--repeat-penalty", "1.3"),
+        ("--temp", "0", "--pref-strength", "2"),
+        ("--top-k", "1"),
+    ):
+        document = json.loads(
+            run("chat", *shape, *options, "--seed", "3", "--pref", "be brief", "--json", "tea?").stdout
+        )
+        assert isinstance(document["response"], str) and document["finish_reason"] == "stop"
+        assert list(json.loads(document["response"])) == ["a", "b", "c", "d"]
+
+
+def test_an_answer_that_is_cut_is_printed_and_exit_7(tiny: Path, run: Run) -> None:
+    cut = run("chat", "-m", str(tiny), "--temp", "0", "-n", "6", "-j", "name, age int", "tea?")
+    assert cut.returncode == 7 and cut.stdout.startswith('{"n')
+    assert cut.stderr == "metaalign-edge: the answer was cut at 6 tokens before the JSON was complete: raise -n\n"
+    document = run("chat", "-m", str(tiny), "--temp", "0", "-n", "6", "-j", "name, age int", "--json", "tea?")
+    assert (document.returncode, json.loads(document.stdout)["finish_reason"]) == (7, "length")
+
+
+def test_what_only_the_check_sees_is_said_before_and_after(tiny: Path, run: Run) -> None:
+    schema = '{"type": "object", "properties": {"a": {"enum": [3, 4], "multipleOf": 5}}, "required": ["a"]}'
+    answer = run("chat", "-m", str(tiny), *GREEDY, "-j", schema, "tea?")
+    assert answer.returncode == 7 and json.loads(answer.stdout)["a"] in (3, 4)
+    note, fault = answer.stderr.splitlines()
+    assert "multipleOf at /a" in note and "/a: " in fault and "is not a multiple of 5" in fault
+
+
+@pytest.mark.slow
+def test_compare_names_the_column_that_failed(tiny: Path, run: Run) -> None:
+    shape = ("compare", "-m", str(tiny), "--temp", "0", "--pref", "be brief", "--pref", "-")
+    fitting = run(*shape, "-n", "200", "-j", "ok bool, n int", "--json", "tea?")
+    assert fitting.returncode == 0
+    assert all(json.loads(one["response"]).keys() == {"ok", "n"} for one in json.loads(fitting.stdout))
+    cut = run(*shape, "-n", "3", "-j", "ok bool, n int", "tea?")
+    assert cut.returncode == 7 and "the answer under be brief was cut at 3 tokens" in cut.stderr
+    assert cut.stdout.count('{"o') == 2
+
+
+def test_a_row_has_a_schema_of_its_own(tiny: Path, run: Run, tmp_path: Path) -> None:
+    rows = [
+        {"query": "a?"},
+        {"query": "b?", "json_schema": {"enum": ["x", "y"]}},
+        {"query": "c?", "json_schema": "n int"},
+        {"query": "d?", "json_schema": "n intt"},
+        {"query": "e?", "json_schema": 3},
+        {"query": "f?", "json_schema": "name, age int", "max_tokens": 4},
+        {"query": "g?", "json_schema": "/etc/hostname.json"},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("batch", str(tmp_path / "in.jsonl"), "-m", str(tiny), *GREEDY, "--parallel", "4", "-j", "ok bool")
+    done = run(*command, "-o", str(tmp_path / "out.jsonl"))
+    assert done.returncode == 1
+    answers = [json.loads(line) for line in run(*command).stdout.splitlines()]
+    assert json.loads(answers[0]["response"]).keys() == {"ok"}
+    assert json.loads(answers[1]["response"]) in ("x", "y") and json.loads(answers[2]["response"]).keys() == {"n"}
+    assert (
+        "line 4" in answers[3]["error"] and "no type 'intt'" in answers[3]["error"] and "schema" in answers[4]["error"]
+    )
+    assert "cut at 4 tokens" in answers[5]["error"] and answers[5]["response"].startswith('{"n')
+    assert "line 7" in answers[6]["error"]
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [rows[0], {**rows[1], "json_schema": "n int"}])
+    )
+    again = run(*command, "-o", str(tmp_path / "out.jsonl"))
+    assert "2 rows: 1 answered, 1 before, 0 failed" in again.stderr
+
+
+@pytest.mark.slow
+def test_another_schema_is_another_run(tiny: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"query": "a?"}\n')
+    command = ("batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "-m", str(tiny), *GREEDY, "-j")
+    assert run(*command, "ok bool").returncode == 0
+    assert "another run" in run(*command, "n int").stderr
+
+
+def test_a_vocabulary_without_the_letters_ends_in_exit_7_and_not_in_a_crash(tiny: Path, randomly: Randomly) -> None:
+    grammar = 'root ::= "\\U0000FFFE"\n'  # its bytes are there, one by one; a token of none of them is
+    text = randomly.write(grammar, 0, 20)
+    assert text == "\ufffe"
+    with SchemaSampler(
+        randomly.model, RANDOM, "root ::= [\\x00]\n", Markers("", randomly.model.vocabulary), Thinking(None), None
+    ) as sampler:
+        assert sampler.draw(randomly.engine, -1) == NO_TOKEN
+
+
+def test_a_grammar_that_llama_cpp_refuses_is_a_usage_error(
+    randomly: Randomly, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(edge.UsageError, match="simpler"):
+        randomly.write("root ::= root\n", 0)
+
+
+def test_the_check_is_imported_only_where_a_schema_is(tiny: Path) -> None:
+    code = f"import sys, metaalign_edge as e; e.run(['chat', '-m', {str(tiny)!r}, '-n', '1', '--no-stdin', 'tea?']); sys.exit('jsonschema' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
