@@ -28,6 +28,7 @@ Contents, in dependency order (nothing refers upward):
 
 from __future__ import annotations
 
+import array
 import codecs
 import contextlib
 import ctypes
@@ -2587,12 +2588,16 @@ class Thinking:
         return (held, b"") if self.state == "inside" else (b"", held)
 
 
+SHORTLIST = 1024  # tokens
+
+
 class SchemaSampler(Sampler):
     """A sampler whose text is JSON of a schema, from where a model's reasoning ends.
 
-    The chain draws first, and the grammar looks at that one token; only where it refuses are all the others looked at,
-    which takes milliseconds for a large vocabulary. The distribution is the same as if it came first, but for what
-    top-k and the like keep. No marker is drawn, nor what is no UTF-8: to the grammar their letters are text.
+    The chain draws first, and the grammar looks at that one token. Where it refuses, it looks at the likeliest others,
+    and at all of them only if none of those fits: for a large vocabulary that takes 10 ms. The distribution is as if
+    the grammar came first, but for what top-k and the like keep. No marker is drawn, nor what is no UTF-8: to the
+    grammar their letters are text.
 
     Raises:
         UsageError: llama.cpp does not take the grammar.
@@ -2610,6 +2615,7 @@ class SchemaSampler(Sampler):
         super().__init__(model.file, settings)
         llama, self._vocabulary, self._markers, self._thinking = self._llama, model.vocabulary, markers, thinking
         vocabulary, root = llama.llama_model_get_vocab(model.pointer), b"after" if marks else b"root"
+        self._shortlist = llama.llama_sampler_init_top_k(SHORTLIST)
         self._grammar = llama.llama_sampler_init_grammar(vocabulary, grammar.encode(), root)
         if not self._grammar:
             self.close()
@@ -2618,17 +2624,18 @@ class SchemaSampler(Sampler):
         self._instead = opening[0] if len(opening) == 1 else NO_TOKEN  # a model may think first
         self._text = codecs.getincrementaldecoder("utf-8")()
         self._started = False
-        size = model.vocabulary.size
-        self._numbers = memoryview(struct.pack(f"={size}i", *range(size))).cast("i")
-        self._buffer = bytearray(ctypes.sizeof(llama.llama_token_data) * size)
-        self._entries = (llama.llama_token_data * size).from_buffer(self._buffer)
+        self._size = size = model.vocabulary.size
+        self._entries = (llama.llama_token_data * size)()  # number, logit, share
+        memory = memoryview(self._entries).cast("B")
+        memory.cast("i")[::3] = array.array("i", range(size))
+        self._all, self._logits = bytes(memory), memory.cast("f")[1::3]
 
     def close(self) -> None:
         """Free the chain and the grammar; again is harmless."""
         super().close()
-        if self._grammar:
-            self._llama.llama_sampler_free(self._grammar)
-            self._grammar = None
+        for sampler in filter(None, (self._grammar, self._shortlist)):
+            self._llama.llama_sampler_free(sampler)
+        self._grammar = self._shortlist = None
 
     def draw(self, engine: Engine, row: int, several: bool = False) -> int:
         """Draw the next token from a row of logits and accept it; NO_TOKEN if none goes on."""
@@ -2637,17 +2644,24 @@ class SchemaSampler(Sampler):
         first, self._started = not self._started, True
         if first and not self._catch_up(self._thinking.run_on):
             return NO_TOKEN
-        logits = ctypes.string_at(self._llama.llama_get_logits_ith(engine.pointer, row), 4 * len(self._numbers))
+        logits = ctypes.string_at(self._llama.llama_get_logits_ith(engine.pointer, row), 4 * self._size)
         barred: list[int] = []
+        wide = False  # look at all tokens, not only the likeliest
         for attempt in itertools.count():
             candidates = self._candidates(logits, barred)
+            if attempt and not wide:
+                self._llama.llama_sampler_apply(self._shortlist, candidates)
             if attempt:
                 self._llama.llama_sampler_apply(self._grammar, candidates)
+                candidates.sorted = False
             self._llama.llama_sampler_apply(self.pointer, candidates)
             chosen = candidates.data[candidates.selected]
-            if chosen.logit == -math.inf:
-                return NO_TOKEN
             token = int(chosen.id)
+            if chosen.logit == -math.inf:
+                if wide:
+                    return NO_TOKEN
+                wide = True
+                continue
             if first and token == self._instead and self._thinking.state == "before":
                 self._started = False
                 break
@@ -2672,13 +2686,12 @@ class SchemaSampler(Sampler):
         self._text.decode(self._vocabulary.piece(token))
 
     def _candidates(self, logits: bytes, barred: Sequence[int]) -> Any:
-        """Lay out all tokens with their logits as llama.cpp's samplers take them: the number, the logit, a share."""
-        numbers = memoryview(self._buffer).cast("i")
-        numbers[::3] = self._numbers
-        memoryview(self._buffer).cast("f")[1::3] = memoryview(logits).cast("f")
+        """Lay out all tokens with their logits as llama.cpp's samplers take them."""
+        ctypes.memmove(self._entries, self._all, len(self._all))  # they sort them
+        self._logits[:] = memoryview(logits).cast("f")
         for token in barred:
             self._entries[token].logit = -math.inf
-        return self._array(self._entries, len(self._numbers))
+        return self._array(self._entries, self._size)
 
     def _array(self, entries: Any, size: int) -> Any:
         return self._llama.llama_token_data_array(data=entries, size=size, selected=-1, sorted=False)
@@ -3295,11 +3308,11 @@ def check_answer(answer: Answer, schema: Schema | None, screen: Screen, whose: s
         cut += " while the model was still thinking"
     if schema is None or answer.finish_reason == "interrupted":
         if thinking:
-            screen.note(f"metaalign-edge: warning: {cut}: raise -n, or say --no-think")
+            screen.note(f"metaalign-edge: warning: {cut}: raise -n or -c, or say --no-think")
         return
     fault = part("schema").fault(answer.response, schema.document)
     if fault and answer.finish_reason == "length":
-        raise SchemaViolation(f"{cut}{'' if thinking else ' before the JSON was complete'}: raise -n")
+        raise SchemaViolation(f"{cut}{'' if thinking else ' before the JSON was complete'}: raise -n or -c")
     if fault:
         raise SchemaViolation(f"{whose} does not fit the schema: {fault}")
 

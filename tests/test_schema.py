@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -258,6 +259,16 @@ def test_the_short_form_is_a_schema(text: str) -> None:
     assert expand(text) == ({**expected, "additionalProperties": False} if expected["type"] == "object" else expected)
 
 
+def test_the_readmes_short_forms_are_schemas() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    rows = re.findall(
+        r"^\| (?:fields|lists, choices, groups|what may be missing.*|a list of all.*) \| `(.*?)`", readme, re.MULTILINE
+    )
+    assert len(rows) == 4
+    for row in rows:
+        assert convert(expand(row.replace("\\|", "|"))).left == []
+
+
 # -- as a user meets it -----------------------------------------------------------------------------------------------
 
 GREEDY = ("--temp", "0", "--seed", "1", "-n", "120")
@@ -326,7 +337,7 @@ def test_greedy_warm_and_guided_answers_all_fit(tiny: Path, run: Run) -> None:
 def test_an_answer_that_is_cut_is_printed_and_exit_7(tiny: Path, run: Run) -> None:
     cut = run("chat", "-m", str(tiny), "--temp", "0", "-n", "6", "-j", "name, age int", "tea?")
     assert cut.returncode == 7 and cut.stdout.startswith('{"n')
-    assert cut.stderr == "metaalign-edge: the answer was cut at 6 tokens before the JSON was complete: raise -n\n"
+    assert cut.stderr == "metaalign-edge: the answer was cut at 6 tokens before the JSON was complete: raise -n or -c\n"
     document = run("chat", "-m", str(tiny), "--temp", "0", "-n", "6", "-j", "name, age int", "--json", "tea?")
     assert (document.returncode, json.loads(document.stdout)["finish_reason"]) == (7, "length")
 

@@ -131,7 +131,7 @@ def test_an_answer_that_is_cut_while_the_model_thinks_says_so(thinker: Path, run
     assert (cut.returncode, cut.stdout) == (0, "\n")
     assert (
         cut.stderr
-        == "metaalign-edge: warning: the answer was cut at 3 tokens while the model was still thinking: raise -n, or say --no-think\n"
+        == "metaalign-edge: warning: the answer was cut at 3 tokens while the model was still thinking: raise -n or -c, or say --no-think\n"
     )
     assert run("chat", "-m", str(thinker), *GREEDY, "-n", "7", "tea?").stderr == ""
 
