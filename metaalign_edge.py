@@ -1650,7 +1650,7 @@ def make_schema(document: Any, where: str = "the schema") -> Schema:
     try:
         schemas.check_schema(document)
         grammar = schemas.convert(document)
-    except (schemas.InvalidSchema, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:  # an InvalidSchema, or NaN for a number
         raise UsageError(f"{where} cannot be used: {one_line(error)}") from None
     return Schema(document, grammar.text, tuple(grammar.left))
 
@@ -2528,10 +2528,8 @@ THINKING = (
 
 def thinking_marks(source: str, vocabulary: LlamaVocabulary) -> tuple[str, str] | None:
     """Return by what a model marks its reasoning: what its template names, or has a token; None if it has neither."""
-    named = [marks for marks in THINKING if marks[1] in source]
-    return next(
-        iter(named or [marks for marks in THINKING if len(vocabulary.encode(marks[1], special=True)) == 1]), None
-    )
+    named = next((marks for marks in THINKING if marks[1] in source), None)
+    return named or next((marks for marks in THINKING if len(vocabulary.encode(marks[1], special=True)) == 1), None)
 
 
 class Thinking:

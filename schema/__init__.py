@@ -37,6 +37,7 @@ def fault(text: str, document: Any) -> str | None:
     """Say why a text is no answer to a schema: it is no JSON, or a value that does not fit; None if it fits."""
     from jsonschema.exceptions import best_match
     from jsonschema.validators import Draft202012Validator, validator_for
+    from referencing import Registry
 
     try:
         value = json.loads(text)
@@ -45,5 +46,6 @@ def fault(text: str, document: Any) -> str | None:
     except RecursionError:
         return "it nests too deep"
     kind = validator_for(document, default=Draft202012Validator)
-    found = best_match(kind(document, format_checker=kind.FORMAT_CHECKER).iter_errors(value))
+    validator = kind(document, registry=Registry(), format_checker=kind.FORMAT_CHECKER)  # which fetches nothing
+    found = best_match(validator.iter_errors(value))
     return None if found is None else f"{pointer(found.absolute_path)}: {found.message}"

@@ -44,7 +44,11 @@ LEFT = (  # to the check of the answer
 ).split()
 TEXT = ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly")
 SAID_ELSEWHERE = {*TEXT, "$comment", "$schema", "$id", "$anchor", "$defs", "definitions"}
-COMBINATIONS = 256  # of alternatives that hold together
+COMBINED = {"$ref", "allOf", "anyOf", "oneOf"}
+MERGED_BELOW = {"type", "enum", "const", "properties", "required", "items", "prefixItems"}
+MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}  # of names to schemas
+DATA = {"const", "enum", "default", "examples"}
+COMBINATIONS = 1000  # of alternatives that hold together
 DEPTH = 64
 
 
@@ -81,13 +85,17 @@ class _Converter:
         self.left: list[str] = []
 
     def convert(self) -> Grammar:
+        references: set[str] = set()
         for schema, at in parts(self.document, "/"):
             if isinstance(schema.get("$ref"), str):
                 self.resolve(schema["$ref"], at)
-            patterns = schema.get("patternProperties", {})
-            for pattern in [schema.get("pattern"), *(patterns if isinstance(patterns, dict) else ())]:
+                references.add(schema["$ref"])
+            for pattern in [schema.get("pattern", ""), *schema.get("patternProperties", ())]:
                 check_pattern(pattern, at)
-        if not self.ends(self.document, ()):
+        finite: set[str] = set()
+        while more := {one for one in references - finite if self.ends(self.resolve(one, "/"), finite)}:
+            finite |= more
+        if not self.ends(self.document, finite):
             raise InvalidSchema("no answer to it is ever complete: something requires itself")
         root = self.value(self.document, "/")
         rules = {"root": root, "after": r'"\n"{0,2} root', **self.rules, **COMMON}
@@ -126,27 +134,23 @@ class _Converter:
             raise InvalidSchema(f"{at} refers to {reference!r}, which is no part of the form #/$defs/name")
         return found
 
-    def ends(self, schema: Any, inside: tuple[str, ...]) -> bool:
-        """Tell whether some value of a schema is finite; `inside` are the references that led here."""
+    def ends(self, schema: Any, finite: set[str]) -> bool:
+        """Tell whether some value of a schema is finite, if those of these references are."""
         if not isinstance(schema, dict):
             return True
-        reference = schema.get("$ref")
-        if reference in inside:
+        if isinstance(schema.get("$ref"), str) and schema["$ref"] not in finite:
             return False
-        if isinstance(reference, str) and not self.ends(self.resolve(reference, "/"), (*inside, reference)):
+        if not all(any(self.ends(one, finite) for one in schema[key]) for key in ("anyOf", "oneOf") if key in schema):
             return False
-        for key in ("anyOf", "oneOf"):
-            if key in schema and not any(self.ends(one, inside) for one in schema[key]):
-                return False
-        if not all(self.ends(one, inside) for one in schema.get("allOf", ())):
+        if not all(self.ends(one, finite) for one in schema.get("allOf", ())):
             return False
         kinds = types(schema)
         if kinds == ["object"]:
             known = schema.get("properties", {})
-            return all(self.ends(known[name], inside) for name in schema.get("required", ()) if name in known)
+            return all(self.ends(known.get(name), finite) for name in schema.get("required", ()))
         if kinds == ["array"] and schema.get("minItems", 0) > 0:
             prefix, items = prefix_and_items(schema)
-            return all(self.ends(one, inside) for one in [*prefix, items][: schema["minItems"]])
+            return all(self.ends(one, finite) for one in [*prefix, items][: schema["minItems"]])
         return True
 
     # -- any schema ---------------------------------------------------------------------------------------------------
@@ -159,10 +163,8 @@ class _Converter:
         if key not in self.names:
             if at.count("/") > DEPTH:
                 raise InvalidSchema(f"it nests too deep at {at}")
-            name = self.names[key] = (
-                f"value-{len(self.names)}"  # known while its parts are written: they may refer to it
-            )
-            self.rules[name] = ""
+            name = f"value-{len(self.names)}"
+            self.names[key], self.rules[name] = name, ""  # known while its parts are written: they may refer to it
             options = list(dict.fromkeys(way for flat in self.flat(schema, at, ()) for way in self.typed(flat, at)))
             if not options:
                 raise InvalidSchema(f"nothing fits {at}")
@@ -173,13 +175,7 @@ class _Converter:
         """Return the alternatives of a schema, each without references, `allOf`, `anyOf` and `oneOf`."""
         if not isinstance(schema, dict):
             return [{}] if schema else []
-        found = [
-            {
-                key: value
-                for key, value in schema.items()
-                if key not in (*SAID_ELSEWHERE, *"$ref allOf anyOf oneOf".split())
-            }
-        ]
+        found = [{key: value for key, value in schema.items() if key not in SAID_ELSEWHERE | COMBINED}]
         reference, groups = schema.get("$ref"), [[one] for one in schema.get("allOf", ())]
         for dynamic in ("$dynamicRef", "$recursiveRef"):
             if dynamic in schema:
@@ -194,7 +190,7 @@ class _Converter:
             self.leave("oneOf", at)
         for group in groups:
             options = [one for part in group for one in self.flat(part, at, inside)]
-            if len(found) * len(options) > COMBINATIONS:
+            if len(found) > 1 and len(found) * len(options) > COMBINATIONS:
                 raise InvalidSchema(f"{at} combines too many alternatives for a grammar")
             found = [
                 both
@@ -230,15 +226,7 @@ class _Converter:
     def merged(self, one: Schema, other: Schema, at: str) -> Schema | None:
         """Return the schema of what fits both; None if nothing does."""
         both = {**one, **other}
-        for key in one.keys() & other.keys() - {
-            "type",
-            "enum",
-            "const",
-            "properties",
-            "required",
-            "items",
-            "prefixItems",
-        }:
+        for key in sorted(one.keys() & other.keys() - MERGED_BELOW):
             if one[key] == other[key]:
                 continue
             if key in ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"):
@@ -283,7 +271,7 @@ class _Converter:
             for value in values:
                 if any(kind in kinds for kind in kinds_of(value)):
                     yield literal(as_json(value))
-            for keyword in sorted(schema.keys() - {"type", "enum", "const"}):
+            for keyword in sorted(schema.keys() & set().union(*HINTS.values())):
                 self.leave(keyword, at)
             return
         for kind in kinds:
@@ -322,38 +310,21 @@ class _Converter:
             return "string"
 
     def number(self, schema: Schema, kind: str, at: str) -> str | None:
-        low, high = bound(schema, "minimum", "exclusiveMinimum", max), bound(schema, "maximum", "exclusiveMaximum", min)
+        low, high = bound(schema, "minimum", "exclusiveMinimum", 1), bound(schema, "maximum", "exclusiveMaximum", -1)
         if low is None and high is None:
             return kind
-        whole = kind == "integer"
-        floor = (
-            None
-            if low is None
-            else math.floor(low[0])
-            if not whole
-            else math.floor(low[0]) + 1
-            if low[1]
-            else math.ceil(low[0])
-        )
-        ceiling = (
-            None
-            if high is None
-            else math.ceil(high[0])
-            if not whole
-            else math.ceil(high[0]) - 1
-            if high[1]
-            else math.floor(high[0])
-        )
-        if floor is not None and ceiling is not None and floor > ceiling:
+        if low and high and low[0] > high[0]:
             return None
-        if whole:
-            return f"({' | '.join(integers(floor, ceiling))})"
+        if kind == "integer":
+            first, last = low and whole_above(*low), high and -whole_above(-high[0], high[1])
+            return None if first is not None and last is not None and first > last else either(integers(first, last))
+        floor, ceiling = low and math.floor(low[0]), high and math.ceil(high[0])
         for edge, end, keyword in ((low, floor, "minimum"), (high, ceiling, "maximum")):
             if edge and edge[0] != end:
                 self.leave(keyword, at)
-        open_low, open_high = bool(low and low[1] and low[0] == floor), bool(high and high[1] and high[0] == ceiling)
+        open_low, open_high = bool(low and low == (floor, True)), bool(high and high == (ceiling, True))
         ways = decimals(floor, ceiling, open_low, open_high)
-        return f"({' | '.join(ways)})" if ways else None
+        return either(ways) if ways else None
 
     # -- arrays and objects -------------------------------------------------------------------------------------------
 
@@ -401,19 +372,19 @@ class _Converter:
                 members.append((name, name in required, f'{literal(as_json(name))} ":" ws {value}'))
             elif name in required:
                 return None
-        extra = self.extra(known, others, patterns, at)
+        extra = self.extra(schema, known, others, at)
         return f'"{{" {self.members(members, extra)} "}}"'
 
-    def extra(self, known: Schema, others: Any, patterns: Schema, at: str) -> str | None:
+    def extra(self, schema: Schema, known: Schema, others: Any, at: str) -> str | None:
         """Return the rule of a property that has no name in the schema; None if there is none."""
-        inside = at.rstrip("/")
+        inside, patterns = at.rstrip("/"), schema.get("patternProperties", {})
         if patterns and others is False and not known:
             if len(patterns) > 1:
                 self.leave("patternProperties", at)  # a name may match two
             try:
                 pairs = [
-                    rf'"\"" {pattern_body(pattern, self.rule)} "\"" ":" ws {self.value(schema, f"{inside}/{pattern}")}'
-                    for pattern, schema in patterns.items()
+                    rf'"\"" {pattern_body(pattern, self.rule)} "\"" ":" ws {self.value(part, f"{inside}/{pattern}")}'
+                    for pattern, part in patterns.items()
                 ]
                 return self.rule(" | ".join(pairs))
             except Unsupported:
@@ -422,6 +393,8 @@ class _Converter:
             self.leave("patternProperties", at)
         if others is False:
             return None
+        if "unevaluatedProperties" in schema:
+            self.leave("unevaluatedProperties", at)
         key = rf'"\"" {self.rule(other_names(sorted(known)))} "\""' if known else "string"
         return self.rule(f'{key} ":" ws {self.value(others, f"{inside}/*")}')
 
@@ -443,21 +416,25 @@ class _Converter:
 
 
 def parts(schema: Any, at: str) -> Iterator[tuple[Schema, str]]:
-    """Yield every object of a schema that is one itself, or may be."""
-    if isinstance(schema, dict):
+    """Yield every schema in a document, and the document itself."""
+    inside = at.rstrip("/")
+    if isinstance(schema, list):
+        for place, one in enumerate(schema):
+            yield from parts(one, f"{inside}/{place}")
+    elif isinstance(schema, dict):
         yield schema, at
         for key, value in schema.items():
-            if key not in ("const", "enum", "default", "examples"):
-                yield from parts(value, f"{at.rstrip('/')}/{key}")
-    elif isinstance(schema, list):
-        for place, value in enumerate(schema):
-            yield from parts(value, f"{at.rstrip('/')}/{place}")
+            if key in MAPS and isinstance(value, dict):
+                for name, one in value.items():
+                    yield from parts(one, f"{inside}/{key}/{name}")
+            elif key not in DATA:
+                yield from parts(value, f"{inside}/{key}")
 
 
-def check_pattern(pattern: Any, at: str) -> None:
+def check_pattern(pattern: str, at: str) -> None:
     """Refuse a text that is no regular expression to Python, which checks the answer."""
     try:
-        re.compile(pattern if isinstance(pattern, str) else "")
+        re.compile(pattern)
     except re.error as error:
         raise InvalidSchema(f"{at} has the pattern {pattern!r}, which is none here: {error}") from None
 
@@ -532,19 +509,28 @@ def prefix_and_items(schema: Schema) -> tuple[list[Any], Any]:
     return schema.get("prefixItems", []), items
 
 
-def bound(schema: Schema, plain: str, exclusive: str, tighter: Any) -> tuple[float, bool] | None:
-    """Return a bound of numbers and whether it is excluded."""
-    found = [(schema[plain], schema.get(exclusive) is True)] if plain in schema else []
-    if isinstance(schema.get(exclusive), int | float) and not isinstance(schema[exclusive], bool):
+def bound(schema: Schema, plain: str, exclusive: str, sign: int) -> tuple[float, bool] | None:
+    """Return the tighter of two bounds and whether it is excluded; sign: 1 for a lower one, -1 for an upper one."""
+    found = [(schema[plain], schema.get(exclusive) is True)] if plain in schema else []  # True: draft 4
+    if exclusive in schema and not isinstance(schema[exclusive], bool):
         found.append((schema[exclusive], True))
-    sign = 1 if tighter is max else -1
     return max(found, key=lambda one: (sign * one[0], one[1])) if found else None
+
+
+def whole_above(low: float, excluded: bool) -> int:
+    """Return the first whole number from a bound on."""
+    return math.floor(low) + 1 if excluded else math.ceil(low)
 
 
 def as_json(value: Any) -> str:
     """Write a value as JSON, readable where that is UTF-8."""
     text = json.dumps(value, ensure_ascii=False)
     return json.dumps(value) if any("\ud800" <= one <= "\udfff" for one in text) else text
+
+
+def either(ways: Sequence[str]) -> str:
+    """Write alternatives as one."""
+    return ways[0] if len(ways) == 1 else f"({' | '.join(ways)})"
 
 
 # -- numbers in digits ------------------------------------------------------------------------------------------------
@@ -589,8 +575,7 @@ def digits(low: str, high: str) -> str:
         last -= 1
     if first <= last:
         ways.append(f"[{first}-{last}]" + (f" [0-9]{{{size}}}" if size else ""))
-    ways += tail
-    return ways[0] if len(ways) == 1 else f"({' | '.join(ways)})"
+    return either(ways + tail)
 
 
 def decimals(low: int | None, high: int | None, open_low: bool, open_high: bool) -> list[str]:
