@@ -203,10 +203,7 @@ class _Converter:
         """Tell whether it is plain that no value fits two of these: by type, or by a property that tells them apart."""
 
         def differ(one: Schema, other: Schema) -> bool:
-            kinds = [
-                set(types(schema)) | ({"number"} if "integer" in types(schema) else set()) for schema in (one, other)
-            ]
-            if not kinds[0] & kinds[1]:
+            if "type" in one and "type" in other and not wide_types(one) & wide_types(other):
                 return True
             values = [{json.dumps(value) for value in choices(schema) or ()} for schema in (one, other)]
             if all(values):
@@ -442,6 +439,11 @@ def check_pattern(pattern: str, at: str) -> None:
 def listed(schema: Schema) -> list[str]:
     """Return the types that a schema names."""
     return schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+
+
+def wide_types(schema: Schema) -> set[str]:
+    """Return the types that a schema names, an integer as the number that it is."""
+    return {"number" if kind == "integer" else kind for kind in listed(schema)}
 
 
 def types(schema: Schema) -> list[str]:
