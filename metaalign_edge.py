@@ -3430,8 +3430,8 @@ class Repl:
         self.seed = (self.seed + 1) % 2**32
         self.screen.write("" if answer.response.endswith("\n") else "\n")
         self.screen.detail(describe(answer))
-        check_answer(answer, self.chat.settings.schema, self.screen)
         self.dialog = replace(asked, turns=(*asked.turns[:-1], Turn(query, answer.response)))
+        check_answer(answer, self.chat.settings.schema, self.screen)
 
 
 COLUMN = 24  # characters; with less room than that for each, answers are shown one after the other
@@ -4394,7 +4394,7 @@ SchemaOption = Annotated[
     option(
         "-j",
         "--json-schema",
-        help="Answer in JSON of this schema: a file, JSON, or fields as `name, age int, tags [str]`.",
+        help="Answer in JSON of this schema: a file, JSON, or fields as 'name, age int'.",
         panel=SAMPLING,
     ),
 ]
@@ -4618,6 +4618,8 @@ def chat(
         echo "What is tea?" | metaalign-edge chat --pref "one sentence"
 
         metaalign-edge chat -m model.gguf --system "Be brief." --pref "I'm a zookeeper."
+
+        metaalign-edge chat --json-schema "name, age int" "Who was the oldest human?"
     """
     screen, dialog = talk.screen(), meta_prompt.dialog()
     settings = gathered(loaded, sampling, strengths, talk)

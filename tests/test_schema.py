@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jsonschema.validators import Draft202012Validator, validator_for
 from metaalign_edge_schema import check_schema, convert, expand
+from terminal import Terminal
 
 import metaalign_edge as edge
 from metaalign_edge import (
@@ -418,3 +419,14 @@ def test_a_grammar_that_llama_cpp_refuses_is_a_usage_error(
 def test_the_check_is_imported_only_where_a_schema_is(tiny: Path) -> None:
     code = f"import sys, metaalign_edge as e; e.run(['chat', '-m', {str(tiny)!r}, '-n', '1', '--no-stdin', 'tea?']); sys.exit('jsonschema' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
+
+
+def test_an_answer_that_does_not_fit_is_part_of_the_conversation(tiny: Path) -> None:
+    terminal = Terminal("chat", "-m", str(tiny), "--temp", "0", "-n", "4", "-j", "name, age int")
+    terminal.until("> ")
+    terminal.type("tea?\n")
+    assert "cut at 4 tokens before the JSON was complete" in terminal.until("\n> ")
+    terminal.type("/regen\n")
+    assert "cut at 4 tokens" in terminal.until("\n> ")
+    terminal.type("\x04")
+    assert terminal.leave() == 0
