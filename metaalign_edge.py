@@ -3474,7 +3474,10 @@ class Columns:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
         for head in self._heads:
             table.add_column(Text(head), ratio=1, overflow="fold")
-        table.add_row(*(Text(text.translate(CONTROLS)) for text in self._texts))
+        waiting = ["" if place in self._done else "…" for place in range(len(self._texts))]
+        table.add_row(
+            *(Text(text.translate(CONTROLS) or mark) for text, mark in zip(self._texts, waiting, strict=True))
+        )
         return table
 
     def _head(self, place: int) -> None:
@@ -3792,14 +3795,16 @@ class Batch:
         Raises:
             CannotWrite: it cannot be written. OutputClosed: nobody reads stdout any more.
         """
-        row, error = self._open.pop(job.tag), answer if isinstance(answer, EdgeError) else None
-        if isinstance(answer, Answer):
-            try:
-                check_answer(answer, job.schema or self._schema, self._screen)
-            except SchemaViolation as violation:  # the row says what was answered, too
-                error = violation
-        said = asdict(answer) if isinstance(answer, Answer) else {}
-        self._settle(row, said, f"line {row.line}: {one_line(error)}" if error else None)
+        row = self._open.pop(job.tag)
+        if isinstance(answer, EdgeError):
+            self._settle(row, {}, f"line {row.line}: {one_line(answer)}")
+            return
+        try:
+            check_answer(answer, job.schema or self._schema, self._screen, f"the answer to line {row.line}")
+        except SchemaViolation as violation:  # the row says what was answered, too
+            self._settle(row, asdict(answer), one_line(violation))
+        else:
+            self._settle(row, asdict(answer), None)
 
     def _settle(self, row: Row, answer: dict[str, Any], error: str | None) -> None:
         document = {"index": row.index, "id": row.id, "error": error, **answer}

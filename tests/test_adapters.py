@@ -134,34 +134,36 @@ def test_an_adapter_that_does_not_fit_changes_nothing(trained: dict[str, Path], 
 ASKED = ("--temp", "0", "--seed", "1", "-n", "12", "--no-cache")
 
 
-def test_every_command_that_answers_takes_adapters(trained: dict[str, Path], run: Run, tmp_path: Path) -> None:
+def test_every_command_that_answers_takes_adapters(trained: dict[str, Path], here: Run, tmp_path: Path) -> None:
     whole = merged(trained["checkpoint"], (trained["peft one"], 0.5))
     base, lora = ("-m", str(trained["base"])), ("--lora", f"{trained['one']}:0.5")
-    expected = run("chat", "-m", str(whole), *ASKED, "tea?").stdout
-    assert run("chat", *base, *lora, *ASKED, "tea?").stdout == expected != run("chat", *base, *ASKED, "tea?").stdout
-    compared = json.loads(run("compare", *base, *lora, *ASKED, "--json", "--pref", "-", "--pref", "a", "tea?").stdout)
+    expected = here("chat", "-m", str(whole), *ASKED, "tea?").stdout
+    assert here("chat", *base, *lora, *ASKED, "tea?").stdout == expected != here("chat", *base, *ASKED, "tea?").stdout
+    compared = json.loads(here("compare", *base, *lora, *ASKED, "--json", "--pref", "-", "--pref", "a", "tea?").stdout)
     assert compared[0]["response"] + "\n" == expected
     (tmp_path / "in.jsonl").write_text('{"query": "tea?"}\n')
     batch = ("batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), *base, *ASKED)
-    assert run(*batch, *lora).returncode == 0
+    assert here(*batch, *lora).returncode == 0
     assert json.loads((tmp_path / "out.jsonl").read_text())["response"] + "\n" == expected
-    assert "another run" in run(*batch, "--lora", str(trained["one"])).stderr
-    assert f"adapters {trained['one']}:0.5" in run("chat", *base, *lora, *ASKED, "-v", "tea?").stderr
+    assert "another run" in here(*batch, "--lora", str(trained["one"])).stderr
+    assert f"adapters {trained['one']}:0.5" in here("chat", *base, *lora, *ASKED, "-v", "tea?").stderr
 
 
 @pytest.mark.slow
-def test_eval_compares_a_model_with_and_without_its_adapter(trained: dict[str, Path], run: Run, tmp_path: Path) -> None:
+def test_eval_compares_a_model_with_and_without_its_adapter(
+    trained: dict[str, Path], here: Run, tmp_path: Path
+) -> None:
     suite = tmp_path / "suite.jsonl"
     suite.write_text('{"query": "What is tea?", "user_info": "Be brief.", "values": ["length.one"]}\n')
     base = ("-m", str(trained["base"]), "--suite", str(suite), "-n", "12")
     answers = tmp_path / "answers.jsonl"
-    done = run(
+    done = here(
         "eval", *base, "--lora", str(trained["one"]), "--against", str(trained["base"]), "--answers", str(answers)
     )
     assert done.returncode == 0, done.stderr
     with_it, without = (path.read_text() for path in (answers, tmp_path / "answers.against.jsonl"))
     assert json.loads(with_it.splitlines()[-1])["response"] != json.loads(without.splitlines()[-1])["response"]
-    bench = run("bench", "-m", str(trained["base"]), "--lora", f"{trained['one']}:0.5", "--rounds", "1", "--json")
+    bench = here("bench", "-m", str(trained["base"]), "--lora", f"{trained['one']}:0.5", "--rounds", "1", "--json")
     assert bench.returncode == 0 and json.loads(bench.stdout)["decode_tps"] > 0
 
 
@@ -197,18 +199,22 @@ def test_what_is_no_adapter_is_refused_by_name(trained: dict[str, Path], tmp_pat
     assert "twice" in refuses(2, *chat, str(trained["one"]), "--lora", f"{trained['one']}:2")
 
 
-def test_an_adapter_of_another_model_is_refused_by_name(trained: dict[str, Path], tmp_path: Path, fails: Fails) -> None:
+def test_an_adapter_of_another_model_is_refused_by_name(
+    trained: dict[str, Path], tmp_path: Path, refuses: Fails
+) -> None:
     (tmp_path / "lora.gguf").write_bytes(
         trained["one"].read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0qwen3", 1)
     )
-    line = fails(5, "chat", "-m", str(trained["base"]), "--lora", str(tmp_path / "lora.gguf"), "tea?")
+    line = refuses(5, "chat", "--no-stdin", "-m", str(trained["base"]), "--lora", str(tmp_path / "lora.gguf"), "tea?")
     assert "lora.gguf is for qwen3" in line and "is llama" in line
     parrot = make_parrot(tmp_path / "parrot", ["<|assistant|>", " quick"])
-    line = fails(5, "chat", "-m", str(parrot), "--lora", str(trained["one"]), "tea?")
+    line = refuses(5, "chat", "--no-stdin", "-m", str(parrot), "--lora", str(trained["one"]), "tea?")
     assert str(trained["one"]) in line and "does not fit" in line and ("shape" in line or "tensor" in line)
     data = trained["one"].read_bytes()
     (tmp_path / "half.gguf").write_bytes(data[: len(data) * 3 // 4])
-    assert "half.gguf" in fails(5, "chat", "-m", str(trained["base"]), "--lora", str(tmp_path / "half.gguf"), "tea?")
+    assert "half.gguf" in refuses(
+        5, "chat", "--no-stdin", "-m", str(trained["base"]), "--lora", str(tmp_path / "half.gguf"), "tea?"
+    )
 
 
 def test_a_scale_stands_behind_the_last_colon_and_a_drives_colon_is_none(

@@ -309,9 +309,9 @@ def test_a_bad_schema_is_one_line_before_any_model_is_loaded(
     assert all(word in line for word in said), line
 
 
-def test_a_file_is_read_and_its_name_said(tmp_path: Path, refuses: Fails, run: Run, tiny: Path) -> None:
+def test_a_file_is_read_and_its_name_said(tmp_path: Path, refuses: Fails, here: Run, tiny: Path) -> None:
     (tmp_path / "ok.json").write_text('{"type": "boolean"}')
-    answer = run("chat", "-m", str(tiny), *GREEDY, "-j", str(tmp_path / "ok.json"), "tea?")
+    answer = here("chat", "-m", str(tiny), *GREEDY, "-j", str(tmp_path / "ok.json"), "tea?")
     assert (answer.returncode, answer.stderr) == (0, "") and answer.stdout in ("true\n", "false\n")
     (tmp_path / "bad.json").write_text('{\n  "type": "boolean"\n  "title": "x"\n}')
     line = refuses(2, "chat", "--no-stdin", "-j", str(tmp_path / "bad.json"), "tea?")
@@ -320,7 +320,7 @@ def test_a_file_is_read_and_its_name_said(tmp_path: Path, refuses: Fails, run: R
     assert "not an object" in refuses(2, "chat", "--no-stdin", "-j", str(tmp_path / "list.json"), "tea?")
 
 
-def test_greedy_warm_and_guided_answers_all_fit(tiny: Path, run: Run) -> None:
+def test_greedy_warm_and_guided_answers_all_fit(tiny: Path, here: Run) -> None:
     shape = ("-m", str(tiny), "-n", "300", "-j", "a int, b [bool], c red|green, d {e bool}")
     for options in (
         ("--temp", "0"),
@@ -329,40 +329,40 @@ def test_greedy_warm_and_guided_answers_all_fit(tiny: Path, run: Run) -> None:
         ("--top-k", "1"),
     ):
         document = json.loads(
-            run("chat", *shape, *options, "--seed", "3", "--pref", "be brief", "--json", "tea?").stdout
+            here("chat", *shape, *options, "--seed", "3", "--pref", "be brief", "--json", "tea?").stdout
         )
         assert isinstance(document["response"], str) and document["finish_reason"] == "stop"
         assert list(json.loads(document["response"])) == ["a", "b", "c", "d"]
 
 
-def test_an_answer_that_is_cut_is_printed_and_exit_7(tiny: Path, run: Run) -> None:
-    cut = run("chat", "-m", str(tiny), "--temp", "0", "-n", "6", "-j", "name, age int", "tea?")
+def test_an_answer_that_is_cut_is_printed_and_exit_7(tiny: Path, here: Run) -> None:
+    cut = here("chat", "-m", str(tiny), "--temp", "0", "-n", "6", "-j", "name, age int", "tea?")
     assert cut.returncode == 7 and cut.stdout.startswith('{"n')
     assert cut.stderr == "metaalign-edge: the answer was cut at 6 tokens before the JSON was complete: raise -n or -c\n"
-    document = run("chat", "-m", str(tiny), "--temp", "0", "-n", "6", "-j", "name, age int", "--json", "tea?")
+    document = here("chat", "-m", str(tiny), "--temp", "0", "-n", "6", "-j", "name, age int", "--json", "tea?")
     assert (document.returncode, json.loads(document.stdout)["finish_reason"]) == (7, "length")
 
 
-def test_what_only_the_check_sees_is_said_before_and_after(tiny: Path, run: Run) -> None:
+def test_what_only_the_check_sees_is_said_before_and_after(tiny: Path, here: Run) -> None:
     schema = '{"type": "object", "properties": {"a": {"enum": [3, 4], "multipleOf": 5}}, "required": ["a"]}'
-    answer = run("chat", "-m", str(tiny), *GREEDY, "-j", schema, "tea?")
+    answer = here("chat", "-m", str(tiny), *GREEDY, "-j", schema, "tea?")
     assert answer.returncode == 7 and json.loads(answer.stdout)["a"] in (3, 4)
     note, fault = answer.stderr.splitlines()
     assert "multipleOf at /a" in note and "/a: " in fault and "is not a multiple of 5" in fault
 
 
 @pytest.mark.slow
-def test_compare_names_the_column_that_failed(tiny: Path, run: Run) -> None:
+def test_compare_names_the_column_that_failed(tiny: Path, here: Run) -> None:
     shape = ("compare", "-m", str(tiny), "--temp", "0", "--pref", "be brief", "--pref", "-")
-    fitting = run(*shape, "-n", "200", "-j", "ok bool, n int", "--json", "tea?")
+    fitting = here(*shape, "-n", "200", "-j", "ok bool, n int", "--json", "tea?")
     assert fitting.returncode == 0
     assert all(json.loads(one["response"]).keys() == {"ok", "n"} for one in json.loads(fitting.stdout))
-    cut = run(*shape, "-n", "3", "-j", "ok bool, n int", "tea?")
+    cut = here(*shape, "-n", "3", "-j", "ok bool, n int", "tea?")
     assert cut.returncode == 7 and "the answer under be brief was cut at 3 tokens" in cut.stderr
     assert cut.stdout.count('{"o') == 2
 
 
-def test_a_row_has_a_schema_of_its_own(tiny: Path, run: Run, tmp_path: Path) -> None:
+def test_a_row_has_a_schema_of_its_own(tiny: Path, here: Run, tmp_path: Path) -> None:
     rows = [
         {"query": "a?"},
         {"query": "b?", "json_schema": {"enum": ["x", "y"]}},
@@ -374,9 +374,9 @@ def test_a_row_has_a_schema_of_its_own(tiny: Path, run: Run, tmp_path: Path) -> 
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ("batch", str(tmp_path / "in.jsonl"), "-m", str(tiny), *GREEDY, "--parallel", "4", "-j", "ok bool")
-    done = run(*command, "-o", str(tmp_path / "out.jsonl"))
+    done = here(*command, "-o", str(tmp_path / "out.jsonl"))
     assert done.returncode == 1
-    answers = [json.loads(line) for line in run(*command).stdout.splitlines()]
+    answers = [json.loads(line) for line in here(*command).stdout.splitlines()]
     assert json.loads(answers[0]["response"]).keys() == {"ok"}
     assert json.loads(answers[1]["response"]) in ("x", "y") and json.loads(answers[2]["response"]).keys() == {"n"}
     assert (
@@ -387,16 +387,16 @@ def test_a_row_has_a_schema_of_its_own(tiny: Path, run: Run, tmp_path: Path) -> 
     (tmp_path / "in.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in [rows[0], {**rows[1], "json_schema": "n int"}])
     )
-    again = run(*command, "-o", str(tmp_path / "out.jsonl"))
+    again = here(*command, "-o", str(tmp_path / "out.jsonl"))
     assert "2 rows: 1 answered, 1 before, 0 failed" in again.stderr
 
 
 @pytest.mark.slow
-def test_another_schema_is_another_run(tiny: Path, run: Run, tmp_path: Path) -> None:
+def test_another_schema_is_another_run(tiny: Path, here: Run, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"query": "a?"}\n')
     command = ("batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "-m", str(tiny), *GREEDY, "-j")
-    assert run(*command, "ok bool").returncode == 0
-    assert "another run" in run(*command, "n int").stderr
+    assert here(*command, "ok bool").returncode == 0
+    assert "another run" in here(*command, "n int").stderr
 
 
 def test_a_vocabulary_without_the_letters_ends_in_exit_7_and_not_in_a_crash(tiny: Path, randomly: Randomly) -> None:

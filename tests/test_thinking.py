@@ -79,21 +79,21 @@ def test_half_characters_stay_whole(thinker: Path) -> None:
 # -- what a user sees -------------------------------------------------------------------------------------------------
 
 
-def test_stdout_has_the_answer_only_and_json_both(thinker: Path, run: Run) -> None:
-    plain, document = (run("chat", "-m", str(thinker), *GREEDY, *more, "tea?") for more in ((), ("--json",)))
+def test_stdout_has_the_answer_only_and_json_both(thinker: Path, here: Run) -> None:
+    plain, document = (here("chat", "-m", str(thinker), *GREEDY, *more, "tea?") for more in ((), ("--json",)))
     assert (plain.stdout, plain.stderr) == ("lazy dog\n", "")
     found = json.loads(document.stdout)
     assert (found["response"], found["reasoning"], found["output_tokens"]) == ("lazy dog", "quick brown fox", 8)
 
 
-def test_a_model_that_does_not_think_has_no_reasoning(tiny: Path, run: Run) -> None:
-    assert json.loads(run("chat", "-m", str(tiny), "-n", "3", "--json", "tea?").stdout)["reasoning"] is None
+def test_a_model_that_does_not_think_has_no_reasoning(tiny: Path, here: Run) -> None:
+    assert json.loads(here("chat", "-m", str(tiny), "-n", "3", "--json", "tea?").stdout)["reasoning"] is None
 
 
-def test_off_a_terminal_v_shows_it_on_stderr(thinker: Path, run: Run) -> None:
-    shown = run("chat", "-m", str(thinker), *GREEDY, "-v", "tea?")
+def test_off_a_terminal_v_shows_it_on_stderr(thinker: Path, here: Run) -> None:
+    shown = here("chat", "-m", str(thinker), *GREEDY, "-v", "tea?")
     assert shown.stdout == "lazy dog\n" and "quick brown fox\n\n" in shown.stderr and "\x1b" not in shown.stderr
-    assert "fox" not in run("chat", "-m", str(thinker), *GREEDY, "-v", "-q", "tea?").stderr
+    assert "fox" not in here("chat", "-m", str(thinker), *GREEDY, "-v", "-q", "tea?").stderr
 
 
 @pytest.mark.parametrize("kind, colour, dim", [("xterm", "", True), ("xterm", "1", False), ("dumb", "", False)])
@@ -108,32 +108,32 @@ def test_a_terminal_shows_it_dim_while_it_comes(
     assert shown.replace("\x1b[2m", "").replace("\x1b[22m", "") == "quick brown fox\n\nlazy dog\n"
 
 
-def test_a_prompt_opens_it_and_the_end_is_several_tokens(opened: tuple[Path, Path], run: Run) -> None:
+def test_a_prompt_opens_it_and_the_end_is_several_tokens(opened: tuple[Path, Path], here: Run) -> None:
     model, template = opened
-    document = json.loads(run("chat", "-m", str(model), "--template", str(template), *GREEDY, "--json", "tea?").stdout)
+    document = json.loads(here("chat", "-m", str(model), "--template", str(template), *GREEDY, "--json", "tea?").stdout)
     assert (document["reasoning"], document["response"]) == ("quick fox", "lazy dog")
 
 
-def test_a_question_that_opens_it_opens_nothing(thinker: Path, run: Run) -> None:
-    document = json.loads(run("chat", "-m", str(thinker), *GREEDY, "--json", "<think>").stdout)
+def test_a_question_that_opens_it_opens_nothing(thinker: Path, here: Run) -> None:
+    document = json.loads(here("chat", "-m", str(thinker), *GREEDY, "--json", "<think>").stdout)
     assert (document["reasoning"], document["response"]) == ("quick brown fox", "lazy dog")
 
 
-def test_a_stop_text_ends_the_answer_not_the_reasoning(thinker: Path, run: Run) -> None:
+def test_a_stop_text_ends_the_answer_not_the_reasoning(thinker: Path, here: Run) -> None:
     document = json.loads(
-        run("chat", "-m", str(thinker), *GREEDY, "--json", "--stop", "fox", "--stop", " d", "tea?").stdout
+        here("chat", "-m", str(thinker), *GREEDY, "--json", "--stop", "fox", "--stop", " d", "tea?").stdout
     )
     assert (document["reasoning"], document["response"]) == ("quick brown fox", "lazy")
 
 
-def test_an_answer_that_is_cut_while_the_model_thinks_says_so(thinker: Path, run: Run) -> None:
-    cut = run("chat", "-m", str(thinker), *GREEDY, "-n", "3", "tea?")
+def test_an_answer_that_is_cut_while_the_model_thinks_says_so(thinker: Path, here: Run) -> None:
+    cut = here("chat", "-m", str(thinker), *GREEDY, "-n", "3", "tea?")
     assert (cut.returncode, cut.stdout) == (0, "\n")
     assert (
         cut.stderr
         == "metaalign-edge: warning: the answer was cut at 3 tokens while the model was still thinking: raise -n or -c, or say --no-think\n"
     )
-    assert run("chat", "-m", str(thinker), *GREEDY, "-n", "7", "tea?").stderr == ""
+    assert here("chat", "-m", str(thinker), *GREEDY, "-n", "7", "tea?").stderr == ""
 
 
 def test_reasoning_is_no_part_of_the_conversation(thinker: Path) -> None:
@@ -148,13 +148,13 @@ def test_reasoning_is_no_part_of_the_conversation(thinker: Path) -> None:
 
 
 @pytest.mark.slow
-def test_several_at_a_time_think_each_for_itself(thinker: Path, run: Run) -> None:
+def test_several_at_a_time_think_each_for_itself(thinker: Path, here: Run) -> None:
     compared = json.loads(
-        run("compare", "-m", str(thinker), *GREEDY, "--json", "--pref", "a", "--pref", "b", "tea?").stdout
+        here("compare", "-m", str(thinker), *GREEDY, "--json", "--pref", "a", "--pref", "b", "tea?").stdout
     )
     rows = "".join(json.dumps({"query": f"tea {number}?"}) + "\n" for number in range(5))
     answered = [
-        json.loads(line) for line in run("batch", "-m", str(thinker), *GREEDY, "-", input=rows).stdout.splitlines()
+        json.loads(line) for line in here("batch", "-m", str(thinker), *GREEDY, "-", input=rows).stdout.splitlines()
     ]
     assert len(compared + answered) == 7
     assert {(one["reasoning"], one["response"]) for one in compared + answered} == {("quick brown fox", "lazy dog")}
@@ -163,24 +163,24 @@ def test_several_at_a_time_think_each_for_itself(thinker: Path, run: Run) -> Non
 # -- and a schema -----------------------------------------------------------------------------------------------------
 
 
-def test_a_schema_holds_from_the_end_of_the_reasoning(thinker: Path, opened: tuple[Path, Path], run: Run) -> None:
+def test_a_schema_holds_from_the_end_of_the_reasoning(thinker: Path, opened: tuple[Path, Path], here: Run) -> None:
     shape = ("-j", '{"enum": ["a</think>b", true]}')
-    found = json.loads(run("chat", "-m", str(thinker), *GREEDY, *shape, "--json", "tea?").stdout)
+    found = json.loads(here("chat", "-m", str(thinker), *GREEDY, *shape, "--json", "tea?").stdout)
     assert found["reasoning"] == "quick brown fox" and json.loads(found["response"]) in ("a</think>b", True)
     model, template = opened
     options = ("--template", str(template), *GREEDY, "-j", "ok bool")
-    found = json.loads(run("chat", "-m", str(model), *options, "--json", "tea?").stdout)
+    found = json.loads(here("chat", "-m", str(model), *options, "--json", "tea?").stdout)
     assert found["reasoning"] == "quick fox" and json.loads(found["response"])["ok"] in (True, False)
 
 
-def test_a_mark_inside_a_string_is_text(thinker: Path, run: Run) -> None:
+def test_a_mark_inside_a_string_is_text(thinker: Path, here: Run) -> None:
     found = json.loads(
-        run("chat", "-m", str(thinker), *GREEDY, "-j", '{"const": "<think>a</think>b"}', "--json", "tea?").stdout
+        here("chat", "-m", str(thinker), *GREEDY, "-j", '{"const": "<think>a</think>b"}', "--json", "tea?").stdout
     )
     assert (json.loads(found["response"]), found["reasoning"]) == ("<think>a</think>b", "quick brown fox")
 
 
-def test_what_the_last_token_of_the_reasoning_says_already_counts(tmp_path: Path, run: Run) -> None:
+def test_what_the_last_token_of_the_reasoning_says_already_counts(tmp_path: Path, here: Run) -> None:
     template = tmp_path / "run-on.jinja"
     template.write_text(
         "{# [/THINK] #}{% for message in messages %}{{ message.content }}{% endfor %}{{ '[THINK]\\n' }}"
@@ -188,12 +188,12 @@ def test_what_the_last_token_of_the_reasoning_says_already_counts(tmp_path: Path
     script = ["\n", " quick", "[", "/", "T", "H", "I", "N", "K", "]{"]
     model = make_parrot(tmp_path / "run-on", script, marks=("]{",))
     options = ("-m", str(model), "--template", str(template), *GREEDY)
-    assert run("chat", *options, "-j", "ok bool", "tea?").stdout in ('{"ok":true}\n', '{"ok":false}\n')
-    refused = run("chat", *options, "-j", "[bool]", "tea?")
+    assert here("chat", *options, "-j", "ok bool", "tea?").stdout in ('{"ok":true}\n', '{"ok":false}\n')
+    refused = here("chat", *options, "-j", "[bool]", "tea?")
     assert (refused.returncode, refused.stdout) == (7, "{\n")
 
 
-def test_a_schema_and_no_room_to_think_is_exit_7(thinker: Path, run: Run) -> None:
-    cut = run("chat", "-m", str(thinker), *GREEDY, "-n", "3", "-j", "ok bool", "tea?")
+def test_a_schema_and_no_room_to_think_is_exit_7(thinker: Path, here: Run) -> None:
+    cut = here("chat", "-m", str(thinker), *GREEDY, "-n", "3", "-j", "ok bool", "tea?")
     assert (cut.returncode, cut.stdout) == (7, "\n")
     assert "cut at 3 tokens while the model was still thinking: raise -n" in cut.stderr
