@@ -29,6 +29,7 @@ Contents, in dependency order (nothing refers upward):
 
 from __future__ import annotations
 
+import array
 import codecs
 import contextlib
 import ctypes
@@ -60,6 +61,7 @@ from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
+    AnyStr,
     Literal,
     NamedTuple,
     Protocol,
@@ -191,6 +193,12 @@ class TemplateError(EdgeError):
 
 class TierViolation(EdgeError):
     """Text in a tier would become more than text."""
+
+    exit_code = 7
+
+
+class SchemaViolation(EdgeError):
+    """An answer does not fit the schema that was asked for."""
 
     exit_code = 7
 
@@ -1009,6 +1017,12 @@ class Tokens(NamedTuple):
     def ids(self) -> list[int]:
         """List the ids."""
         return [token.id for token in self.tokens]
+
+    @property
+    def ending(self) -> str:
+        """Return the scaffold behind the last text of a tier."""
+        tail = itertools.takewhile(lambda token: token.tier is None, reversed(self.tokens))
+        return b"".join(token.data for token in reversed(list(tail))).decode("utf-8", "replace")
 
     def queries(self) -> list[int]:
         """List where the queries begin: what comes before is known before they are asked."""
@@ -2136,6 +2150,63 @@ def choose_template(name: str, model: ModelFile) -> ChatTemplate:
     return ChatTemplate(template, native, label, why, meta_prompt, reminder, model.token("bos"), model.token("eos"))
 
 
+@dataclass(frozen=True)
+class Schema:
+    """What an answer has to fit."""
+
+    document: dict[str, Any]  # JSON Schema
+    grammar: str  # the same for llama.cpp
+    left: tuple[str, ...]  # what the grammar cannot say, and only the check of the answer sees
+
+
+def read_schema(text: str) -> Schema:
+    """Read a schema: a file's, JSON, or the short form `name, age int`.
+
+    Raises:
+        NotFound: the file is not there. UsageError: it is no JSON, or no schema that an answer can fit.
+    """
+    inline = text.lstrip().startswith("{")
+    file = not inline and (looks_like_path(text, ".json") if not re.search(r"[\s,]", text) else text.endswith(".json"))
+    if not (inline or file):
+        return expand_schema(text)
+    where = f"the schema {text}" if file else "the schema"
+    try:
+        document = json.loads(read_text(Path(text).expanduser(), "the schema") if file else text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where} is no JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
+    except RecursionError:
+        raise UsageError(f"{where} nests too deep") from None
+    return make_schema(document, where)
+
+
+def expand_schema(text: str) -> Schema:
+    """Read the short form of a schema.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        document = part("schema").expand(text)
+    except part("schema").InvalidSchema as error:
+        raise UsageError(f"the schema's short form: {one_line(error)}") from None
+    return make_schema(document)
+
+
+def make_schema(document: Any, where: str = "the schema") -> Schema:
+    """Turn a JSON Schema into a grammar.
+
+    Raises:
+        UsageError: it is none, or no answer can fit it.
+    """
+    schemas = part("schema")
+    try:
+        schemas.check_schema(document)
+        grammar = schemas.convert(document)
+    except (ValueError, OverflowError, RecursionError) as error:  # an InvalidSchema, or NaN for a number
+        raise UsageError(f"{where} cannot be used: {one_line(error)}") from None
+    return Schema(document, grammar.text, tuple(grammar.left))
+
+
 def looks_like_path(name: str, suffix: str) -> bool:
     """Tell whether a name is meant as a path."""
     return "/" in name or name.startswith((".", "~")) or name.endswith(suffix) or Path(name).is_file()
@@ -2146,6 +2217,67 @@ def looks_like_path(name: str, suffix: str) -> bool:
 # =====================================================================================================================
 # llama.cpp through the low-level interface of llama-cpp-python. A context holds several sequences in one unified KV
 # cache, and a step decodes any number of them in one llama_decode.
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter to lay over a model, and how hard."""
+
+    path: str
+    scale: float
+    identity: str  # of the file
+
+
+def split_scale(name: str) -> tuple[str, float]:
+    """Return the path of an adapter and the scale behind its last colon, 1 without; a drive's colon is none.
+
+    Raises:
+        UsageError: the scale is no number.
+    """
+    head, colon, tail = name.rpartition(":")
+    if not colon or Path(name).expanduser().exists():
+        return name, 1.0
+    try:
+        scale = float(tail)
+    except ValueError:
+        if Path(head).expanduser().exists():
+            raise UsageError(f"the scale of the adapter {head} is no number: {tail!r}: write PATH:0.5") from None
+        return name, 1.0
+    if not math.isfinite(scale):
+        raise UsageError(f"the scale of the adapter {head} is {tail}: write a number, as PATH:0.5")
+    return head, scale
+
+
+def find_adapters(names: Sequence[str]) -> tuple[Adapter, ...]:
+    """Find the files of some adapters, `PATH[:SCALE]`, which `convert --lora-only` makes.
+
+    Raises:
+        NotFound: one is not there. LoadError: one is no adapter. UsageError: a scale is no number, or one comes twice.
+    """
+    found: list[Adapter] = []
+    for name in names:
+        path, scale = split_scale(name)
+        place = Path(path).expanduser()
+        if place.is_dir():
+            way = f"metaalign-edge convert BASE --lora {path} --lora-only"
+            raise LoadError(f"the adapter {path} is a folder: {way} makes a GGUF of it")
+        if not place.is_file():
+            raise NotFound(f"no adapter {path}: give the path of a GGUF file, with a scale behind a colon or without")
+        with place.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                way = "metaalign-edge convert BASE --lora DIR --lora-only"
+                raise LoadError(f"the adapter {path} is not a GGUF file: {way} makes one")
+        metadata = ModelFile(place)
+        if metadata.metadata.get("general.type") != "adapter":
+            raise LoadError(f"{path} is a model, not an adapter: give it with -m, or an adapter with --lora")
+        if any(one.identity == metadata.identity for one in found):
+            raise UsageError(f"the adapter {path} is given twice: give it once, with the sum of the scales")
+        found.append(Adapter(str(place), scale, metadata.identity))
+    return tuple(found)
+
+
+def name_adapters(adapters: Sequence[Adapter]) -> str:
+    """List adapters as the command line has them."""
+    return ", ".join(f"{adapter.path}:{adapter.scale:g}" for adapter in adapters)
 
 
 @dataclass(frozen=True)
@@ -2166,6 +2298,8 @@ class Settings:
     verbose: bool = False
     system_strength: float = 1.0  # see Guidance
     pref_strength: Strength = 1.0
+    adapters: tuple[Adapter, ...] = ()
+    schema: Schema | None = None  # of the answer
 
     def deciding(self) -> list[Any]:
         """Return what decides the text of an answer, in JSON's types."""
@@ -2305,8 +2439,11 @@ class Model:
             raise LoadError(f"cannot load {file.path}: {LOG.reason()}")
         self.load_ms = (time.monotonic() - started) * 1000
         self.bytes = int(llama.llama_model_size(self.pointer))  # of its weights
+        self._adapters: dict[str, Any] = {}
         try:
             self.vocabulary = LlamaVocabulary(llama.llama_model_get_vocab(self.pointer), file)
+            for adapter in () if vocab_only else settings.adapters:
+                self.adapter(adapter)
         except LoadError:
             self.close()
             raise
@@ -2316,6 +2453,26 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def adapter(self, adapter: Adapter) -> Any:
+        """Load an adapter's weights, once; llama.cpp frees them with the model.
+
+        Raises:
+            LoadError: it was made for another model.
+        """
+        if adapter.identity not in self._adapters:
+            made_for = ModelFile(Path(adapter.path)).architecture
+            if made_for != self.file.architecture:
+                raise LoadError(
+                    f"the adapter {adapter.path} is for {made_for}, and {self.file.path} is {self.file.architecture}: "
+                    "take the adapter of this model"
+                )
+            LOG.errors.clear()
+            pointer = llama_cpp().llama_adapter_lora_init(self.pointer, os.fsencode(adapter.path))
+            if not pointer:
+                raise LoadError(f"the adapter {adapter.path} does not fit {self.file.path}: {LOG.reason()}")
+            self._adapters[adapter.identity] = pointer
+        return self._adapters[adapter.identity]
 
     def close(self) -> None:
         """Free the model; again is harmless."""
@@ -2613,6 +2770,8 @@ class Engine:
             raise LoadError(f"cannot make a context of {size} tokens for {model.file.path}: {LOG.reason()}: try {less}")
         self._memory = llama.llama_get_memory(self.pointer)
         self.sequences = [SequenceState(number) for number in range(sequences)]
+        self.adapters: tuple[Adapter, ...] = ()
+        self.adapt(settings.adapters)
         self.room = max(PREFILL_CHUNK, sequences)  # tokens of one step at most
         self._make_batch()
 
@@ -2639,6 +2798,23 @@ class Engine:
             self._llama.llama_free(self.pointer)
             self.pointer = None
 
+    def adapt(self, adapters: Sequence[Adapter]) -> None:
+        """Lay other adapters over the model; what was read under the old ones is forgotten.
+
+        Raises:
+            LoadError: one does not fit the model; all stays as it was.
+        """
+        if tuple(adapters) == self.adapters:
+            return
+        llama, count = self._llama, len(adapters)
+        pointers = (llama.llama_adapter_lora_p_ctypes * count)(*map(self.model.adapter, adapters))
+        scales = (ctypes.c_float * count)(*(adapter.scale for adapter in adapters))
+        if llama.llama_set_adapters_lora(self.pointer, pointers, count, scales):
+            raise LoadError(f"llama.cpp cannot use the adapters of {self.model.file.path}: {LOG.reason()}")
+        self.adapters = tuple(adapters)
+        for sequence in self.sequences:
+            self.cut(sequence, 0)
+
     def cut(self, sequence: SequenceState, length: int) -> int:
         """Forget a sequence's tokens from a length on, or all of them if its state cannot be cut; return what stays."""
         forget, memory = self._llama.llama_memory_seq_rm, self._memory
@@ -2661,6 +2837,7 @@ class Engine:
         import hashlib
 
         identity = [1, self.model.file.identity, build(), self.model.gpu_layers]
+        identity += [[adapter.identity, adapter.scale] for adapter in self.adapters]
         numbers = struct.pack(f"<{len(tokens)}i", *tokens)
         return hashlib.blake2b(json.dumps(identity).encode() + numbers, digest_size=20).hexdigest()
 
@@ -2749,6 +2926,9 @@ def in_common(ours: Sequence[int], theirs: Sequence[int]) -> int:
         (at for at, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other),
         min(len(ours), len(theirs)),
     )
+
+
+NO_TOKEN = -1  # what is drawn where nothing may follow
 
 
 class Sampler:
@@ -2907,6 +3087,11 @@ class Answer:
     truncated: int = 0  # turns dropped to fit the context
 
 
+def overlap(text: AnyStr, mark: AnyStr) -> int:
+    """Return how much of the beginning of a mark stands at the end of a text."""
+    return next((size for size in range(len(mark) - 1, 0, -1) if text.endswith(mark[:size])), 0)
+
+
 class Incremental:
     """Token bytes to text: never half a character, never a stop text or the beginning of one."""
 
@@ -2924,12 +3109,9 @@ class Incremental:
             self.stopped = True
             self._held = self._held[: min(ends)]
             return self.rest()
-        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return ready
-
-    def _overlap(self, stop: str) -> int:
-        return next((size for size in range(len(stop) - 1, 0, -1) if self._held.endswith(stop[:size])), 0)
 
     def rest(self) -> str:
         """Return what was held back; an unfinished character is dropped."""
@@ -2937,11 +3119,221 @@ class Incremental:
         return held
 
 
+# How models mark their reasoning. gpt-oss is not among them: its channels are messages of their own.
+THINKING = (
+    ("<think>", "</think>"),  # Qwen 3, QwQ, DeepSeek R1, SmolLM3, GLM 4.5, Nemotron, MiMo, Phi 4 reasoning
+    ("[THINK]", "[/THINK]"),  # Magistral, Ministral 3
+    ("<thought>", "</thought>"),  # EXAONE Deep
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+)
+
+
+def thinking_marks(source: str, vocabulary: LlamaVocabulary) -> tuple[str, str] | None:
+    """Return by what a model marks its reasoning: what its template names, or has a token; None if it has neither."""
+    named = next((marks for marks in THINKING if marks[1] in source), None)
+    return named or next((marks for marks in THINKING if len(vocabulary.encode(marks[1], special=True)) == 1), None)
+
+
+class Thinking:
+    """Parts the bytes of an answer into reasoning and what is said.
+
+    Reasoning stands at the beginning, between two marks, of which the prompt may have written the first. Anywhere else
+    a mark is text. White space around reasoning belongs to nobody.
+    """
+
+    def __init__(self, marks: tuple[str, str] | None, opened: bool = False) -> None:
+        self._begin, self._end = (mark.encode() for mark in marks or ("", ""))
+        self.state: Literal["before", "inside", "behind", "answer"] = "before" if marks else "answer"
+        if opened:
+            self.state = "inside"
+        self.run_on = b""  # what is said already by the token that ends the reasoning
+        self._held, self._begun = b"", False
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes]:
+        """Take a token's bytes; return those of the reasoning and of the answer that are certain by now."""
+        self._held += data
+        state, thought, said = self.state, b"", b""
+        if self.state == "before":
+            text = self._held.lstrip()
+            if text.startswith(self._begin):
+                self.state, self._held = "inside", text[len(self._begin) :]
+            elif not self._begin.startswith(text):
+                self.state = "answer"
+        if self.state == "inside":
+            thought = self._reason()
+        if self.state == "behind":
+            self._held = self._held.lstrip()
+            self.state = "answer" if self._held else "behind"
+        if self.state == "answer":
+            said, self._held = self._held, b""
+            self.run_on = said if state == "inside" else b""
+        return thought, said
+
+    def _reason(self) -> bytes:
+        """Take from what is held the reasoning that is certain."""
+        thought, end, behind = self._held.partition(self._end)
+        if end:
+            self.state = "behind"
+        else:
+            thought = thought[: len(thought) - overlap(thought, self._end)]
+        thought = thought.rstrip()
+        self._held = behind if end else self._held[len(thought) :]
+        thought = thought if self._begun else thought.lstrip()
+        self._begun = self._begun or bool(thought)
+        return thought
+
+    def rest(self) -> tuple[bytes, bytes]:
+        """Return what was held back, when there is no more to come."""
+        held, self._held = self._held.rstrip(), b""
+        return (held, b"") if self.state == "inside" else (b"", held)
+
+
+SHORTLIST = 1024  # tokens
+
+
+class SchemaSampler(Sampler):
+    """A sampler whose text is JSON of a schema, from where a model's reasoning ends.
+
+    The chain draws first, and the grammar looks at that one token. Where it refuses, it looks at the likeliest others,
+    and at all of them only if none of those fits: for a large vocabulary that takes 10 ms. The distribution is as if
+    the grammar came first, but for what top-k and the like keep. No marker is drawn, nor what is no UTF-8: to the
+    grammar their letters are text.
+
+    Raises:
+        UsageError: llama.cpp does not take the grammar.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        settings: Settings,
+        grammar: str,
+        markers: Markers,
+        thinking: Thinking,
+        marks: tuple[str, str] | None,
+    ) -> None:
+        super().__init__(model.file, settings)
+        llama, self._vocabulary, self._markers, self._thinking = self._llama, model.vocabulary, markers, thinking
+        vocabulary, root = llama.llama_model_get_vocab(model.pointer), b"after" if marks else b"root"
+        self._shortlist = llama.llama_sampler_init_top_k(SHORTLIST)
+        self._grammar = llama.llama_sampler_init_grammar(vocabulary, grammar.encode(), root)
+        if not self._grammar:
+            self.close()
+            raise UsageError(f"llama.cpp cannot follow this schema: {LOG.reason()}: make it simpler")
+        opening = model.vocabulary.encode(marks[0], special=True) if marks else []
+        self._instead = opening[0] if len(opening) == 1 else NO_TOKEN  # a model may think first
+        self._text = codecs.getincrementaldecoder("utf-8")()
+        self._started = False
+        self._size = size = model.vocabulary.size
+        self._entries = (llama.llama_token_data * size)()  # number, logit, share
+        memory = memoryview(self._entries).cast("B")
+        memory.cast("i")[::3] = array.array("i", range(size))
+        self._all, self._logits = bytes(memory), memory.cast("f")[1::3]
+
+    def close(self) -> None:
+        """Free the chain and the grammar; again is harmless."""
+        super().close()
+        for sampler in filter(None, (self._grammar, self._shortlist)):
+            self._llama.llama_sampler_free(sampler)
+        self._grammar = self._shortlist = None
+
+    def draw(self, engine: Engine, row: int, several: bool = False) -> int:
+        """Draw the next token from a row of logits and accept it; NO_TOKEN if none goes on."""
+        if self._thinking.state == "inside":
+            return super().draw(engine, row, several)
+        first, self._started = not self._started, True
+        if first and not self._catch_up(self._thinking.run_on):
+            return NO_TOKEN
+        logits = ctypes.string_at(self._llama.llama_get_logits_ith(engine.pointer, row), 4 * self._size)
+        barred: list[int] = []
+        wide = False  # look at all tokens, not only the likeliest
+        for attempt in itertools.count():
+            candidates = self._candidates(logits, barred)
+            if attempt and not wide:
+                self._llama.llama_sampler_apply(self._shortlist, candidates)
+            if attempt:
+                self._llama.llama_sampler_apply(self._grammar, candidates)
+                candidates.sorted = False
+            self._llama.llama_sampler_apply(self.pointer, candidates)
+            chosen = candidates.data[candidates.selected]
+            token = int(chosen.id)
+            if chosen.logit == -math.inf:
+                if wide:
+                    return NO_TOKEN
+                wide = True
+                continue
+            if first and token == self._instead and self._thinking.state == "before":
+                self._started = False
+                break
+            if self._is_barred(token):
+                barred.append(token)
+            elif attempt or self._fits(token):
+                self._accept(token)
+                break
+        self._llama.llama_sampler_accept(self.pointer, token)
+        return token
+
+    def _catch_up(self, said: bytes) -> bool:
+        """Let the grammar see what the token that ended the reasoning says already; tell whether that fits."""
+        for letter in self._vocabulary.spell(said.decode("utf-8", "replace")):
+            if not self._fits(letter):
+                return False
+            self._accept(letter)
+        return True
+
+    def _accept(self, token: int) -> None:
+        self._llama.llama_sampler_accept(self._grammar, token)
+        self._text.decode(self._vocabulary.piece(token))
+
+    def _candidates(self, logits: bytes, barred: Sequence[int]) -> Any:
+        """Lay out all tokens with their logits as llama.cpp's samplers take them."""
+        ctypes.memmove(self._entries, self._all, len(self._all))  # they sort them
+        self._logits[:] = memoryview(logits).cast("f")
+        for token in barred:
+            self._entries[token].logit = -math.inf
+        return self._array(self._entries, self._size)
+
+    def _array(self, entries: Any, size: int) -> Any:
+        return self._llama.llama_token_data_array(data=entries, size=size, selected=-1, sorted=False)
+
+    def _fits(self, token: int) -> bool:
+        """Tell whether the grammar takes a token; one that it refuses would end the process if it were accepted."""
+        entries = (self._llama.llama_token_data * 1)((token, 0.0, 0.0))
+        self._llama.llama_sampler_apply(self._grammar, self._array(entries, 1))
+        return bool(entries[0].logit != -math.inf)
+
+    def _is_barred(self, token: int) -> bool:
+        """Tell whether a token is no text of a JSON document; one that is may be half a character."""
+        if self._vocabulary.is_end(token):
+            return False
+        if token in self._markers:
+            return True
+        state = self._text.getstate()
+        try:
+            self._text.decode(self._vocabulary.piece(token))
+        except UnicodeDecodeError:
+            return True
+        finally:
+            self._text.setstate(state)
+        return False
+
+
 class Draft:
     """An answer while it is written: tokens go in, text comes out, and the figures are kept."""
 
-    def __init__(self, answer: Answer, settings: Settings, vocabulary: LlamaVocabulary, context: int) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        settings: Settings,
+        vocabulary: LlamaVocabulary,
+        context: int,
+        thinking: Thinking,
+        think: Callable[[str], None],
+    ) -> None:
+        """Begin; `think` sees the reasoning as it comes, which is no part of the text, and white space when it ends."""
         self.answer, self.ended = answer, False
+        self._thinking, self._thought, self._think = thinking, Incremental(()), think
         self._vocabulary, self._text = vocabulary, Incremental(settings.stop)
         self._most = min(settings.max_tokens or context, context - answer.input_tokens)
         self._started = self._first = time.monotonic()
@@ -2951,23 +3343,39 @@ class Draft:
         answer = self.answer
         if not answer.output_tokens:
             self._first = time.monotonic()
-        if self._vocabulary.is_end(token):
+        if token == NO_TOKEN or self._vocabulary.is_end(token):
             self.ended = True
             return ""
         answer.output_tokens += 1
-        piece = self._text.feed(self._vocabulary.piece(token))
-        answer.response += piece
+        thought, said = self._thinking.feed(self._vocabulary.piece(token))
+        self._reason(self._thought.feed(thought))
+        piece = self._text.feed(said)
+        self._say(piece)
         if self._text.stopped:
             self.ended = True
         elif answer.output_tokens >= self._most:
             answer.finish_reason, self.ended = "length", True
         return piece
 
+    def _reason(self, piece: str) -> None:
+        if piece:
+            self.answer.reasoning = (self.answer.reasoning or "") + piece
+            self._think(piece)
+
+    def _say(self, piece: str) -> None:
+        if piece and not self.answer.response and self.answer.reasoning:
+            self._think("\n\n")
+        self.answer.response += piece
+
     def close(self) -> str:
         """Write down the figures and return the text that was held back."""
         answer, ended = self.answer, time.monotonic()
-        piece = self._text.rest()
-        answer.response += piece
+        thought, said = self._thinking.rest()
+        self._reason(self._thought.feed(thought))
+        piece = self._text.feed(said) + self._text.rest()
+        self._say(piece)
+        if answer.reasoning and not answer.response:  # it ended in the middle of it
+            self._think("\n")
         answer.first_token_ms = round((self._first - self._started) * 1000, 1)
         answer.duration_ms = round((ended - self._started) * 1000, 1)
         answer.tokens_per_second = (
@@ -2984,6 +3392,7 @@ class Outline(NamedTuple):
     prompts: list[list[int]]  # of the guidance's contexts
     stops: list[list[int]]  # of each prompt, where its queries begin, as far as the way there is long
     context: int  # tokens that a sequence needs
+    scaffold: str  # with which the prompt ends: it may open the reasoning
 
 
 @dataclass(frozen=True)
@@ -2995,6 +3404,8 @@ class Job:
     tag: Any = None  # the caller's own
     max_tokens: int | None = None  # as the settings say
     show: Callable[[str], None] = lambda _: None  # sees the text as it comes
+    think: Callable[[str], None] = lambda _: None  # and the reasoning
+    schema: Schema | None = None  # as the settings say
 
 
 @dataclass(eq=False)
@@ -3076,6 +3487,7 @@ class Session:
         self.settings, self.options, self.interrupt = settings, options, interrupt
         self.engine: Engine | None = None
         self.forged: list[str] = []  # marker words in the tiers of the latest prompt
+        self.marks = thinking_marks(chat_template.template.source, model.vocabulary)
 
     def close(self) -> None:
         """Free the context and write down the states; again is harmless."""
@@ -3136,7 +3548,7 @@ class Session:
             truncated=len(dialog.turns) - len(fitted.turns),
         )
         stops = [[at for at in tokens.queries() if at * self.model.bytes >= LONG_WAY] for tokens in read]
-        return Outline(answer, guidance, prompts, stops, context)
+        return Outline(answer, guidance, prompts, stops, context, read[0].ending)
 
     @STOPWATCH("tokens")
     def _tokenize(self, dialog: Dialog) -> Tokens:
@@ -3204,7 +3616,12 @@ class Session:
 
     def _begin(self, job: Job, active: Sequence[Running], before: Callable[[Answer], None]) -> Running:
         """Give each of a job's contexts a sequence."""
-        settings = replace(self.settings, seed=job.seed, max_tokens=job.max_tokens or self.settings.max_tokens)
+        settings = replace(
+            self.settings,
+            seed=job.seed,
+            max_tokens=job.max_tokens or self.settings.max_tokens,
+            schema=job.schema or self.settings.schema,
+        )
         outline = self.outline(job.dialog, job.seed, job.max_tokens)
         answer = outline.answer
         before(answer)
@@ -3217,8 +3634,29 @@ class Session:
             busy[lane.sequence.id] = lane
             lanes.append(lane)
         answer.cached_tokens = len(lanes[0].prompt) - len(lanes[0].pending)
-        draft = Draft(answer, settings, self.model.vocabulary, engine.context)
-        return Running(job, outline.guidance, lanes, draft, Sampler(self.model.file, settings))
+        begin, end = self.marks or ("", "")
+        thinking = Thinking(self.marks, outline.scaffold.rfind(begin) > outline.scaffold.rfind(end))
+        draft = Draft(answer, settings, self.model.vocabulary, engine.context, thinking, job.think)
+        return Running(job, outline.guidance, lanes, draft, self._sampler(settings, thinking))
+
+    def _sampler(self, settings: Settings, thinking: Thinking) -> Sampler:
+        """Return what draws the tokens of an answer."""
+        if settings.schema is None:
+            return Sampler(self.model.file, settings)
+        markers = Markers(self.template.template.source, self.model.vocabulary)
+        return SchemaSampler(self.model, settings, settings.schema.grammar, markers, thinking, self.marks)
+
+    def adapt(self, adapters: Sequence[Adapter]) -> None:
+        """Lay other adapters over the model, from the next answer on; what was read under the old ones is forgotten.
+
+        Raises:
+            LoadError: one does not fit the model; all stays as it was.
+        """
+        for adapter in adapters:
+            self.model.adapter(adapter)
+        if self.engine:
+            self.engine.adapt(adapters)
+        self.settings = replace(self.settings, adapters=tuple(adapters))
 
     def _fetch(self, engine: Engine, lane: Lane, stops: Sequence[int]) -> None:
         """Load the longest state on disk that begins a prompt, if it is longer than what the lane begins with."""
@@ -3288,7 +3726,10 @@ class Chat(Session):
     """One conversation: answers a dialog at a time, and what was said stays in the KV cache for the next.
 
     The context grows when a dialog needs it; the Info tiers and the newest query are pinned, the oldest turns go first.
+    `think` sees the reasoning of a model that thinks, as it comes.
     """
+
+    think: Callable[[str], None] = staticmethod(lambda _: None)
 
     def __enter__(self) -> Chat:
         return self
@@ -3311,7 +3752,7 @@ class Chat(Session):
             before(answer)
 
         try:
-            ((_, answer),) = self.run([Job(dialog, seed, show=show)], begin)
+            ((_, answer),) = self.run([Job(dialog, seed, show=show, think=self.think)], begin)
         except Interrupted:
             return begun[0]
         if isinstance(answer, EdgeError):
@@ -3439,6 +3880,44 @@ class Screen:
             sys.stderr.flush()
 
 
+class Aside:
+    """A model's reasoning on stderr: dim on a terminal, plain elsewhere and with -v only, never with -q."""
+
+    def __init__(self, screen: Screen) -> None:
+        terminal = bool(sys.stderr and sys.stderr.isatty())
+        plain = not terminal or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+        self._dim, self._usual = ("", "") if plain else ("\x1b[2m", "\x1b[22m")
+        self._shown = (terminal or screen.verbose) and not screen.quiet
+
+    def write(self, text: str) -> None:
+        """Show a piece of it."""
+        if self._shown:
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"{self._dim}{text.translate(CONTROLS)}{self._usual}")
+                sys.stderr.flush()
+
+
+def check_answer(answer: Answer, schema: Schema | None, screen: Screen, whose: str = "the answer") -> None:
+    """Say if a model was cut while it was thinking, and refuse an answer that does not fit its schema.
+
+    Raises:
+        SchemaViolation: what failed, and where.
+    """
+    cut = f"{whose} was cut at {answer.output_tokens:,} tokens"
+    thinking = answer.finish_reason == "length" and answer.reasoning and not answer.response
+    if thinking:
+        cut += " while the model was still thinking"
+    if schema is None or answer.finish_reason == "interrupted":
+        if thinking:
+            screen.note(f"metaalign-edge: warning: {cut}: raise -n or -c, or say --no-think")
+        return
+    fault = part("schema").fault(answer.response, schema.document)
+    if fault and answer.finish_reason == "length":
+        raise SchemaViolation(f"{cut}{'' if thinking else ' before the JSON was complete'}: raise -n or -c")
+    if fault:
+        raise SchemaViolation(f"{whose} does not fit the schema: {fault}")
+
+
 def describe(answer: Answer) -> str:
     """Sum up an answer in one line for -v."""
     return (
@@ -3461,6 +3940,7 @@ HELP = """\
 /system [TEXT]  show or set System Info (a lone - clears it)
 /pref [TEXT]    show or set User Info: the preference (a lone - clears it)
 /regen          answer the last question again
+/lora [PATH]    lay an adapter over the model, PATH or PATH:SCALE (a lone - takes it away)
 /clear          forget the conversation, keep the meta-prompt
 /exit           leave (or Ctrl-D); Ctrl-C stops an answer
 \"\"\"             begins and ends a text of several lines"""
@@ -3512,6 +3992,8 @@ class Repl:
             self.screen.note(HELP)
         elif word in ("/system", "/pref"):
             self.set_tier("system_info" if word == "/system" else "user_info", text)
+        elif word == "/lora":
+            self.set_adapters(text)
         elif word == "/clear":
             self.dialog = replace(self.dialog, turns=())
             self.screen.note("the conversation is forgotten; the meta-prompt stays")
@@ -3532,6 +4014,12 @@ class Repl:
             self.dialog = replace(self.dialog, user_info=text)
         self.screen.note(f"{'System' if tier == 'system_info' else 'User'} Info: {text or '(empty)'}")
 
+    def set_adapters(self, text: str) -> None:
+        """Lay an adapter over the model if there is a path, none if that is a dash, and say which there are."""
+        if text:
+            self.chat.adapt(() if text == "-" else find_adapters([text]))
+        self.screen.note(f"adapters: {name_adapters(self.chat.settings.adapters) or '(none)'}")
+
     def ask(self, query: str, earlier: Sequence[Turn]) -> None:
         """Answer a query after some turns and remember both; what an interrupted answer had said is kept."""
         if not query.strip():
@@ -3546,6 +4034,7 @@ class Repl:
         self.screen.write("" if answer.response.endswith("\n") else "\n")
         self.screen.detail(describe(answer))
         self.dialog = replace(asked, turns=(*asked.turns[:-1], Turn(query, answer.response)))
+        check_answer(answer, self.chat.settings.schema, self.screen)
 
 
 COLUMN = 24  # characters; with less room than that for each, answers are shown one after the other
@@ -3588,7 +4077,10 @@ class Columns:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
         for head in self._heads:
             table.add_column(Text(head), ratio=1, overflow="fold")
-        table.add_row(*(Text(text.translate(CONTROLS)) for text in self._texts))
+        waiting = ["" if place in self._done else "…" for place in range(len(self._texts))]
+        table.add_row(
+            *(Text(text.translate(CONTROLS) or mark) for text, mark in zip(self._texts, waiting, strict=True))
+        )
         return table
 
     def _head(self, place: int) -> None:
@@ -3638,7 +4130,7 @@ def check_forged(forged: Sequence[str], screen: Screen, strict: bool) -> None:
 # =====================================================================================================================
 # A line of JSON in, a line of JSON out. What is finished is on the disk, whatever happens next.
 
-ROW = {"id", "query", "pref", "user_info", "system_info", "turns", "max_tokens", "seed"}
+ROW = {"id", "query", "pref", "user_info", "system_info", "turns", "max_tokens", "seed", "json_schema"}
 WINDOW = 8  # rows for each sequence that are read ahead, so that neighbours begin alike
 
 
@@ -3681,7 +4173,8 @@ def read_rows(lines: Iterable[bytes], standing: Dialog, seed: int, unknown: set[
         except (BadRow, EdgeError, RecursionError) as wrong:
             job, error = None, one_line(wrong)
         known = found if isinstance(found, dict) else {}
-        asked = digest([asdict(job.dialog), job.max_tokens, known.get("seed")]) if job else ""
+        own = [known.get(key) for key in ("seed", "json_schema") if key == "seed" or key in known]
+        asked = digest([asdict(job.dialog), job.max_tokens, *own]) if job else ""
         yield Row(index, line, known.get("id"), job, asked, error)
         index += 1
 
@@ -3727,8 +4220,28 @@ def read_row(found: Any, standing: Dialog, seed: int, index: int) -> Job:
         standing.user_info if user_info is None else user_info,
         (*(Turn(query or "", response) for query, response in past), Turn(query)),
     )
-    row_seed = number("seed", 0, 2**32 - 1)
-    return Job(dialog, seed if row_seed is None else row_seed, index, number("max_tokens", 1, 2**31 - 1))
+    row_seed, shape = number("seed", 0, 2**32 - 1), found.get("json_schema")
+    if not isinstance(shape, dict | str | None):
+        raise BadRow(f"`json_schema` is a {type(shape).__name__}, not a schema or its short form")
+    return Job(
+        dialog,
+        seed if row_seed is None else row_seed,
+        index,
+        number("max_tokens", 1, 2**31 - 1),
+        schema=None if shape is None else row_schema(json.dumps(shape) if isinstance(shape, dict) else shape),
+    )
+
+
+@functools.lru_cache(64)  # rows are often alike
+def row_schema(text: str) -> Schema:
+    """Read a row's schema. A row is data: it names no file.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not text.lstrip().startswith("{"):
+        return expand_schema(text)
+    return make_schema(json.loads(text))
 
 
 class Ledger:
@@ -3856,8 +4369,10 @@ class InOrder:
 class Batch:
     """Rows on their way to a file or to stdout, and how many of them have come to what end."""
 
-    def __init__(self, rows: Iterator[Row], ledger: Ledger | None, screen: Screen, name: str) -> None:
-        self._rows, self._ledger, self._screen, self._name = rows, ledger, screen, name
+    def __init__(
+        self, rows: Iterator[Row], ledger: Ledger | None, screen: Screen, name: str, schema: Schema | None = None
+    ) -> None:
+        self._rows, self._ledger, self._screen, self._name, self._schema = rows, ledger, screen, name, schema
         self._stdout = InOrder(screen)
         self._open: dict[int, Row] = {}
         self.total = self.before = self.answered = self.failed = 0
@@ -3886,6 +4401,11 @@ class Batch:
         row = self._open.pop(job.tag)
         if isinstance(answer, EdgeError):
             self._settle(row, {}, f"line {row.line}: {one_line(answer)}")
+            return
+        try:
+            check_answer(answer, job.schema or self._schema, self._screen, f"the answer to line {row.line}")
+        except SchemaViolation as violation:  # the row says what was answered, too
+            self._settle(row, asdict(answer), one_line(violation))
         else:
             self._settle(row, asdict(answer), None)
 
@@ -4323,6 +4843,7 @@ def time_calls(
     command = [sys.executable, "-c", code, "chat", "-m", str(file.path), "-n", "1", "--no-stdin", "-q"]
     command += ["--template", template, "-ngl", settings.gpu_layers, "--system", meta_prompt, "tea?"]
     command += ["-t", str(settings.threads)] if settings.threads else []
+    command += [word for one in settings.adapters for word in ("--lora", f"{one.path}:{one.scale}")]
     times, peak = [], 0.0
     with tempfile.TemporaryDirectory(prefix="metaalign-edge-") as folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("METAALIGN_EDGE_")}
@@ -5063,6 +5584,19 @@ PenaltyOption = Annotated[
 SeedOption = Annotated[
     int | None, option("--seed", help="Draw the same text again.", panel=SAMPLING, env="SEED", min=0, max=2**32 - 1)
 ]
+SchemaOption = Annotated[
+    str | None,
+    option(
+        "-j",
+        "--json-schema",
+        help="Answer in JSON of this schema: a file, JSON, or fields as 'name, age int'.",
+        panel=SAMPLING,
+    ),
+]
+AdapterOption = Annotated[
+    list[str] | None,
+    option("--lora", help="Lay a GGUF adapter over the model: PATH or PATH:SCALE. Repeat to add.", panel=MODEL),
+]
 StopOption = Annotated[
     list[str] | None, option("--stop", help="End the answer before this text. Repeat to add.", panel=SAMPLING)
 ]
@@ -5162,6 +5696,7 @@ class Loaded(NamedTuple):
     gpu_layers: GpuOption = "auto"
     threads: ThreadsOption = None
     offline: OfflineOption = False
+    lora: AdapterOption = None
 
     def file(self, screen: Screen) -> ModelFile:
         """Open the model.
@@ -5175,9 +5710,10 @@ class Loaded(NamedTuple):
         """Return what the engine has to know.
 
         Raises:
-            UsageError: the number of layers is none.
+            UsageError: the number of layers is none, or a scale. NotFound, LoadError: an adapter is not there, or none.
         """
-        return Settings(self.ctx_size, checked_gpu_layers(self.gpu_layers), self.threads)
+        layers, adapters = checked_gpu_layers(self.gpu_layers), find_adapters(self.lora or ())
+        return Settings(self.ctx_size, layers, self.threads, adapters=adapters)
 
 
 class Strengths(NamedTuple):
@@ -5211,9 +5747,14 @@ class Sampling(NamedTuple):
     repeat_penalty: PenaltyOption = None
     seed: SeedOption = None
     stop: StopOption = None
+    json_schema: SchemaOption = None
 
     def added(self, settings: Settings) -> Settings:
-        """Return the settings with these; a seed is drawn unless there is one."""
+        """Return the settings with these; a seed is drawn unless there is one.
+
+        Raises:
+            UsageError, NotFound: the schema is none, or not there.
+        """
         return replace(
             settings,
             max_tokens=self.max_tokens,
@@ -5224,6 +5765,7 @@ class Sampling(NamedTuple):
             repeat_penalty=self.repeat_penalty,
             seed=random.SystemRandom().randrange(2**32) if self.seed is None else self.seed,
             stop=tuple(self.stop or ()),
+            schema=None if self.json_schema is None else read_schema(self.json_schema),
         )
 
 
@@ -5284,6 +5826,8 @@ def chat(
         echo "What is tea?" | metaalign-edge chat --pref "one sentence"
 
         metaalign-edge chat -m model.gguf --system "Be brief." --pref "I'm a zookeeper."
+
+        metaalign-edge chat --json-schema "name, age int" "Who was the oldest human?"
     """
     screen, dialog = talk.screen(), meta_prompt.dialog()
     settings = gathered(loaded, sampling, strengths, talk)
@@ -5293,6 +5837,7 @@ def chat(
     OPEN.enter_context(model)
     with Chat(model, chosen, settings, rendered.options(), interrupt, states=states) as session:
         explain(model, chosen, settings, screen)
+        session.think = Aside(screen).write
         if asked is None:
             Repl(session, dialog, screen, rendered.strict_tiers).run()
         else:
@@ -5358,16 +5903,18 @@ def compare(
                         columns.end(job.tag)
         if as_json:
             screen.json([{"pref": wish, **asdict(answer)} for wish, answer in zip(wishes, answers, strict=False)])
-        for answer in answers:
-            screen.detail(describe(answer))
+        screen.detail("\n".join(map(describe, answers)))
         interrupt.check()
+        for wish, answer in zip(wishes, answers, strict=False):
+            check_answer(answer, settings.schema, screen, f"the answer under {one_line(wish)}")
 
 
 BatchArgument = Annotated[
     str,
     typer.Argument(
         metavar="IN.jsonl",
-        help="A row a line: {query, pref or user_info, system_info, turns, id, max_tokens, seed}; - is stdin.",
+        help="A row a line, - is stdin: {query, pref or user_info, system_info, turns, id, max_tokens, seed, "
+        "json_schema}.",
         show_default=False,
     ),
 ]
@@ -5412,7 +5959,7 @@ def batch(
     with contextlib.ExitStack() as stack:
         lines, name = stack.enter_context(open_rows(source))
         ledger = stack.enter_context(open_ledger(output, source, run, force))
-        work = Batch(read_rows(lines, standing, settings.seed, unknown), ledger, screen, name)
+        work = Batch(read_rows(lines, standing, settings.seed, unknown), ledger, screen, name, settings.schema)
         jobs = work.jobs(WINDOW * parallel)
         if (first := next(jobs, None)) is not None:  # otherwise there is nothing to load a model for
             stack.enter_context(interrupt)
@@ -5664,13 +6211,8 @@ def convert(
 
 def open_lora(name: str, checkpoint: Any, offline: bool, screen: Screen) -> Any:
     """Open the LoRA adapter `name`, a folder or a hub id, with `:SCALE` behind it or without."""
-    folder, colon, tail = name.rpartition(":")
-    try:
-        scale = float(tail) if colon and not Path(name).expanduser().exists() else None
-    except ValueError:  # a drive's colon, or another one in a folder's name
-        scale = None
-    place = find_checkpoint(name if scale is None else folder, screen, offline)
-    return part("convert").open_adapter(place, checkpoint, 1.0 if scale is None else scale)
+    folder, scale = split_scale(name)
+    return part("convert").open_adapter(find_checkpoint(folder, screen, offline), checkpoint, scale)
 
 
 def is_gguf(source: str) -> bool:
@@ -6736,6 +7278,7 @@ def rival(
     if len(models) > 1:
         raise UsageError("--strength compares a model with itself: leave --against out")
     ((model, usual, settings),) = models
+    settings = settings if against is None else replace(settings, adapters=())
     return model if against is None else against, usual if template is None else template, settings
 
 
@@ -6852,6 +7395,11 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
     screen.detail(f"model {model.file.path}: {model.file.architecture}, loaded in {model.load_ms:.0f} ms")
     screen.detail(f"template {chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}")
     screen.detail(f"{layers} on {device}, {threads_for(model, settings)} threads, seed {settings.seed}")
+    if settings.adapters:
+        screen.detail(f"adapters {name_adapters(settings.adapters)}")
+    if settings.schema and settings.schema.left:
+        left = ", ".join(settings.schema.left)
+        screen.note(f"metaalign-edge: note: the answer is held to the schema but for {left}, seen at the end only")
     if (settings.system_strength, settings.pref_strength) != (1.0, 1.0):
         screen.detail(f"guided: System Info {settings.system_strength:g}, User Info {settings.pref_strength}")
 
@@ -6878,6 +7426,7 @@ def answer_once(session: Chat, dialog: Dialog, screen: Screen, strict: bool, as_
     screen.detail(describe(answer))
     screen.detail(f"time {STOPWATCH}; memory {peak_mb():.0f} MB at most")
     session.interrupt.check()
+    check_answer(answer, session.settings.schema, screen)
 
 
 # =====================================================================================================================

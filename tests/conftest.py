@@ -133,6 +133,17 @@ def says(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
+def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Do as `run`, in this process: a tenth of the time, for what needs no process of its own."""
+
+    def start(*arguments: str, input: str = "") -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode())))
+        return subprocess.CompletedProcess(arguments, edge.run(arguments), *capfd.readouterr())
+
+    return start
+
+
+@pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute attention in 32 bits: random weights have near ties, which the usual 16 bits decide one way or another."""
     llama = edge.llama_cpp()

@@ -53,7 +53,7 @@ def test_importing_the_toolkit_leaves_llama_cpp_python_whole() -> None:
 def test_a_bare_checkout_runs_as_a_script(tiny: Path, tmp_path: Path) -> None:
     for name in ("metaalign_edge.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("templates", "convert", "models", "preferences"):
+    for name in ("templates", "convert", "models", "preferences", "schema"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.gguf", "__pycache__"))
     script = [
         sys.executable,

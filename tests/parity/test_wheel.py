@@ -68,5 +68,5 @@ def test_the_wheel_holds_every_file_of_its_parts(wheel: Path) -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for path in tracked:
         folder, _, rest = path.partition("/")
-        if folder in ("convert", "templates", "models", "preferences", "tune") and rest:
+        if folder in ("convert", "templates", "models", "preferences", "schema", "tune") and rest:
             assert f"metaalign_edge_{folder}/{rest}" in names, path

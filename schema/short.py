@@ -1,0 +1,91 @@
+"""The short form of a schema: `name, age int, tags [str], mood good|bad: how it went`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from .gbnf import InvalidSchema
+
+TYPES = {
+    "str": {"type": "string"},
+    "string": {"type": "string"},
+    "int": {"type": "integer"},
+    "integer": {"type": "integer"},
+    "float": {"type": "number"},
+    "number": {"type": "number"},
+    "bool": {"type": "boolean"},
+    "boolean": {"type": "boolean"},
+    "date": {"type": "string", "format": "date"},
+    "any": {},
+}
+FORM = "name, age int, tags [str], mood good|bad, note? str: what it is"
+FIELD = re.compile(
+    r"""(?P<name>[^\s:?,{}[\]|"']+)(?P<optional>\?)?(?:\s+(?P<kind>[^:]+?))?\s*(?::\s*(?P<about>.*))?""", re.S
+)
+
+
+def expand(text: str) -> dict[str, Any]:
+    """Return the schema that a short form stands for.
+
+    Fields are parted by commas or, if there are several lines, by lines; each is a name, `?` if it may be missing, a
+    type (str if there is none) and a description behind a colon. A type is one of TYPES, choices parted by `|`, a list
+    `[type]` or fields in braces; `[name, age int]` alone is a list of such objects.
+
+    Raises:
+        InvalidSchema: a field is none.
+    """
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        inner = text[1:-1].strip()
+        return {"type": "array", "items": _type(inner) if _is_type(inner) else _fields(inner)}
+    return _fields(text)
+
+
+def _fields(text: str) -> dict[str, Any]:
+    properties, required = {}, []
+    for field in _parts(text, "\n" if "\n" in text.strip() else ","):
+        found = FIELD.fullmatch(field)
+        if not found:
+            raise InvalidSchema(f"{field!r} is no field: write {FORM}")
+        if found["name"] in properties:
+            raise InvalidSchema(f"the field {found['name']!r} stands there twice")
+        about = {"description": found["about"]} if found["about"] else {}
+        properties[found["name"]] = {**_type(found["kind"] or "str"), **about}
+        required += [] if found["optional"] else [found["name"]]
+    if not properties:
+        raise InvalidSchema(f"it has no field: write {FORM}")
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def _is_type(text: str) -> bool:
+    return text in TYPES or "|" in text or text[:1] in "[{"
+
+
+def _type(text: str) -> dict[str, Any]:
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        return {"type": "array", "items": _type(text[1:-1])}
+    if text.startswith("{") and text.endswith("}"):
+        return _fields(text[1:-1])
+    if "|" in text:
+        return {"enum": [choice.strip() for choice in text.split("|")]}
+    if text not in TYPES:
+        raise InvalidSchema(f"no type {text!r}: there are {', '.join(TYPES)}, [a list], one|of|some, {{fields}}")
+    return dict(TYPES[text])
+
+
+def _parts(text: str, separator: str) -> list[str]:
+    """Cut at a separator that stands in no bracket; empty parts are nothing."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if depth < 0:
+            break
+        if character == separator and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    if depth:
+        raise InvalidSchema(f"a bracket of {text!r} has no partner")
+    return [part.strip().rstrip(",").strip() for part in parts if part.strip()]
