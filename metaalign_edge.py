@@ -15,19 +15,22 @@ Contents, in dependency order (nothing refers upward):
      6  Rendering
      7  Tier-safe tokens
      8  Stores
-     9  Engine
-    10  Guidance
-    11  Generation
-    12  Presentation
-    13  Batch
-    14  Evaluation
-    15  Bench
-    16  Commands
-    17  Main
+     9  Memory
+    10  Engine
+    11  Guidance
+    12  Generation
+    13  Presentation
+    14  Batch
+    15  Evaluation
+    16  Bench
+    17  Doctor
+    18  Commands
+    19  Main
 """
 
 from __future__ import annotations
 
+import bisect
 import codecs
 import contextlib
 import ctypes
@@ -83,6 +86,7 @@ Tier = Literal["system_info", "user_info", "query", "response"]
 Strength = float | Literal["auto"]
 TIERS: tuple[Tier, ...] = ("system_info", "user_info", "query", "response")
 
+LEAST_CONTEXT = 16  # tokens
 DEFAULT_CONTEXT = 4096  # tokens per sequence, unless the model has fewer or the dialog needs more
 PREFILL_CHUNK = 512  # tokens between two looks at the interrupt flag where llama.cpp has no abort callback (GPUs)
 TINY_MODEL = 1 << 25  # bytes of weights; below, threads wait for each other longer than they compute
@@ -1435,11 +1439,12 @@ class ModelFile:
         version = self._scalar("<I")
         if version not in (2, 3):
             raise LoadError(f"{self.path} is GGUF version {version}; 2 and 3 can be read (a big-endian file cannot)")
-        self._scalar("<Q")  # the number of tensors
+        self._count = self._scalar("<Q")  # of the tensors
         metadata: dict[str, Any] = {}
         for _ in range(self._scalar("<Q")):
             key = self._string()
             metadata[key] = self._value(self._scalar("<I"))
+        self._tensors = self._at  # where they are described
         return metadata
 
     def _scalar(self, form: str) -> Any:
@@ -1493,6 +1498,39 @@ class ModelFile:
         self._at = tokens.offset
         self._skip(tokens.kind, index)
         return str(self._value(tokens.kind))
+
+    def parts(self) -> list[Path]:
+        """List the files of a model that was split; of others, the one."""
+        count, name = self.metadata.get("split.count", 1), re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.gguf", self.path.name)
+        if count < 2 or not name:
+            return [self.path]
+        return [self.path.with_name(f"{name[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+
+    def tensors(self) -> dict[str, int]:
+        """Return how many bytes each tensor takes, by its name.
+
+        Raises:
+            LoadError: their list is damaged.
+        """
+        found: list[tuple[int, str]] = []  # where it begins
+        self._at = self._tensors
+        try:
+            for _ in range(self._count):
+                name, dimensions = self._string(), self._scalar("<I")
+                self._at += 8 * dimensions + 4  # its shape and type
+                found.append((self._scalar("<Q"), name))
+        except (struct.error, UnicodeDecodeError, OverflowError):
+            raise LoadError(f"{self.path} is damaged in its list of tensors: download or convert it again") from None
+        unit = self.metadata.get("general.alignment", 32)
+        found.sort()
+        ends = [*(start for start, _ in found[1:]), len(self._data) - -(-self._at // unit) * unit]
+        return {name: max(0, end - start) for (start, name), end in zip(found, ends, strict=False)}
+
+    def number(self, key: str, default: int = 0) -> int:
+        """Return a number of the architecture's; where it has one for each layer, the largest."""
+        key = f"{self.architecture}.{key}"
+        value = self.metadata.get(key, default)
+        return int(max(self.items(key), default=default) if isinstance(value, GGUFArray) else value)
 
     @property
     def architecture(self) -> str:
@@ -1590,7 +1628,287 @@ def looks_like_path(name: str, suffix: str) -> bool:
 
 
 # =====================================================================================================================
-#  9  Engine
+#  9  Memory
+# =====================================================================================================================
+# Will it fit? What a model takes is computed from its file's metadata, before anything is loaded: the weights and the
+# KV cache to the byte, what llama.cpp computes in to some per cent. Which layer goes where is llama.cpp's own rule.
+
+SPARE = 1 << 29  # bytes of a GPU that -ngl auto leaves free: for its driver, and for what others take meanwhile
+SHARE = 0.9  # of what is free that -c auto, and advice, use
+CELLS = 256  # tokens; llama.cpp makes a context a multiple of it
+UNFORETOLD = (  # what architectures have whose cache is of another kind: compressed, shared by layers, recurrent
+    "attention.kv_lora_rank attention.key_length_swa attention.shared_kv_layers attention.indexer.head_count "
+    "attention.recurrent_layers nextn_predict_layers ssm.state_size wkv.head_size kda.head_dim altup.num_inputs"
+).split()
+
+
+class Device(NamedTuple):
+    """A device of llama.cpp's."""
+
+    name: str
+    description: str
+    kind: int  # 0 is the CPU, 1 a GPU, 2 one that shares main memory (ggml-backend.h)
+    free: int  # bytes, here and below
+    total: int
+
+
+class Need(NamedTuple):
+    """What a place has to hold."""
+
+    weights: int
+    cache: int  # keys and values, and states that do not grow
+    compute: int  # numbers between layers, and logits
+
+
+def cache_bytes(file: ModelFile) -> tuple[int, ...] | None:
+    """Return what a token takes in the KV cache, layer by layer, in bytes: keys and values, 16 bits a number.
+
+    A sliding window saves nothing: we let llama.cpp keep all tokens, so that a conversation can be cut anywhere.
+    None where it is not foretold: caches that are compressed, or shared by layers, and most recurrent states.
+    """
+    if any(f"{file.architecture}.{key}" in file.metadata for key in UNFORETOLD):
+        return None
+    layers, heads = file.number("block_count"), file.number("attention.head_count", 1)
+    each = file.number("embedding_length") // max(1, heads)
+    width = file.number("attention.key_length", each) + file.number("attention.value_length", each)
+    by_layer = list(file.items(f"{file.architecture}.attention.head_count_kv"))
+    by_layer = by_layer or [file.number("attention.head_count_kv", heads)] * layers
+    return tuple(2 * width * int(count) for count in by_layer[:layers])
+
+
+def state_bytes(file: ModelFile, cache: Sequence[int]) -> tuple[int, ...]:
+    """Return what a sequence takes however long it is, layer by layer, in bytes: the inputs of a convolution (LFM2)."""
+    state = 4 * max(0, file.number("shortconv.l_cache") - 1) * file.number("embedding_length")
+    return tuple(0 if grows else state for grows in cache)
+
+
+def step_numbers(file: ModelFile) -> int:
+    """Return how many 32-bit numbers llama.cpp keeps of a token while it computes, at most: found by trying.
+
+    The widest place of a layer decides: its feed-forward network, what its experts say together, or its attention.
+    """
+    width, heads = file.number("embedding_length"), file.number("attention.head_count", 1)
+    each = file.number("attention.key_length", width // max(1, heads))
+    queries, keys = heads * each, file.number("attention.head_count_kv", heads) * each
+    experts, inner = file.number("expert_used_count"), file.number("feed_forward_length")
+    expert = file.number("expert_feed_forward_length", inner)
+    forward = 3 * max(inner, experts * expert) + 3 * width + max(width, queries)
+    return max(forward, 2 * experts * (width + expert), 2 * (queries + keys + 2 * width))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What decides how much memory a model takes."""
+
+    weights: tuple[int, ...]  # bytes of each layer and, last, of the output
+    embedding: int  # bytes of the input's weights, which stay in main memory
+    tied: bool  # the output multiplies by them, too
+    cache: tuple[int, ...]  # bytes of a token, by layer
+    states: tuple[int, ...]  # bytes of a sequence, by layer
+    foretold: bool  # those are known; otherwise they count as nothing
+    numbers: int  # see `step_numbers`
+    masks: int  # of attention: a sliding window has its own
+    vocabulary: int  # tokens
+
+    @classmethod
+    def of(cls, file: ModelFile) -> Footprint:
+        """Read it from a model's metadata.
+
+        Raises:
+            LoadError: the list of tensors is damaged. NotFound: a part of the model is missing.
+        """
+        layers = file.number("block_count")
+        weights, embedding, tied = [0] * (layers + 1), 0, True
+        for path in file.parts():
+            for name, size in (file if path == file.path else ModelFile(path)).tensors().items():
+                number = name.split(".")[1] if name.startswith("blk.") else ""
+                if name.startswith("token_embd."):
+                    embedding += size
+                else:
+                    weights[min(int(number), layers) if number.isdecimal() else layers] += size
+                tied = tied and name != "output.weight"
+        cache, names = cache_bytes(file), file.metadata.get("tokenizer.ggml.tokens")
+        known = cache or (0,) * layers
+        return cls(
+            weights=tuple(weights),
+            embedding=embedding,
+            tied=tied,
+            cache=known,
+            states=state_bytes(file, known) if cache else known,
+            foretold=cache is not None,
+            numbers=step_numbers(file),
+            masks=2 if file.number("attention.sliding_window") else 1,
+            vocabulary=names.length if isinstance(names, GGUFArray) else file.number("vocab_size"),
+        )
+
+    def needs(self, places: Sequence[int], context: int, sequences: int) -> list[Need]:
+        """Return what each place has to hold if the layers lie there: main memory, then the devices.
+
+        Args:
+            places: of each layer and of the output, as `placed` gives them.
+        """
+        cells, last = -(-context * sequences // CELLS) * CELLS, len(places) - 1
+        batch, logits = min(cells, max(PREFILL_CHUNK, sequences)), 4 * self.vocabulary * sequences
+        compute = logits + max(logits, batch * (4 * self.numbers + 2 * cells * self.masks))
+        stay = max((self.weights[layer] for layer, place in enumerate(places) if not place), default=0)
+        found = [Need(self.embedding, 0, compute)]
+        found += [Need(0, 0, compute + stay)] * max(places)  # a long prompt visits the GPU for every layer
+        for layer, place in enumerate(places):
+            weights, cache, compute = found[place]
+            weights += self.weights[layer]
+            if layer < last:
+                cache += self.cache[layer] * cells + self.states[layer] * sequences
+            elif place and self.tied:
+                weights += self.embedding
+            found[place] = Need(weights, cache, compute)
+        return found
+
+
+def placed(layers: int, offloaded: int, free: Sequence[int]) -> list[int]:
+    """Return where llama.cpp puts each of the layers, the output the last of them: 0 is main memory, 1 a first device.
+
+    The last ones go to the devices, to each a share that is as large as what it has free (`load_tensors`).
+    """
+    offloaded = min(offloaded, layers) if free else 0
+    ends = list(itertools.accumulate(free))
+    shares = [end / max(1, ends[-1]) for end in ends]
+    on = [min(bisect.bisect_right(shares, number / offloaded), len(free) - 1) + 1 for number in range(offloaded)]
+    return [0] * (layers - offloaded) + on
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a model goes, what that takes, and what is free there."""
+
+    footprint: Footprint
+    places: tuple[int, ...]
+    context: int  # tokens of each sequence
+    sequences: int
+    free: tuple[float, ...]  # bytes of main memory, and of each device
+    names: tuple[str, ...] = ()  # of the devices
+    loaded: bool = False  # what is free on a device is what the weights left
+
+    @property
+    def offloaded(self) -> int:
+        """Return how many layers lie on devices, the output counted as one."""
+        return sum(place > 0 for place in self.places)
+
+    @property
+    def needs(self) -> list[Need]:
+        """Return what main memory has to hold, then each device that is used."""
+        return self.footprint.needs(self.places, self.context, self.sequences)
+
+    def tight(self, roomy: bool = False) -> list[int]:
+        """List the places that cannot hold their part, or with `roomy` not with some room to spare.
+
+        Weights in main memory do not count: what of the file does not stay there is read again.
+        """
+        found = []
+        for place, (need, free) in enumerate(zip(self.needs, self.free, strict=False)):
+            weights = need.weights if place and not self.loaded else 0
+            room = free if not roomy else free - SPARE if place else SHARE * free
+            if weights + need.cache + need.compute > room:
+                found.append(place)
+        return found
+
+    @property
+    def crawls(self) -> bool:
+        """Tell whether main memory cannot keep the weights besides: they are read from the disk for every token."""
+        return sum(self.needs[0]) > self.free[0]
+
+    def largest(self, most: int) -> int:
+        """Return the largest context that fits with some room to spare, of `most` tokens at most; 0 if none does."""
+
+        def tight(context: int) -> bool:
+            return bool(replace(self, context=context).tight(roomy=True))
+
+        if not tight(most):
+            return most
+        return CELLS * bisect.bisect_left(range(CELLS, most + 1, CELLS), True, key=tight)
+
+    def together(self) -> int:
+        """Return how many sequences of this context fit with some room to spare, if not all of them; 0 if none does."""
+        counts = range(1, self.sequences)
+        return bisect.bisect_left(
+            counts, True, key=lambda count: bool(replace(self, sequences=count).tight(roomy=True))
+        )
+
+    def check(self, path: Path) -> None:
+        """Refuse what does not fit: the system would grant it, and end the process later.
+
+        Raises:
+            LoadError: with the numbers, and what would fit.
+        """
+        for place in self.tight()[:1]:
+            need, where = self.needs[place], f" on {self.names[place - 1]}" if place else ""
+            weights = f"{in_bytes(need.weights)} of weights, " if place and not self.loaded else ""
+            takes = f"{weights}{in_bytes(need.cache)} of cache and {in_bytes(need.compute)} to compute in"
+            ways = [f"-c {fits}"] if (fits := self.largest(self.context)) else []
+            ways += [f"--parallel {fits}"] if (fits := self.together()) else []
+            ways += ["-ngl auto"] if weights else []
+            advice = f"{' or '.join(ways)} would fit" if ways else "take a smaller model, or end other programs"
+            free = f"{in_bytes(self.free[place])} are free{where}"
+            raise LoadError(f"a context of {self.size} takes {takes} for {path}, and {free}: {advice}")
+
+    @property
+    def size(self) -> str:
+        """Return the context in words."""
+        return f"{self.sequences} times {self.context:,} tokens" if self.sequences > 1 else f"{self.context:,} tokens"
+
+    def __str__(self) -> str:
+        places = zip(("main memory", *self.names), self.needs, self.free, strict=False)
+        return f"{self.size}: " + "; ".join(
+            f"{name}: {in_bytes(need.weights)} of weights, {in_bytes(need.cache)} of cache, "
+            f"{in_bytes(need.compute)} to compute in, of {in_bytes(free)} free"
+            for name, need, free in places
+        )
+
+
+def make_plan(
+    footprint: Footprint, main: float, devices: Sequence[Device], context: int, sequences: int, wish: str = "auto"
+) -> Plan:
+    """Plan where a model goes: with `auto`, as many layers on the devices as fit there with their part of the cache.
+
+    Args:
+        main: bytes that are free in main memory.
+        wish: auto, all, or a number of layers.
+    """
+    layers, free = len(footprint.weights), [device.free for device in devices]
+    nowhere = Plan(footprint, (), context, sequences, (main, *free), tuple(device.name for device in devices))
+
+    def laid_out(offloaded: int) -> Plan:
+        return replace(nowhere, places=tuple(placed(layers, offloaded, free)))
+
+    if wish != "auto":
+        return laid_out(layers if wish == "all" else int(wish))
+    plans = (laid_out(offloaded) for offloaded in range(layers if devices else 0, 0, -1))
+    return next((plan for plan in plans if not any(plan.tight(roomy=True))), laid_out(0))
+
+
+def in_bytes(count: float) -> str:
+    """Return a number of bytes as a reader takes it in."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def free_memory() -> float:
+    """Return how many bytes can still be taken, swap apart; infinity where the system does not say."""
+    found = [math.inf]
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a container's share; "max" is none
+        group = Path("/sys/fs/cgroup")
+        limit, taken = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        found.append(limit - taken + int(counts["file"]))  # what is only a copy of files makes room
+    if len(found) == 1:
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            found.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+    return min(found)
+
+
+# =====================================================================================================================
+# 10  Engine
 # =====================================================================================================================
 # llama.cpp through the low-level interface of llama-cpp-python. A context holds several sequences in one unified KV
 # cache, and a step decodes any number of them in one llama_decode.
@@ -1603,6 +1921,7 @@ class Settings:
     context: int | None = None  # tokens per sequence; None: as the model and the dialog need
     gpu_layers: str = "auto"  # auto, all, or a number
     threads: int | None = None  # None: one per physical core
+    sequences: int = 1  # that the plan of the memory counts with
     max_tokens: int | None = None  # None: as many as the context holds
     temperature: float | None = None  # None, here and below: as the model recommends, else the built-in value
     top_k: int | None = None
@@ -1617,7 +1936,7 @@ class Settings:
 
     def deciding(self) -> list[Any]:
         """Return what decides the text of an answer, in JSON's types."""
-        aside = ("gpu_layers", "threads", "verbose")
+        aside = ("gpu_layers", "threads", "sequences", "verbose")
         return [value for name, value in asdict(self).items() if name not in aside]
 
 
@@ -1663,12 +1982,10 @@ class Log:
         self._callback: Any = None
 
     def attach(self, verbose: bool) -> None:
-        """Take over llama.cpp's log, once per process."""
-        self.verbose = verbose
-        if self._callback is None:
-            llama = llama_cpp()
-            self._callback = llama.llama_log_callback(self._write)
-            llama.llama_log_set(self._callback, None)
+        """Take over llama.cpp's log; again, as llama-cpp-python takes it for itself where it is imported whole."""
+        llama, self.verbose = llama_cpp(), verbose
+        self._callback = self._callback or llama.llama_log_callback(self._write)
+        llama.llama_log_set(self._callback, None)
 
     def _write(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace")
@@ -1730,7 +2047,7 @@ class Model:
     """A GGUF loaded by llama.cpp, or only its vocabulary. Close it, or use it in a `with`.
 
     Raises:
-        LoadError: llama.cpp refuses the file. Interrupted: Ctrl-C while it loaded.
+        LoadError: it does not fit, or llama.cpp refuses the file. Interrupted: Ctrl-C while it loaded.
     """
 
     def __init__(
@@ -1740,7 +2057,10 @@ class Model:
         LOG.attach(settings.verbose)
         LOG.errors.clear()
         llama.llama_backend_init()
-        self.file, self.gpu_layers = file, 0 if vocab_only else gpu_layers(settings.gpu_layers)
+        self.file, self.plan = file, None if vocab_only else plan_for(file, settings)
+        if self.plan:
+            self.plan.check(file.path)
+        self.gpu_layers = self.plan.offloaded if self.plan else 0
         params = llama.llama_model_default_params()
         params.vocab_only, params.n_gpu_layers = vocab_only, self.gpu_layers
         going = llama.llama_progress_callback(lambda _progress, _data: not (interrupt and interrupt.raised))
@@ -1780,67 +2100,69 @@ def threads_for(model: Model, settings: Settings) -> int:
     return 1 if model.bytes < TINY_MODEL else physical_cores()
 
 
-def gpu_layers(wish: str) -> int:
-    """Turn auto, all or a number into llama.cpp's count; negative means all."""
-    if wish == "all":
-        return -1
-    if wish == "auto":
-        return -1 if llama_cpp().llama_supports_gpu_offload() else 0
-    return int(wish)
+def devices() -> list[Device]:
+    """List llama.cpp's devices, the CPU among them.
 
-
-def cache_bytes(model: Model) -> int:
-    """Return what a token takes in the KV cache, in bytes: keys and values of every layer, 16 bits a number.
-
-    0 where that is not the same for all tokens and layers: recurrent states, sliding windows, compressed keys.
+    Its functions for them are not bound: they lie in ggml's libraries, beside llama.cpp's own.
     """
-    llama, prefix = llama_cpp(), f"{model.file.architecture}.attention."
-    known = model.file.metadata.get
-    partly = (llama.llama_model_n_swa, llama.llama_model_is_recurrent, llama.llama_model_is_hybrid)
-    if f"{prefix}kv_lora_rank" in model.file.metadata or any(ask(model.pointer) for ask in partly):
-        return 0
-    layers, heads = llama.llama_model_n_layer(model.pointer), llama.llama_model_n_head(model.pointer)
-    each = llama.llama_model_n_embd(model.pointer) // max(1, heads)
-    width = int(known(f"{prefix}key_length", each)) + int(known(f"{prefix}value_length", each))
-    by_layer = list(model.file.items(f"{prefix}head_count_kv"))
-    return 2 * width * int(sum(by_layer) or layers * llama.llama_model_n_head_kv(model.pointer))
+    llama = llama_cpp()
+    load, folder = sys.modules["llama_cpp._ctypes_extensions"].load_shared_library, Path(llama._lib._name).parent
+    registry, base = load("ggml", folder), load("ggml-base", folder)
+    registry.ggml_backend_dev_count.restype, registry.ggml_backend_dev_get.restype = ctypes.c_size_t, ctypes.c_void_p
+    base.ggml_backend_dev_name.restype = base.ggml_backend_dev_description.restype = ctypes.c_char_p
+    found = []
+    for number in range(registry.ggml_backend_dev_count()):
+        device = ctypes.c_void_p(registry.ggml_backend_dev_get(ctypes.c_size_t(number)))
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        name, description = base.ggml_backend_dev_name(device), base.ggml_backend_dev_description(device)
+        kind = base.ggml_backend_dev_type(device)
+        found.append(Device(name.decode(), description.decode("utf-8", "replace"), kind, free.value, total.value))
+    return found
 
 
-def free_memory() -> float:
-    """Return how many bytes can still be taken, swap apart; infinity where the system does not say."""
-    found = [math.inf]
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, ValueError, KeyError):  # a container's share; "max" is none
-        group = Path("/sys/fs/cgroup")
-        limit, taken = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        found.append(limit - taken + int(counts["file"]))  # what is only a copy of files makes room
-    if len(found) == 1:
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            found.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
-    return min(found)
+def gpus() -> list[Device]:
+    """List the devices that llama.cpp offloads layers to: those with memory of their own, else those without."""
+    if not llama_cpp().llama_supports_gpu_offload():
+        return []
+    found = [device for device in devices() if device.kind in (1, 2)]
+    return [device for device in found if device.kind == 1] or found
+
+
+def plan_for(file: ModelFile, settings: Settings) -> Plan:
+    """Plan where a model goes, by what is free now.
+
+    Raises:
+        LoadError: the list of tensors is damaged. NotFound: a part of the model is missing.
+    """
+    context = settings.context or min(file.context, DEFAULT_CONTEXT)
+    return make_plan(Footprint.of(file), free_memory(), gpus(), context, settings.sequences, settings.gpu_layers)
+
+
+def largest_context(file: ModelFile, settings: Settings) -> int:
+    """Return the largest context that fits now, of the model's own at most; layers on a GPU stay there.
+
+    Raises:
+        UsageError: what a context of this model takes is not known. LoadError: none fits.
+    """
+    plan = plan_for(file, settings)
+    if not plan.footprint.foretold:
+        raise UsageError(f"what a context of {file.path} takes is not known ({file.architecture}): give -c a number")
+    context = plan.largest(file.context)
+    if not context:
+        plan.check(file.path)
+    return context or min(CELLS, file.context)
 
 
 def check_memory(model: Model, context: int, sequences: int) -> None:
-    """Refuse a KV cache that main memory cannot hold: the system would grant it, and end the process later.
+    """Refuse a context that the memory which is free by now cannot hold.
 
     Raises:
-        LoadError: it does not fit; with the numbers, and what fits.
+        LoadError: with the numbers, and what would fit.
     """
-    each, free = cache_bytes(model), free_memory()
-    need = each * context * sequences
-    if need <= free or model.gpu_layers:
-        return
-    size = f"{sequences} times {context:,}" if sequences > 1 else f"{context:,}"
-    tokens = int(0.9 * free / each)  # the rest is for what is computed
-    ways = [f"-c {fits}"] if (fits := tokens // sequences // 256 * 256) else []
-    if sequences > 1 and (fits := tokens // context):
-        ways.append(f"--parallel {fits}")
-    advice = f"{' or '.join(ways)} would fit" if ways else "take a smaller model, or end other programs"
-    has = f"{need / 1e9:,.1f} GB for {model.file.path}, and {free / 1e9:,.1f} GB are free"
-    raise LoadError(f"a context of {size} tokens takes {has}: {advice}")
+    if model.plan:
+        free = (free_memory(), *(device.free for device in gpus()))
+        replace(model.plan, context=context, sequences=sequences, free=free, loaded=True).check(model.file.path)
 
 
 class LlamaVocabulary:
@@ -1996,6 +2318,7 @@ class Engine:
         params.n_ctx = context * sequences
         params.n_batch = params.n_ubatch = max(PREFILL_CHUNK, sequences)
         params.n_seq_max, params.kv_unified = sequences, sequences > 1
+        params.n_outputs_max = sequences  # otherwise there is room for the logits of every token of a batch
         params.n_threads = params.n_threads_batch = threads_for(model, settings)
         params.no_perf = True
         self._abort = llama.ggml_abort_callback(lambda _data: interrupt.raised)
@@ -2203,7 +2526,7 @@ class Sampler:
 
 
 # =====================================================================================================================
-# 10  Guidance
+# 11  Guidance
 # =====================================================================================================================
 # A strength for each tier. With l0 the logits given the query alone, l1 given System Info too, and l2 given both tiers,
 #
@@ -2274,7 +2597,7 @@ def divergence(one: Any, other: Any) -> float:
 
 
 # =====================================================================================================================
-# 11  Generation
+# 12  Generation
 # =====================================================================================================================
 # Three layers: pieces of text, an answer with its figures, and sessions, in which any number of them are written.
 
@@ -2781,7 +3104,7 @@ def place(engine: Engine, prompt: list[int], busy: Mapping[int, Lane]) -> Lane:
 
 
 # =====================================================================================================================
-# 12  Presentation
+# 13  Presentation
 # =====================================================================================================================
 # stdout is the answer, or one JSON document; everything else is on stderr.
 
@@ -3031,7 +3354,7 @@ def check_forged(forged: Sequence[str], screen: Screen, strict: bool) -> None:
 
 
 # =====================================================================================================================
-# 13  Batch
+# 14  Batch
 # =====================================================================================================================
 # A line of JSON in, a line of JSON out. What is finished is on the disk, whatever happens next.
 
@@ -3300,7 +3623,7 @@ class Batch:
 
 
 # =====================================================================================================================
-# 14  Evaluation
+# 15  Evaluation
 # =====================================================================================================================
 # Every answer to a suite is the model's own, those of earlier turns too. Each is written down as it comes: a run that
 # was stopped goes on where it was, and one that is complete prints its results again without the model.
@@ -3561,7 +3884,7 @@ def write_outputs(found: Any, report: Path | None, chart: Path | None) -> None:
 
 
 # =====================================================================================================================
-# 15  Bench
+# 16  Bench
 # =====================================================================================================================
 
 BENCH_PROMPT, BENCH_TOKENS = 512, 48  # tokens that are read, and that are written, in a measurement
@@ -3735,7 +4058,7 @@ def time_calls(
 
 
 # =====================================================================================================================
-# 16  Commands
+# 18  Commands
 # =====================================================================================================================
 
 app = typer.Typer(
@@ -3832,7 +4155,14 @@ MaxTokensOption = Annotated[
     option("-n", "--max-tokens", help="Tokens of the answer at most.", panel=SAMPLING, env="MAX_TOKENS", min=1),
 ]
 ContextOption = Annotated[
-    int | None, option("-c", "--ctx-size", help="Tokens of the context.", panel=MODEL, env="CTX_SIZE", min=16)
+    str | None,
+    option(
+        "-c",
+        "--ctx-size",
+        help="Tokens of the context, or auto: as many as the model knows and memory holds.",
+        panel=MODEL,
+        env="CTX_SIZE",
+    ),
 ]
 GpuOption = Annotated[
     str, option("-ngl", "--gpu-layers", help="Layers on the GPU: auto, all or a number.", panel=MODEL, env="GPU_LAYERS")
@@ -3973,9 +4303,19 @@ class Loaded(NamedTuple):
         """Return what the engine has to know.
 
         Raises:
-            UsageError: the number of layers is none.
+            UsageError: the number of tokens, or that of layers, is none.
         """
-        return Settings(self.ctx_size, checked_gpu_layers(self.gpu_layers), self.threads)
+        return Settings(checked_context(self.ctx_size), checked_gpu_layers(self.gpu_layers), self.threads)
+
+    def fitted(self, settings: Settings, file: ModelFile, answers: int = 1) -> Settings:
+        """Return the settings for so many answers at a time, with -c auto as a number.
+
+        Raises:
+            UsageError: what a context of this model takes is not known. LoadError: none fits.
+        """
+        lanes = len(Guidance(Dialog("both", "tiers"), settings.system_strength, settings.pref_strength).dialogs)
+        settings = replace(settings, sequences=answers * lanes)
+        return replace(settings, context=largest_context(file, settings)) if self.ctx_size == "auto" else settings
 
 
 class Strengths(NamedTuple):
@@ -4086,6 +4426,7 @@ def chat(
     settings = gathered(loaded, sampling, strengths, talk)
     asked = read_query(query, no_stdin, repl=not as_json)
     file = ModelFile(resolve_model(loaded.model))
+    settings = loaded.fitted(settings, file)
     chosen, interrupt = choose_template(rendered.template, file), Interrupt()
     with interrupt:
         model = Model(file, settings, interrupt)
@@ -4130,6 +4471,7 @@ def compare(
     dialogs = [Dialog(meta_prompt.system_info(), info, (asked,)) for info in infos]
     settings = gathered(loaded, sampling, strengths, talk)
     file = ModelFile(resolve_model(loaded.model))
+    settings = loaded.fitted(settings, file, len(dialogs))
     chosen, interrupt, options = choose_template(rendered.template, file), Interrupt(), rendered.options()
     answers: list[Answer] = []
 
@@ -4202,8 +4544,8 @@ def batch(
         echo '{"query": "What is tea?", "pref": "@json"}' | metaalign-edge batch -
     """
     screen, standing = talk.screen(), meta_prompt.dialog()
-    settings = gathered(loaded, sampling, strengths, talk)
     file = ModelFile(resolve_model(loaded.model))
+    settings = loaded.fitted(gathered(loaded, sampling, strengths, talk), file, parallel)
     chosen, interrupt, options = choose_template(rendered.template, file), Interrupt(), rendered.options()
     deciding = replace(settings, seed=settings.seed if sampling.seed is not None else -1).deciding()
     run = digest([__version__, file.identity, chosen.identity, *options, *deciding])[:16]
@@ -4753,6 +5095,7 @@ def bench(
     screen, interrupt, settings = talk.screen(), Interrupt(), loaded.settings()
     check_outputs(None, chart)
     file = ModelFile(resolve_model(loaded.model))
+    settings = replace(settings, context=BENCH_PROMPT + BENCH_TOKENS, sequences=max(BENCH_TOGETHER))
     choose_template(template, file)
     with interrupt:
         found = measure(file, replace(settings, temperature=0.0, verbose=talk.verbose), template, rounds, interrupt)
@@ -4814,7 +5157,7 @@ def eval_command(
     chosen = []
     for name, wanted, how in models:  # before the suite is composed
         file = ModelFile(resolve_model(name))
-        chosen.append((file, choose_template(wanted, file), how))
+        chosen.append((file, choose_template(wanted, file), loaded.fitted(how, file, parallel)))
     asked = find_suite(suite, seed, size, ifeval_tier)
     files = [answers and answers.with_name(f"{answers.stem}{name}{answers.suffix}") for name in names]
     candidates = [make_candidate(*one, options, asked, path) for one, path in zip(chosen, files, strict=False)]
@@ -4914,6 +5257,19 @@ def checked_gpu_layers(value: str) -> str:
     raise UsageError(f"-ngl takes auto, all or a number of layers, not {value!r}")
 
 
+def checked_context(value: str | None) -> int | None:
+    """Return the number of -c; None if there is none, or it is auto.
+
+    Raises:
+        UsageError: it is something else, or too small for any dialog.
+    """
+    if value is None or value == "auto":
+        return None
+    if not value.isdecimal() or int(value) < LEAST_CONTEXT:
+        raise UsageError(f"-c takes auto or a number of tokens, at least {LEAST_CONTEXT}, not {value!r}")
+    return int(value)
+
+
 def checked_strength(flag: str, value: str | float) -> float:
     """Return a strength as a number that logits can be weighed with.
 
@@ -4935,14 +5291,22 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
         "the GPU"
         if model.gpu_layers
         else "the CPU (this build of llama.cpp has no GPU)"
-        if settings.gpu_layers == "auto"
+        if settings.gpu_layers != "0" and not gpus()
         else "the CPU"
     )
-    layers = (
-        "all layers" if model.gpu_layers < 0 else f"{model.gpu_layers} layers" if model.gpu_layers else "everything"
-    )
+    plan = cast(Plan, model.plan)
+    every = model.gpu_layers == len(plan.places)
+    layers = "all layers" if every else f"{model.gpu_layers} layers" if model.gpu_layers else "everything"
+    if plan.crawls:
+        main = plan.needs[0]
+        screen.note(
+            f"metaalign-edge: warning: {in_bytes(sum(main))} are needed for {model.file.path.name}, and "
+            f"{in_bytes(plan.free[0])} are free: its weights are read from the disk again and again, at a crawl; "
+            "take a smaller quantisation"
+        )
     screen.detail(f"model {model.file.path}: {model.file.architecture}, loaded in {model.load_ms:.0f} ms")
     screen.detail(f"template {chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}")
+    screen.detail(f"memory for {plan}")
     screen.detail(f"{layers} on {device}, {threads_for(model, settings)} threads, seed {settings.seed}")
     if (settings.system_strength, settings.pref_strength) != (1.0, 1.0):
         screen.detail(f"guided: System Info {settings.system_strength:g}, User Info {settings.pref_strength}")
@@ -4973,7 +5337,7 @@ def answer_once(session: Chat, dialog: Dialog, screen: Screen, strict: bool, as_
 
 
 # =====================================================================================================================
-# 17  Main
+# 19  Main
 # =====================================================================================================================
 
 
