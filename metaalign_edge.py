@@ -1885,26 +1885,38 @@ def make_plan(
     return next((plan for plan in plans if not any(plan.tight(roomy=True))), laid_out(0))
 
 
+def usable(devices: Sequence[Device]) -> list[Device]:
+    """List the devices that llama.cpp offloads layers to: those with memory of their own, else those without."""
+    found = [device for device in devices if device.kind in (1, 2)]
+    return [device for device in found if device.kind == 1] or found
+
+
 def in_bytes(count: float) -> str:
     """Return a number of bytes as a reader takes it in."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def free_memory() -> float:
-    """Return how many bytes can still be taken, swap apart; infinity where the system does not say."""
-    found = [math.inf]
+def memory_limits() -> dict[str, float]:
+    """Return how many bytes can still be taken, swap apart: of the system, and of the container, as far as they say."""
+    found = {}
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        (free,) = [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        found["free"] = free
     with contextlib.suppress(OSError, ValueError, KeyError):  # a container's share; "max" is none
         group = Path("/sys/fs/cgroup")
         limit, taken = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
         counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        found.append(limit - taken + int(counts["file"]))  # what is only a copy of files makes room
-    if len(found) == 1:
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            found.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
-    return min(found)
+        found["free for this container"] = limit - taken + float(counts["file"])  # what copies files makes room
+    return found
+
+
+def free_memory() -> float:
+    """Return how many bytes can still be taken, swap apart; where no one says, all there are, or infinity."""
+    limits = memory_limits()
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        limits = limits or {"all": float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))}
+    return min(limits.values(), default=math.inf)
 
 
 # =====================================================================================================================
@@ -2057,7 +2069,7 @@ class Model:
         LOG.attach(settings.verbose)
         LOG.errors.clear()
         llama.llama_backend_init()
-        self.file, self.plan = file, None if vocab_only else plan_for(file, settings)
+        self.file, self.plan = file, None if vocab_only else plan_for(file, settings, gpus())
         if self.plan:
             self.plan.check(file.path)
         self.gpu_layers = self.plan.offloaded if self.plan else 0
@@ -2122,21 +2134,18 @@ def devices() -> list[Device]:
 
 
 def gpus() -> list[Device]:
-    """List the devices that llama.cpp offloads layers to: those with memory of their own, else those without."""
-    if not llama_cpp().llama_supports_gpu_offload():
-        return []
-    found = [device for device in devices() if device.kind in (1, 2)]
-    return [device for device in found if device.kind == 1] or found
+    """List the devices that layers can go to."""
+    return usable(devices()) if llama_cpp().llama_supports_gpu_offload() else []
 
 
-def plan_for(file: ModelFile, settings: Settings) -> Plan:
-    """Plan where a model goes, by what is free now.
+def plan_for(file: ModelFile, settings: Settings, devices: Sequence[Device]) -> Plan:
+    """Plan where a model goes, by what is free now in main memory, and on these devices.
 
     Raises:
         LoadError: the list of tensors is damaged. NotFound: a part of the model is missing.
     """
     context = settings.context or min(file.context, DEFAULT_CONTEXT)
-    return make_plan(Footprint.of(file), free_memory(), gpus(), context, settings.sequences, settings.gpu_layers)
+    return make_plan(Footprint.of(file), free_memory(), devices, context, settings.sequences, settings.gpu_layers)
 
 
 def largest_context(file: ModelFile, settings: Settings) -> int:
@@ -2145,7 +2154,7 @@ def largest_context(file: ModelFile, settings: Settings) -> int:
     Raises:
         UsageError: what a context of this model takes is not known. LoadError: none fits.
     """
-    plan = plan_for(file, settings)
+    plan = plan_for(file, settings, gpus())
     if not plan.footprint.foretold:
         raise UsageError(f"what a context of {file.path} takes is not known ({file.architecture}): give -c a number")
     context = plan.largest(file.context)
@@ -4058,6 +4067,374 @@ def time_calls(
 
 
 # =====================================================================================================================
+# 17  Doctor
+# =====================================================================================================================
+# Is it well? What can end a process (llama.cpp's library, a driver, a model) is tried in a child of this one, so that
+# an illegal instruction is a line in a table.
+
+START_SECONDS, MODEL_SECONDS, HUB_SECONDS = 60.0, 600.0, 5.0  # that the library, a model, and the hub may take
+REINSTALL = "pip install --force-reinstall --no-cache-dir llama-cpp-python"
+FEATURES = {  # of processors: llama.cpp's name, then Linux's
+    "AVX": "avx", "AVX2": "avx2", "F16C": "f16c", "FMA": "fma", "BMI2": "bmi2", "AVX_VNNI": "avx_vnni",
+    "AVX512": "avx512f", "AVX512_VBMI": "avx512vbmi", "AVX512_VNNI": "avx512_vnni", "AVX512_BF16": "avx512_bf16",
+    "AMX_INT8": "amx_int8", "NEON": "asimd", "DOTPROD": "asimddp", "MATMUL_INT8": "i8mm", "SVE": "sve",
+}  # fmt: skip
+MATTERS = ("AVX2", "FMA", "F16C", "NEON", "DOTPROD")  # without these it is slow by a factor, not by some per cent
+
+Status = Literal["ok", "warning", "failed"]
+Finding = tuple[Status, str]
+
+
+class Check(NamedTuple):
+    """What was looked at, and what was found."""
+
+    name: str
+    status: Status
+    detail: str
+
+
+def llama_facts() -> dict[str, Any]:
+    """Return what llama.cpp says of itself, in JSON's types."""
+    llama = llama_cpp()
+    LOG.attach(False)
+    llama.llama_backend_init()
+    return {
+        "library": str(llama._lib._name),
+        "features": llama.llama_print_system_info().decode("utf-8", "replace"),
+        "offloads": bool(llama.llama_supports_gpu_offload()),
+        "devices": devices(),
+    }
+
+
+def try_model(path: Path, settings: Settings) -> list[str]:
+    """Load a model and use it: vocabulary, end token, template, a tier-safe render, one decoded token.
+
+    Raises:
+        EdgeError: some of it fails.
+    """
+    file = ModelFile(path)
+    interrupt = Interrupt()
+    settings = replace(settings, max_tokens=1, temperature=0.0, context=min(file.context, 512))
+    with interrupt, Model(file, settings, interrupt) as model:
+        found = [f"loads, with {model.vocabulary.size:,} tokens and the end token {file.token('eos') or 'none'}"]
+        if file.templates:
+            with Chat(model, choose_template("auto", file), settings, RenderOptions(), interrupt) as session:
+                answer = session.answer(PROBE, 0, lambda _: None, lambda _: None)
+                interrupt.check()
+                found.append(f"the template {answer.template} renders {answer.input_tokens} tier-safe tokens")
+                found.append(check_logits(cast(Engine, session.engine)))
+        else:
+            found.append("carries no chat template: chat will need --template")
+            with Engine(model, settings, interrupt, cast(int, settings.context)) as engine:
+                engine.step([Feed(engine.sequences[0], [0])])
+                found.append(check_logits(engine))
+    return found
+
+
+def check_logits(engine: Engine) -> str:
+    """Say whether what the model computed last are numbers: infinite weights make them none."""
+    logits = llama_cpp().llama_get_logits_ith(engine.pointer, -1)
+    if all(map(math.isfinite, logits[: engine.model.vocabulary.size])):
+        return "a token is decoded"
+    return "warning: what the result computes are no numbers; use --outtype bf16 or f32, or look at the weights"
+
+
+PROBE = Dialog("Be kind.", "One sentence.", (Turn("What is tea?"),))  # a dialog with all its tiers
+
+
+def be_child() -> None:
+    """Do what the parent asks on the command line, and print the result or the error as JSON."""
+    task, *arguments = json.loads(sys.argv[1])
+    try:
+        if task == "model":
+            path, gpu_layers, threads = arguments
+            result: Any = try_model(Path(path), Settings(gpu_layers=gpu_layers, threads=threads))
+        else:
+            result = llama_facts()
+        print(json.dumps({"result": result}))
+    except EdgeError as error:
+        print(json.dumps({"error": one_line(error)}))
+
+
+def in_child(seconds: float, *task: Any) -> Any:
+    """Have a child process do something that may end it; return its result.
+
+    Raises:
+        EdgeError: it fails, is ended by a signal, or takes more than so many seconds.
+    """
+    import subprocess
+
+    command = [sys.executable, "-c", "import metaalign_edge as edge; edge.be_child()", json.dumps(task)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        ended = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise EdgeError(f"no answer within {seconds:g} seconds") from None
+    if ended.returncode:
+        raise EdgeError(ended_by(ended.returncode, ended.stderr.decode("utf-8", "replace")))
+    answer = json.loads(ended.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise EdgeError(answer["error"])
+    return answer["result"]
+
+
+def ended_by(code: int, said: str) -> str:
+    """Say what ended a process."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    reasons = {"SIGILL": "an instruction that this processor lacks", "SIGKILL": "most likely for want of memory"}
+    name = "SIGILL" if code in (-4, 0xC000001D) else ""  # Windows' number for an illegal instruction
+    with contextlib.suppress(ValueError):
+        name = name or signal.Signals(-code).name
+    if not name:
+        return f"it ends with {code}: {lines[-1] if lines else 'without a word'}"
+    return f"it is ended by {name}" + (f", {reasons[name]}" if name in reasons else "")
+
+
+class Doctor:
+    """Looks at everything that an answer needs."""
+
+    def __init__(self, model: str | None, settings: Settings, network: bool) -> None:
+        self.settings, self.network, self.model = settings, network, model
+        self.file: ModelFile | None = None
+        self.facts: dict[str, Any] | None = None  # of llama.cpp; None while it does not load
+        self.looks: dict[str, Callable[[], Finding]] = {
+            "program": self.program,
+            "llama.cpp": self.llama,
+            "devices": self.devices,
+            "processor": self.processor,
+            "memory": self.memory,
+            "model": self.metadata,
+            "template": self.template,
+            "first token": self.first_token,
+            "fit": self.fit,
+            "cache": self.cache,
+            "config": lambda: self.folder(config_folder(), "METAALIGN_EDGE_CONFIG"),
+            "data": lambda: self.folder(data_folder(), "METAALIGN_EDGE_DATA"),
+            "terminal": self.terminal,
+            "hub": self.hub,
+        }
+
+    def checks(self) -> Iterator[Check]:
+        """Yield each check when it is done; what goes wrong in it is what it found."""
+        for name, look in self.looks.items():
+            try:
+                yield Check(name, *look())
+            except EdgeError as error:
+                yield Check(name, "failed", one_line(error))
+            except Exception as error:
+                yield Check(name, "failed", f"unexpected {type(error).__name__}: {one_line(error)}")
+
+    def program(self) -> Finding:
+        """Look at this program and its Python."""
+        import platform
+
+        python = f"Python {platform.python_version()}, {sys.executable}"
+        return "ok", f"metaalign-edge {__version__}, {python}, {platform.system()} {platform.machine()}"
+
+    def llama(self) -> Finding:
+        """Look whether llama.cpp's library loads, and is the one that this program was written for."""
+        from importlib.metadata import PackageNotFoundError, requires, version
+
+        started = time.perf_counter()
+        try:
+            self.facts = in_child(START_SECONDS, "llama")
+        except EdgeError as error:
+            raise EdgeError(f"it does not load: {one_line(error)}: {REINSTALL}") from None
+        spent = 1000 * (time.perf_counter() - started)
+        detail = f"loads in {spent:.0f} ms, {self.facts['library']}"
+        with contextlib.suppress(PackageNotFoundError):
+            has = version("llama-cpp-python")
+            detail = f"llama-cpp-python {has} {detail}"
+            wants = [need for need in requires("metaalign-edge") or [] if need.startswith("llama-cpp-python==")]
+            if wants and wants != [f"llama-cpp-python=={has}"]:
+                return "warning", f"{detail}; this program was written for another: pip install {wants[0]}"
+        return "ok", detail
+
+    def devices(self) -> Finding:
+        """Look at the devices that layers can go to."""
+        if self.facts is None:
+            return "warning", "not known, as llama.cpp does not load"
+        found = self.gpus()
+        if found:
+            each = (
+                f"{one.name} ({one.description}), {in_bytes(one.free)} of {in_bytes(one.total)} free" for one in found
+            )
+            return "ok", "; ".join(each)
+        if self.facts["offloads"]:
+            return "warning", "none, though this build of llama.cpp has a backend for one: look at the driver"
+        if there := unused_gpu():
+            name, flag = there
+            how = f'CMAKE_ARGS="-DLLAVA_BUILD=OFF -D{flag}=on" {REINSTALL}'
+            return "warning", f"the CPU alone, though there is {name}: {how}"
+        return "ok", "the CPU alone: this build of llama.cpp has no GPU"
+
+    def gpus(self) -> list[Device]:
+        """Return the devices that layers can go to; none if llama.cpp does not load."""
+        facts = self.facts or {"offloads": False}
+        return usable([Device(*one) for one in facts["devices"]]) if facts["offloads"] else []
+
+    def processor(self) -> Finding:
+        """Look at what the processor can do, and what of it llama.cpp was built for."""
+        cores = f"{physical_cores()} cores, {os.cpu_count()} with hyper-threads"
+        flags: set[str] = set()
+        with contextlib.suppress(OSError):  # not Linux
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+            flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
+        has = {name for name, flag in FEATURES.items() if flag in flags}
+        if self.facts is None:
+            return "ok", f"{cores}; it has {', '.join(sorted(has)) or 'features that are not known'}"
+        built = set(re.findall(r"(\w+) = 1", self.facts["features"]))
+        detail = f"{cores}; llama.cpp is built for {', '.join(sorted(built & FEATURES.keys())) or 'any processor'}"
+        unused = [name for name in sorted(has - built) if name in MATTERS]
+        if flags and (lacking := sorted((built & FEATURES.keys()) - has)):
+            return "warning", f"{detail}, but the processor lacks {', '.join(lacking)}: {REINSTALL}"
+        if unused:
+            return "warning", f"{detail}, not for {', '.join(unused)} that the processor has: {REINSTALL}"
+        return "ok", detail
+
+    def memory(self) -> Finding:
+        """Look at the main memory."""
+        limits = memory_limits()
+        said = [f"{in_bytes(count)} {what}" for what, count in limits.items()]
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            said.append(f"{in_bytes(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} in all")
+        return "ok", ", ".join(said) or "this system does not say"
+
+    def metadata(self) -> Finding:
+        """Look at the model's file."""
+        self.file = ModelFile(resolve_model(self.model))
+        size = sum(path.stat().st_size for path in self.file.parts())
+        known = f"{self.file.architecture}, {in_bytes(size)}, {self.file.context:,} tokens of context"
+        return "ok", f"{self.file.path}: {known}"
+
+    def template(self) -> Finding:
+        """Look whether the model's template renders a dialog with all three tiers."""
+        file = self.loaded()
+        if not file.templates:
+            return "warning", "the model carries none: give one with --template"
+        chosen = choose_template("auto", file)
+        render(PROBE, chosen)
+        return "ok", f"{chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}; all three tiers render"
+
+    def loaded(self) -> ModelFile:
+        """Return the model's file.
+
+        Raises:
+            EdgeError: it cannot be read.
+        """
+        if self.file is None:
+            raise EdgeError("not tried, as there is no model")
+        return self.file
+
+    def first_token(self) -> Finding:
+        """Look whether the model loads, takes a dialog and says something."""
+        path = str(self.loaded().path.absolute())
+        if self.facts is None:
+            return "warning", "not tried, as llama.cpp does not load"
+        found = in_child(MODEL_SECONDS, "model", path, self.settings.gpu_layers, self.settings.threads)
+        wrong = any(line.startswith("warning: ") for line in found)
+        return "warning" if wrong else "ok", "; ".join(found).replace("warning: ", "")
+
+    def fit(self) -> Finding:
+        """Look whether the model fits the memory, and how much context does."""
+        file = self.loaded()
+        plan = plan_for(file, self.settings, self.gpus())
+        plan.check(file.path)
+        detail = f"{plan}; -c auto takes {plan.largest(file.context):,}" if plan.footprint.foretold else str(plan)
+        detail += f"; {plan.offloaded} of {len(plan.places)} layers on the GPU" if plan.offloaded else ""
+        if plan.crawls:
+            return (
+                "warning",
+                f"{detail}: the weights are read from the disk again and again: take a smaller quantisation",
+            )
+        return "ok", detail if plan.footprint.foretold else f"{detail}; what its cache takes is not foretold"
+
+    def cache(self) -> Finding:
+        """Look at the states of meta-prompts on the disk."""
+        status, detail = self.folder(cache_folder(), "METAALIGN_EDGE_CACHE")
+        states = States()
+        files = states.files()
+        size, hits = sum(file.bytes for file in files), sum(file.hits for file in files)
+        return status, f"{detail}; {len(files)} states, {in_bytes(size)} of {in_bytes(states.most)}, {hits} hits"
+
+    @staticmethod
+    def folder(folder: Path, variable: str) -> Finding:
+        """Look whether a folder can be written, or made."""
+        import tempfile
+
+        there = next((one for one in (folder, *folder.parents) if one.exists()), Path(os.sep))
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            return "warning", f"{folder}: {error.strerror}: nothing is kept there; {variable} names another"
+        free = in_bytes(shutil.disk_usage(there).free)
+        return "ok", f"{folder}, {free} free" if there == folder else f"{folder}, to be made; {free} free"
+
+    @staticmethod
+    def terminal() -> Finding:
+        """Look at where the answers go."""
+        from rich.console import Console
+
+        encoding = (sys.stdout.encoding or "unknown") if sys.stdout else "none"
+        place = "none: stdout is a pipe or a file"
+        if sys.stdout and sys.stdout.isatty():
+            colours = Console().color_system or "no colours"
+            place = f"{os.environ.get('TERM', 'no TERM')}, {shutil.get_terminal_size().columns} columns, {colours}"
+        if encoding.lower().replace("-", "") != "utf8":
+            return "warning", f"{place}, {encoding}: letters that it lacks become `?`; PYTHONUTF8=1 helps"
+        return "ok", f"{place}, {encoding}"
+
+    def hub(self) -> Finding:
+        """Look whether the hub can be reached, if that may be asked."""
+        from http.client import HTTPException
+        from urllib.error import HTTPError
+        from urllib.request import Request, urlopen
+
+        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            return "ok", "offline, as HF_HUB_OFFLINE says: nothing is fetched"
+        if not self.network:
+            return "ok", f"{endpoint}, not asked (--network asks)"
+        if not endpoint.startswith(("http://", "https://")):
+            raise EdgeError(f"HF_ENDPOINT={endpoint} is no address of a hub")
+        started, status = time.perf_counter(), 200
+        try:
+            with urlopen(Request(endpoint, method="HEAD"), timeout=HUB_SECONDS):
+                pass
+        except HTTPError as error:
+            status = error.code
+        except (OSError, HTTPException) as error:
+            raise EdgeError(f"{endpoint} cannot be reached: {one_line(getattr(error, 'reason', error))}") from None
+        spent = 1000 * (time.perf_counter() - started)
+        return "ok" if status < 400 else "failed", f"{endpoint} answers {status} in {spent:.0f} ms"
+
+
+def unused_gpu() -> tuple[str, str] | None:
+    """Name a GPU that this machine seems to have, and the flag that builds llama.cpp for it."""
+    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
+        return "an NVIDIA GPU", "GGML_CUDA"
+    if Path("/dev/kfd").exists():
+        return "an AMD GPU", "GGML_HIP"
+    return ("Metal", "GGML_METAL") if sys.platform == "darwin" else None
+
+
+def check_lines(check: Check, width: int, columns: int | None) -> str:
+    """Lay a check out as a line, or as the lines of a terminal of so many columns. width: of the longest name."""
+    head = f"{check.status:<7}  {check.name:<{width}}  "
+    if columns is None:
+        return f"{head}{check.detail}\n"
+    import textwrap
+
+    options: dict[str, Any] = {"width": columns, "break_long_words": False, "break_on_hyphens": False}
+    if columns < len(head) + COLUMN:
+        detail = textwrap.fill(check.detail, initial_indent="  ", subsequent_indent="  ", **options)
+        return f"{head.rstrip()}\n{detail}\n"
+    return textwrap.fill(check.detail, initial_indent=head, subsequent_indent=" " * len(head), **options) + "\n"
+
+
+# =====================================================================================================================
 # 18  Commands
 # =====================================================================================================================
 
@@ -4795,7 +5172,8 @@ def convert(
     if dry_run:
         show_plan(plan, target, as_json, screen)
         return
-    verify = functools.partial(verify_conversion, settings=Settings(verbose=verbose)) if check else None
+    settings = Settings(gpu_layers="0", verbose=verbose)
+    verify = functools.partial(verify_conversion, settings=settings) if check else None
     with progress_bar(screen) as progress:
         result = converter.write_plan(plan, target, force=force, progress=progress, verify=verify)
     report_conversion(result, as_json, screen)
@@ -4932,45 +5310,15 @@ def conversion_template(name: str, checkpoint: Any) -> tuple[str | None, str | N
 
 
 def verify_conversion(path: Path, settings: Settings) -> list[str]:
-    """Check a conversion before it gets its name; see `check_conversion`.
+    """Check a conversion before it gets its name; see `try_model`.
 
     Raises:
-        EdgeError: of the kind that `check_conversion` raises; nothing stays.
+        EdgeError: of the kind that `try_model` raises; nothing stays.
     """
     try:
-        return check_conversion(path, settings)
+        return try_model(path, settings)
     except (LoadError, TemplateError, TierViolation, ContextOverflow) as error:
         raise type(error)(f"the result fails its check, so it was removed (--no-check keeps it): {error}") from error
-
-
-def check_conversion(path: Path, settings: Settings) -> list[str]:
-    """Load a conversion and use it: vocabulary, end token, template, a tier-safe render, one decoded token."""
-    file = ModelFile(path)
-    interrupt = Interrupt()
-    probe = Dialog("Be kind.", "One sentence.", (Turn("What is tea?"),))
-    settings = replace(settings, max_tokens=1, temperature=0.0, gpu_layers="0", context=min(file.context, 512))
-    with interrupt, Model(file, settings, interrupt) as model:
-        found = [f"loads, with {model.vocabulary.size:,} tokens and the end token {file.token('eos') or 'none'}"]
-        if file.templates:
-            with Chat(model, choose_template("auto", file), settings, RenderOptions(), interrupt) as session:
-                answer = session.answer(probe, 0, lambda _: None, lambda _: None)
-                interrupt.check()
-                found.append(f"the template {answer.template} renders {answer.input_tokens} tier-safe tokens")
-                found.append(check_logits(cast(Engine, session.engine)))
-        else:
-            found.append("carries no chat template: chat will need --template")
-            with Engine(model, settings, interrupt, cast(int, settings.context)) as engine:
-                engine.step([Feed(engine.sequences[0], [0])])
-                found.append(check_logits(engine))
-    return found
-
-
-def check_logits(engine: Engine) -> str:
-    """Say whether what the model computed last are numbers: infinite weights make them none."""
-    logits = llama_cpp().llama_get_logits_ith(engine.pointer, -1)
-    if all(map(math.isfinite, logits[: engine.model.vocabulary.size])):
-        return "a token is decoded"
-    return "warning: what the result computes are no numbers; use --outtype bf16 or f32, or look at the weights"
 
 
 @contextlib.contextmanager
@@ -5106,6 +5454,35 @@ def bench(
     screen.json(asdict(found)) if as_json else screen.write(
         "\n".join(lay_out(["", found.model, "", ""], found.rows())) + "\n"
     )
+
+
+NetworkOption = Annotated[bool, option("--network", help="Ask the hub, too, whether it can be reached.")]
+
+
+@app.command()
+@grouped
+def doctor(network: NetworkOption = False, as_json: JsonOption = False, *, loaded: Loaded) -> None:
+    """Look whether all is well: llama.cpp, devices, memory, the model and whether it fits, folders, terminal, hub.
+
+    Each check is ok, a warning, or failed. The exit code is 0 if none failed, else 1.
+
+    Examples:
+
+        metaalign-edge doctor
+
+        metaalign-edge doctor -m model.gguf -c 8192 --json
+    """
+    screen, patient = Screen(), Doctor(loaded.model, loaded.settings(), network)
+    columns = shutil.get_terminal_size().columns if screen.terminal else None
+    checks = []
+    for check in patient.checks():
+        checks.append(check)
+        if not as_json:
+            screen.write(check_lines(check, max(map(len, patient.looks)), columns))
+    if as_json:
+        screen.json({"checks": [check._asdict() for check in checks]})
+    if failed := sum(check.status == "failed" for check in checks):
+        raise EdgeError(f"{failed} of {len(checks)} checks failed")
 
 
 @app.command("eval")

@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_with_what_would_fit() -> 
 def test_weights_that_main_memory_cannot_keep_are_a_warning_and_what_must_stay_is_refused(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (need,) = edge.plan_for(ModelFile(tiny), replace(CPU, context=256)).needs
+    (need,) = edge.plan_for(ModelFile(tiny), replace(CPU, context=256), []).needs
     arguments = ["chat", "-m", str(tiny), "-c", "256", "-n", "2", "--seed", "1", "--no-stdin", "tea?"]
     outputs = []
     for free, code in ((GB, 0), (need.cache + need.compute + 1, 0), (need.cache + need.compute - 1, 5)):
@@ -324,7 +324,7 @@ def test_c_auto_takes_the_models_own_context_or_the_largest_that_fits(
 
     assert context("-c", "auto") == 512 and context() == 512 and context("-c", "64") == 64
     monkeypatch.setenv("METAALIGN_EDGE_CTX_SIZE", "auto")
-    (need,) = edge.plan_for(ModelFile(tiny), replace(CPU, context=256)).needs
+    (need,) = edge.plan_for(ModelFile(tiny), replace(CPU, context=256), []).needs
     monkeypatch.setattr(edge, "free_memory", lambda: (need.cache + need.compute) / edge.SHARE + 1)
     assert context() == 256 and context("-c", "128") == 128
     monkeypatch.setattr(edge, "free_memory", lambda: float(need.compute / 2))
@@ -347,7 +347,7 @@ def test_the_devices_are_read_from_ggml_and_a_build_for_the_cpu_offloads_nothing
     assert processor.total == pytest.approx(total, rel=0.05) and processor.free <= processor.total
     assert edge.gpus() == [] and not edge.llama_cpp().llama_supports_gpu_offload()
     for wish in ("auto", "all", "7"):
-        plan = edge.plan_for(ModelFile(tiny), Settings(gpu_layers=wish))
+        plan = edge.plan_for(ModelFile(tiny), Settings(gpu_layers=wish), edge.gpus())
         assert plan.offloaded == 0 and len(plan.needs) == 1
 
 
