@@ -1856,10 +1856,10 @@ class Plan:
         return f"{self.sequences} times {self.context:,} tokens" if self.sequences > 1 else f"{self.context:,} tokens"
 
     def __str__(self) -> str:
-        places = zip(("main memory", *self.names), self.needs, self.free, strict=False)
+        places = zip(("in main memory", *(f"on {name}" for name in self.names)), self.needs, self.free, strict=False)
         return f"{self.size}: " + "; ".join(
-            f"{name}: {in_bytes(need.weights)} of weights, {in_bytes(need.cache)} of cache, "
-            f"{in_bytes(need.compute)} to compute in, of {in_bytes(free)} free"
+            f"{in_bytes(need.weights)} of weights, {in_bytes(need.cache)} of cache and {in_bytes(need.compute)} "
+            f"to compute in, of {in_bytes(free)} free {name}"
             for name, need, free in places
         )
 
@@ -4277,7 +4277,7 @@ class Doctor:
 
     def processor(self) -> Finding:
         """Look at what the processor can do, and what of it llama.cpp was built for."""
-        cores = f"{physical_cores()} cores, {os.cpu_count()} with hyper-threads"
+        cores = f"{physical_cores()} cores"
         flags: set[str] = set()
         with contextlib.suppress(OSError):  # not Linux
             lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -4342,7 +4342,7 @@ class Doctor:
         file = self.loaded()
         plan = plan_for(file, self.settings, self.gpus())
         plan.check(file.path)
-        detail = f"{plan}; -c auto takes {plan.largest(file.context):,}" if plan.footprint.foretold else str(plan)
+        detail = f"{plan}; -c auto would take {plan.largest(file.context):,}" if plan.footprint.foretold else str(plan)
         detail += f"; {plan.offloaded} of {len(plan.places)} layers on the GPU" if plan.offloaded else ""
         if plan.crawls:
             return (
@@ -4380,7 +4380,8 @@ class Doctor:
         encoding = (sys.stdout.encoding or "unknown") if sys.stdout else "none"
         place = "none: stdout is a pipe or a file"
         if sys.stdout and sys.stdout.isatty():
-            colours = Console().color_system or "no colours"
+            depth = {None: "no", "standard": "16", "256": "256"}
+            colours = f"{depth.get(Console().color_system, 'all')} colours"
             place = f"{os.environ.get('TERM', 'no TERM')}, {shutil.get_terminal_size().columns} columns, {colours}"
         if encoding.lower().replace("-", "") != "utf8":
             return "warning", f"{place}, {encoding}: letters that it lacks become `?`; PYTHONUTF8=1 helps"
@@ -5172,8 +5173,7 @@ def convert(
     if dry_run:
         show_plan(plan, target, as_json, screen)
         return
-    settings = Settings(gpu_layers="0", verbose=verbose)
-    verify = functools.partial(verify_conversion, settings=settings) if check else None
+    verify = functools.partial(verify_conversion, settings=Settings(verbose=verbose)) if check else None
     with progress_bar(screen) as progress:
         result = converter.write_plan(plan, target, force=force, progress=progress, verify=verify)
     report_conversion(result, as_json, screen)
@@ -5316,7 +5316,7 @@ def verify_conversion(path: Path, settings: Settings) -> list[str]:
         EdgeError: of the kind that `try_model` raises; nothing stays.
     """
     try:
-        return try_model(path, settings)
+        return try_model(path, replace(settings, gpu_layers="0"))
     except (LoadError, TemplateError, TierViolation, ContextOverflow) as error:
         raise type(error)(f"the result fails its check, so it was removed (--no-check keeps it): {error}") from error
 
