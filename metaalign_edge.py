@@ -1501,8 +1501,8 @@ class ModelFile:
 
     def parts(self) -> list[Path]:
         """List the files of a model that was split; of others, the one."""
-        count, name = self.metadata.get("split.count", 1), re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.gguf", self.path.name)
-        if count < 2 or not name:
+        count, name = self.metadata.get("split.count"), re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.gguf", self.path.name)
+        if not isinstance(count, int) or not name:
             return [self.path]
         return [self.path.with_name(f"{name[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
 
@@ -1521,16 +1521,17 @@ class ModelFile:
                 found.append((self._scalar("<Q"), name))
         except (struct.error, UnicodeDecodeError, OverflowError):
             raise LoadError(f"{self.path} is damaged in its list of tensors: download or convert it again") from None
-        unit = self.metadata.get("general.alignment", 32)
+        unit = self.metadata.get("general.alignment")
+        unit = unit if isinstance(unit, int) and unit > 0 else 32
         found.sort()
         ends = [*(start for start, _ in found[1:]), len(self._data) - -(-self._at // unit) * unit]
         return {name: max(0, end - start) for (start, name), end in zip(found, ends, strict=False)}
 
     def number(self, key: str, default: int = 0) -> int:
-        """Return a number of the architecture's; where it has one for each layer, the largest."""
+        """Return a whole number of the architecture's; where it has one for each layer, the largest."""
         key = f"{self.architecture}.{key}"
-        value = self.metadata.get(key, default)
-        return int(max(self.items(key), default=default) if isinstance(value, GGUFArray) else value)
+        values = self.items(key) if isinstance(self.metadata.get(key), GGUFArray) else [self.metadata.get(key)]
+        return max((value for value in values if isinstance(value, int) and value >= 0), default=default)
 
     @property
     def architecture(self) -> str:
@@ -1636,6 +1637,7 @@ def looks_like_path(name: str, suffix: str) -> bool:
 SPARE = 1 << 29  # bytes of a GPU that -ngl auto leaves free: for its driver, and for what others take meanwhile
 SHARE = 0.9  # of what is free that -c auto, and advice, use
 CELLS = 256  # tokens; llama.cpp makes a context a multiple of it
+MOST_LAYERS = 512  # that llama.cpp loads
 UNFORETOLD = (  # what architectures have whose cache is of another kind: compressed, shared by layers, recurrent
     "attention.kv_lora_rank attention.key_length_swa attention.shared_kv_layers attention.indexer.head_count "
     "attention.recurrent_layers nextn_predict_layers ssm.state_size wkv.head_size kda.head_dim altup.num_inputs"
@@ -1668,12 +1670,13 @@ def cache_bytes(file: ModelFile) -> tuple[int, ...] | None:
     """
     if any(f"{file.architecture}.{key}" in file.metadata for key in UNFORETOLD):
         return None
-    layers, heads = file.number("block_count"), file.number("attention.head_count", 1)
+    layers, heads = min(file.number("block_count"), MOST_LAYERS), file.number("attention.head_count", 1)
     each = file.number("embedding_length") // max(1, heads)
     width = file.number("attention.key_length", each) + file.number("attention.value_length", each)
-    by_layer = list(file.items(f"{file.architecture}.attention.head_count_kv"))
-    by_layer = by_layer or [file.number("attention.head_count_kv", heads)] * layers
-    return tuple(2 * width * int(count) for count in by_layer[:layers])
+    by_layer = [count for count in file.items(f"{file.architecture}.attention.head_count_kv") if isinstance(count, int)]
+    if len(by_layer) != layers:
+        by_layer = [file.number("attention.head_count_kv", heads)] * layers
+    return tuple(2 * width * count for count in by_layer)
 
 
 def state_bytes(file: ModelFile, cache: Sequence[int]) -> tuple[int, ...]:
@@ -1717,7 +1720,7 @@ class Footprint:
         Raises:
             LoadError: the list of tensors is damaged. NotFound: a part of the model is missing.
         """
-        layers = file.number("block_count")
+        layers = min(file.number("block_count"), MOST_LAYERS)
         weights, embedding, tied = [0] * (layers + 1), 0, True
         for path in file.parts():
             for name, size in (file if path == file.path else ModelFile(path)).tensors().items():
@@ -1786,6 +1789,7 @@ class Plan:
     sequences: int
     free: tuple[float, ...]  # bytes of main memory, and of each device
     names: tuple[str, ...] = ()  # of the devices
+    lanes: int = 1  # sequences of an answer
     loaded: bool = False  # what is free on a device is what the weights left
 
     @property
@@ -1827,11 +1831,12 @@ class Plan:
         return CELLS * bisect.bisect_left(range(CELLS, most + 1, CELLS), True, key=tight)
 
     def together(self) -> int:
-        """Return how many sequences of this context fit with some room to spare, if not all of them; 0 if none does."""
-        counts = range(1, self.sequences)
-        return bisect.bisect_left(
-            counts, True, key=lambda count: bool(replace(self, sequences=count).tight(roomy=True))
-        )
+        """Return how many answers at a time fit with some room to spare, if not all of them; 0 if none does."""
+
+        def tight(answers: int) -> bool:
+            return bool(replace(self, sequences=answers * self.lanes).tight(roomy=True))
+
+        return bisect.bisect_left(range(1, self.sequences // self.lanes), True, key=tight)
 
     def check(self, path: Path) -> None:
         """Refuse what does not fit: the system would grant it, and end the process later.
@@ -1888,6 +1893,9 @@ def make_plan(
 def usable(devices: Sequence[Device]) -> list[Device]:
     """List the devices that llama.cpp offloads layers to: those with memory of their own, else those without."""
     found = [device for device in devices if device.kind in (1, 2)]
+    found = [
+        device if device.total else device._replace(free=int(free_memory())) for device in found
+    ]  # it does not say
     return [device for device in found if device.kind == 1] or found
 
 
@@ -1933,7 +1941,8 @@ class Settings:
     context: int | None = None  # tokens per sequence; None: as the model and the dialog need
     gpu_layers: str = "auto"  # auto, all, or a number
     threads: int | None = None  # None: one per physical core
-    sequences: int = 1  # that the plan of the memory counts with
+    sequences: int = 1  # that the plan of the memory counts with, and how many of them an answer takes
+    lanes: int = 1
     max_tokens: int | None = None  # None: as many as the context holds
     temperature: float | None = None  # None, here and below: as the model recommends, else the built-in value
     top_k: int | None = None
@@ -1948,7 +1957,7 @@ class Settings:
 
     def deciding(self) -> list[Any]:
         """Return what decides the text of an answer, in JSON's types."""
-        aside = ("gpu_layers", "threads", "sequences", "verbose")
+        aside = ("gpu_layers", "threads", "sequences", "lanes", "verbose")
         return [value for name, value in asdict(self).items() if name not in aside]
 
 
@@ -2145,7 +2154,8 @@ def plan_for(file: ModelFile, settings: Settings, devices: Sequence[Device]) -> 
         LoadError: the list of tensors is damaged. NotFound: a part of the model is missing.
     """
     context = settings.context or min(file.context, DEFAULT_CONTEXT)
-    return make_plan(Footprint.of(file), free_memory(), devices, context, settings.sequences, settings.gpu_layers)
+    plan = make_plan(Footprint.of(file), free_memory(), devices, context, settings.sequences, settings.gpu_layers)
+    return replace(plan, lanes=settings.lanes)
 
 
 def largest_context(file: ModelFile, settings: Settings) -> int:
@@ -4685,14 +4695,15 @@ class Loaded(NamedTuple):
         """
         return Settings(checked_context(self.ctx_size), checked_gpu_layers(self.gpu_layers), self.threads)
 
-    def fitted(self, settings: Settings, file: ModelFile, answers: int = 1) -> Settings:
-        """Return the settings for so many answers at a time, with -c auto as a number.
+    def fitted(self, settings: Settings, file: ModelFile, parallel: int = 1, columns: int = 1) -> Settings:
+        """Return the settings for so many answers at a time, each of so many dialogs, with -c auto as a number.
 
         Raises:
             UsageError: what a context of this model takes is not known. LoadError: none fits.
         """
-        lanes = len(Guidance(Dialog("both", "tiers"), settings.system_strength, settings.pref_strength).dialogs)
-        settings = replace(settings, sequences=answers * lanes)
+        contexts = Guidance(Dialog("both", "tiers"), settings.system_strength, settings.pref_strength).dialogs
+        lanes = columns * len(contexts)
+        settings = replace(settings, sequences=parallel * lanes, lanes=lanes)
         return replace(settings, context=largest_context(file, settings)) if self.ctx_size == "auto" else settings
 
 
@@ -4849,7 +4860,7 @@ def compare(
     dialogs = [Dialog(meta_prompt.system_info(), info, (asked,)) for info in infos]
     settings = gathered(loaded, sampling, strengths, talk)
     file = ModelFile(resolve_model(loaded.model))
-    settings = loaded.fitted(settings, file, len(dialogs))
+    settings = loaded.fitted(settings, file, columns=len(dialogs))
     chosen, interrupt, options = choose_template(rendered.template, file), Interrupt(), rendered.options()
     answers: list[Answer] = []
 

@@ -377,6 +377,30 @@ def test_the_parts_of_a_split_model_count_together_and_a_missing_one_is_named(
     assert parts[1].name in refuses(3, "chat", "-m", str(parts[0]), "tea?")
 
 
+@pytest.mark.parametrize("key", ["block_count", "embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length", "feed_forward_length", "split.count", "general.alignment"])  # fmt: skip
+@pytest.mark.parametrize("value", ["many", -5, 0, 2**62, 1.5, None])
+def test_metadata_without_sense_are_left_to_llama_cpp(key: str, value: object, tiny: Path) -> None:
+    file = ModelFile(tiny)
+    file.metadata[key if key.startswith(("split", "general")) else f"llama.{key}"] = value
+    plan = edge.plan_for(file, CPU, machine(8))
+    assert len(plan.places) == len(plan.footprint.weights) <= 513 and str(plan)
+    assert min(*plan.needs[0], *plan.footprint.weights) >= 0
+
+
+def test_only_options_that_there_are_are_advised(
+    refuses: Refuses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge, "free_memory", lambda: 20.0 * GB)
+    strong = ("--pref-strength", "2", "-c")
+    assert "--parallel" not in refuses(5, "chat", *strong, "20000000", "tea?")
+    assert "--parallel" not in refuses(5, "compare", *strong, "20000000", "--pref", "a", "--pref", "b", "tea?")
+    (tmp_path / "rows.jsonl").write_text('{"query": "tea?"}\n')
+    line = refuses(5, "batch", str(tmp_path / "rows.jsonl"), *strong, "20000", "--parallel", "256")
+    (answers,) = re.findall(r"512 times 20,000 tokens .* and 20\.0 GB are free: .* or --parallel (\d+) would fit", line)
+    settings = Settings(context=20000, sequences=2 * int(answers), lanes=2, gpu_layers="0")
+    assert edge.plan_for(ModelFile(edge.resolve_model(None)), settings, []).tight(roomy=True) == []
+
+
 def test_a_damaged_list_of_tensors_is_one_line(tiny: Path, tmp_path: Path, refuses: Refuses) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(tiny.read_bytes()[: ModelFile(tiny)._tensors + 100])
