@@ -173,6 +173,28 @@ def test_the_bytes_of_a_token_and_of_a_sequence_are_what_llama_cpp_stores_of_the
     assert sum(1 for bytes_ in footprint.cache if not bytes_) == (1 if kind == "hybrid" else 0)
 
 
+@pytest.mark.parametrize("arguments, context, sequences", [
+    (("chat",), 1024, 1),
+    (("chat", "-c", "300", "--pref-strength", "2"), 300, 2),
+    (("compare", "-c", "512", "--pref", "a", "--pref", "b"), 512, 3),
+])  # fmt: skip
+def test_what_verbose_foretells_is_what_llama_cpp_then_logs(
+    arguments: tuple[str, ...], context: int, sequences: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert edge.run([*arguments, "-v", "-ngl", "0", "-n", "2", "--pref", "short", "--no-stdin", "tea?"]) == 0
+    said = capfd.readouterr().err
+    size = f"{sequences} times {context:,}" if sequences > 1 else f"{context:,}"
+    foretold = rf"^memory for {size} tokens: ([\d.]+) MB of weights, ([\d.]+) MB of cache and ([\d.]+) MB to compute in"
+    ((weights, cache, compute),) = re.findall(foretold, said, re.MULTILINE)
+
+    def logged(what: str) -> float:
+        return sum(float(size) for size in re.findall(rf"{what} buffer size\s*=\s*([\d.]+) MiB", said)) * MIB / 1e6
+
+    assert float(weights) == pytest.approx(logged("model"), abs=0.1)
+    assert float(cache) == pytest.approx(logged("KV"), abs=0.1)
+    assert float(compute) == pytest.approx(logged("compute") + logged("output"), rel=0.08)
+
+
 @pytest.mark.parametrize("key", edge.UNFORETOLD)
 def test_what_is_not_known_is_not_foretold(
     key: str, tiny: Path, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
