@@ -4083,6 +4083,7 @@ def time_calls(
 # an illegal instruction is a line in a table.
 
 START_SECONDS, MODEL_SECONDS, HUB_SECONDS = 60.0, 600.0, 5.0  # that the library, a model, and the hub may take
+PROBE = Dialog("Be kind.", "One sentence.", (Turn("What is tea?"),))  # a dialog with all its tiers
 REINSTALL = "pip install --force-reinstall --no-cache-dir llama-cpp-python"
 FEATURES = {  # of processors: llama.cpp's name, then Linux's
     "AVX": "avx", "AVX2": "avx2", "F16C": "f16c", "FMA": "fma", "BMI2": "bmi2", "AVX_VNNI": "avx_vnni",
@@ -4149,9 +4150,6 @@ def check_logits(engine: Engine) -> str:
     return "warning: what the result computes are no numbers; use --outtype bf16 or f32, or look at the weights"
 
 
-PROBE = Dialog("Be kind.", "One sentence.", (Turn("What is tea?"),))  # a dialog with all its tiers
-
-
 def be_child() -> None:
     """Do what the parent asks on the command line, and print the result or the error as JSON."""
     task, *arguments = json.loads(sys.argv[1])
@@ -4182,7 +4180,7 @@ def in_child(seconds: float, *task: Any) -> Any:
         )
     except subprocess.TimeoutExpired:
         raise EdgeError(f"no answer within {seconds:g} seconds") from None
-    if ended.returncode:
+    if ended.returncode or not ended.stdout:
         raise EdgeError(ended_by(ended.returncode, ended.stderr.decode("utf-8", "replace")))
     answer = json.loads(ended.stdout.splitlines()[-1])
     if "error" in answer:
@@ -4315,8 +4313,9 @@ class Doctor:
     def metadata(self) -> Finding:
         """Look at the model's file."""
         self.file = ModelFile(resolve_model(self.model))
-        size = sum(path.stat().st_size for path in self.file.parts())
-        known = f"{self.file.architecture}, {in_bytes(size)}, {self.file.context:,} tokens of context"
+        footprint = Footprint.of(self.file)
+        size = in_bytes(sum(footprint.weights) + footprint.embedding)
+        known = f"{self.file.architecture}, {size} of weights, {self.file.context:,} tokens of context"
         return "ok", f"{self.file.path}: {known}"
 
     def template(self) -> Finding:
@@ -4399,27 +4398,36 @@ class Doctor:
 
     def hub(self) -> Finding:
         """Look whether the hub can be reached, if that may be asked."""
-        from http.client import HTTPException
-        from urllib.error import HTTPError
-        from urllib.request import Request, urlopen
-
         endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             return "ok", "offline, as HF_HUB_OFFLINE says: nothing is fetched"
-        if not self.network:
-            return "ok", f"{endpoint}, not asked (--network asks)"
-        if not endpoint.startswith(("http://", "https://")):
-            raise EdgeError(f"HF_ENDPOINT={endpoint} is no address of a hub")
-        started, status = time.perf_counter(), 200
-        try:
-            with urlopen(Request(endpoint, method="HEAD"), timeout=HUB_SECONDS):
-                pass
-        except HTTPError as error:
-            status = error.code
-        except (OSError, HTTPException) as error:
-            raise EdgeError(f"{endpoint} cannot be reached: {one_line(getattr(error, 'reason', error))}") from None
-        spent = 1000 * (time.perf_counter() - started)
-        return "ok" if status < 400 else "failed", f"{endpoint} answers {status} in {spent:.0f} ms"
+        return ask_hub(endpoint) if self.network else ("ok", f"{endpoint}, not asked (--network asks)")
+
+
+def ask_hub(endpoint: str) -> Finding:
+    """Send the hub one request, and say what it answers.
+
+    Raises:
+        EdgeError: it cannot be reached.
+    """
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+    if not endpoint.startswith(("http://", "https://")):
+        raise EdgeError(f"HF_ENDPOINT={endpoint} is no address of a hub")
+    stay = HTTPRedirectHandler()
+    stay.redirect_request = lambda *_: None  # type: ignore[method-assign]  # another place would be another request
+    started, status = time.perf_counter(), 200
+    try:
+        build_opener(stay).open(Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
+    except HTTPError as error:
+        status = error.code
+    except (OSError, HTTPException) as error:
+        raise EdgeError(f"{endpoint} cannot be reached: {one_line(getattr(error, 'reason', error))}") from None
+    spent = 1000 * (time.perf_counter() - started)
+    level: Status = "ok" if status < 400 else "warning" if status < 500 else "failed"
+    return level, f"{endpoint} answers {status} in {spent:.0f} ms"
 
 
 def unused_gpu() -> tuple[str, str] | None:

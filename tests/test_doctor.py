@@ -102,7 +102,7 @@ def test_an_illegal_instruction_is_a_line_in_the_table(run: Run, tmp_path: Path)
     assert checks["model"][0] == checks["template"][0] == checks["fit"][0] == "ok"
 
 
-@pytest.mark.parametrize("body, said", [("pause();", "no answer within 1 seconds"), ("_exit(3);", "it ends with 3"), ("raise(SIGKILL);", "SIGKILL, most likely for want of memory"), ("", "llama_")])  # fmt: skip
+@pytest.mark.parametrize("body, said", [("pause();", "no answer within 1 seconds"), ("_exit(3);", "it ends with 3"), ("_exit(0);", "it ends with 0: without a word"), ("raise(SIGKILL);", "SIGKILL, most likely for want of memory"), ("", "llama_")])  # fmt: skip
 def test_a_library_that_hangs_leaves_dies_or_is_another_is_named(
     body: str, said: str, doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +247,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         def do_HEAD(self) -> None:
             asked.append(f"{self.command} {self.path}")
             self.send_response(int(self.path[1:]))
+            self.send_header("Location", "/200")
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
@@ -269,8 +270,10 @@ def test_the_hub_is_asked_once_and_only_if_that_is_wanted(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert doctor.hub() == ("ok", "offline, as HF_HUB_OFFLINE says: nothing is fetched") and len(server) == 1
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setenv("HF_ENDPOINT", os.environ["HF_ENDPOINT"].replace("/200", "/503"))
-    assert doctor.hub()[0] == "failed" and "answers 503" in doctor.hub()[1]
+    for code, level in ((302, "ok"), (404, "warning"), (503, "failed")):
+        monkeypatch.setenv("HF_ENDPOINT", f"{os.environ['HF_ENDPOINT'].rpartition('/')[0]}/{code}")
+        status, detail = doctor.hub()
+        assert status == level and "answers " in detail
 
 
 def test_a_hub_that_cannot_be_reached_or_says_nothing_is_a_failed_line(
