@@ -1802,16 +1802,16 @@ class Plan:
         """Return what main memory has to hold, then each device that is used."""
         return self.footprint.needs(self.places, self.context, self.sequences)
 
-    def tight(self, roomy: bool = False) -> list[int]:
+    def tight(self, roomy: bool = False, whole: bool = False) -> list[int]:
         """List the places that cannot hold their part, or with `roomy` not with some room to spare.
 
-        Weights in main memory do not count: what of the file does not stay there is read again.
+        Weights in main memory count with `whole` only: what of the file does not stay there is read again.
         """
         found = []
         for place, (need, free) in enumerate(zip(self.needs, self.free, strict=False)):
-            weights = need.weights if place and not self.loaded else 0
+            counted = not self.loaded if place else whole
             room = free if not roomy else free - SPARE if place else SHARE * free
-            if weights + need.cache + need.compute > room:
+            if need.weights * counted + need.cache + need.compute > room:
                 found.append(place)
         return found
 
@@ -1822,21 +1822,25 @@ class Plan:
 
     def largest(self, most: int) -> int:
         """Return the largest context that fits with some room to spare, of `most` tokens at most; 0 if none does."""
-
-        def tight(context: int) -> bool:
-            return bool(replace(self, context=context).tight(roomy=True))
-
-        if not tight(most):
-            return most
-        return CELLS * bisect.bisect_left(range(CELLS, most + 1, CELLS), True, key=tight)
+        contexts = range(CELLS, most + CELLS, CELLS)
+        return min(most, self._last(contexts, lambda context: replace(self, context=context)))
 
     def together(self) -> int:
         """Return how many answers at a time fit with some room to spare, if not all of them; 0 if none does."""
+        answers = range(1, self.sequences // self.lanes)
+        return self._last(answers, lambda count: replace(self, sequences=count * self.lanes))
 
-        def tight(answers: int) -> bool:
-            return bool(replace(self, sequences=answers * self.lanes).tight(roomy=True))
+    @staticmethod
+    def _last(counts: range, planned: Callable[[int], Plan]) -> int:
+        """Return the largest count whose plan fits, if possible beside the weights; 0 if none does."""
 
-        return bisect.bisect_left(range(1, self.sequences // self.lanes), True, key=tight)
+        def tight(whole: bool, count: int) -> bool:
+            return bool(planned(count).tight(roomy=True, whole=whole))
+
+        for whole in (True, False):
+            if fits := bisect.bisect_left(counts, True, key=functools.partial(tight, whole)):
+                return counts[fits - 1]
+        return 0
 
     def check(self, path: Path) -> None:
         """Refuse what does not fit: the system would grant it, and end the process later.

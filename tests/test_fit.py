@@ -276,16 +276,21 @@ def test_auto_offloads_as_many_layers_as_fit_with_their_part_of_the_cache(
 
 @pytest.mark.parametrize("gigabytes", MACHINES)
 @pytest.mark.parametrize("main", [0.2, 1, 4, 16, 64])
-def test_the_largest_context_fits_and_a_larger_one_does_not(main: float, gigabytes: tuple[float, ...]) -> None:
+def test_the_largest_context_fits_beside_the_weights_if_any_does_and_a_larger_one_does_not(
+    main: float, gigabytes: tuple[float, ...]
+) -> None:
     for most, sequences in itertools.product((100, 4096, 5000, 131072), (1, 8)):
         plan = edge.make_plan(uniform(8, GB // 4, 8192), main * GB, machine(*gigabytes), min(most, 4096), sequences)
+        beside = not replace(plan, context=CELLS).tight(roomy=True, whole=True)
         largest = plan.largest(most)
         assert largest == most or (largest % CELLS == 0 and largest < most)
-        assert not largest or not replace(plan, context=largest).tight(roomy=True)
-        assert largest == most or replace(plan, context=min(most, largest + CELLS)).tight(roomy=True)
-        count = replace(plan, sequences=sequences + 1).together()
-        assert not count or not replace(plan, sequences=count).tight(roomy=True)
-        assert count == sequences or replace(plan, sequences=count + 1).tight(roomy=True)
+        assert not largest or not replace(plan, context=largest).tight(roomy=True, whole=beside)
+        assert largest == most or replace(plan, context=largest + CELLS).tight(roomy=True, whole=beside)
+        more = replace(plan, sequences=sequences + 1)
+        beside = not replace(more, sequences=1).tight(roomy=True, whole=True)
+        count = more.together()
+        assert not count or not replace(plan, sequences=count).tight(roomy=True, whole=beside)
+        assert count == sequences or replace(plan, sequences=count + 1).tight(roomy=True, whole=beside)
 
 
 def test_what_does_not_fit_is_refused_with_numbers_and_with_what_would_fit() -> None:
