@@ -4255,7 +4255,8 @@ class Doctor:
         except EdgeError as error:
             raise EdgeError(f"it does not load: {one_line(error)}: {REINSTALL}") from None
         spent = 1000 * (time.perf_counter() - started)
-        detail = f"loads in {spent:.0f} ms, {self.facts['library']}"
+        backends = ", ".join(re.findall(r"(\w+) : ", self.facts["features"]))
+        detail = f"loads in {spent:.0f} ms, for {backends}, {self.facts['library']}"
         with contextlib.suppress(PackageNotFoundError):
             has = version("llama-cpp-python")
             detail = f"llama-cpp-python {has} {detail}"

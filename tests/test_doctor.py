@@ -76,7 +76,12 @@ def test_everything_is_looked_at_and_nothing_has_failed(run: Run, demo: Path) ->
     assert {status for status, _ in checks.values()} <= {"ok", "warning"}
     details = {name: detail for name, (_, detail) in checks.items()}
     assert edge.__version__ in details["program"] and sys.executable in details["program"]
-    assert "0.3.36" in details["llama.cpp"] and "CPU" in details["devices"] and "GB" in details["memory"]
+    assert (
+        "0.3.36" in details["llama.cpp"]
+        and ", for CPU, " in details["llama.cpp"]
+        and "CPU" in details["devices"]
+        and "GB" in details["memory"]
+    )
     assert str(demo) in details["model"] and "native" in details["template"]
     assert "a token is decoded" in details["first token"] and "-c auto would take 1,024" in details["fit"]
     assert str(Path(os.environ["HOME"])) in details["cache"] and "0 states" in details["cache"]
