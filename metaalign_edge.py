@@ -15,21 +15,24 @@ Contents, in dependency order (nothing refers upward):
      6  Rendering
      7  Tier-safe tokens
      8  Stores
-     9  Engine
-    10  Guidance
-    11  Generation
-    12  Presentation
-    13  Batch
-    14  Evaluation
-    15  Bench
-    16  Hub
-    17  Commands
-    18  Main
+     9  Memory
+    10  Engine
+    11  Guidance
+    12  Generation
+    13  Presentation
+    14  Batch
+    15  Evaluation
+    16  Bench
+    17  Hub
+    18  Doctor
+    19  Commands
+    20  Main
 """
 
 from __future__ import annotations
 
 import array
+import bisect
 import codecs
 import contextlib
 import ctypes
@@ -86,6 +89,7 @@ Tier = Literal["system_info", "user_info", "query", "response"]
 Strength = float | Literal["auto"]
 TIERS: tuple[Tier, ...] = ("system_info", "user_info", "query", "response")
 
+LEAST_CONTEXT = 16  # tokens
 DEFAULT_CONTEXT = 4096  # tokens per sequence, unless the model has fewer or the dialog needs more
 PREFILL_CHUNK = 512  # tokens between two looks at the interrupt flag where llama.cpp has no abort callback (GPUs)
 TINY_MODEL = 1 << 25  # bytes of weights; below, threads wait for each other longer than they compute
@@ -1854,6 +1858,12 @@ class ModelFile:
         self._skip(tokens.kind, index)
         return str(self._value(tokens.kind))
 
+    def number(self, key: str, default: int = 0) -> int:
+        """Return a whole number of the architecture's; where it has one for each layer, the largest."""
+        key = f"{self.architecture}.{key}"
+        values = self.items(key) if isinstance(self.metadata.get(key), GGUFArray) else [self.metadata.get(key)]
+        return max((value for value in values if isinstance(value, int) and value >= 0), default=default)
+
     @property
     def architecture(self) -> str:
         """Return the GGUF name of the architecture."""
@@ -1887,17 +1897,29 @@ class ModelFile:
                 name, dimensions = self._string(), self._scalar("<I")
                 shape = tuple(self._scalar("<Q") for _ in range(dimensions))
                 yield TensorInfo(name, shape, self._scalar("<I"), self._scalar("<Q"))
-        except (struct.error, UnicodeDecodeError):
+        except (struct.error, UnicodeDecodeError, OverflowError):
             raise LoadError(f"{self.path} is truncated or damaged in its list of tensors: download it again") from None
 
-    def _files(self) -> list[ModelFile]:
+    def tensors(self) -> dict[str, int]:
+        """Return how many bytes each tensor of this part takes, by its name: as far as the next one, or the end.
+
+        Raises:
+            LoadError: their list is damaged.
+        """
+        infos = sorted(self.tensor_infos(), key=lambda info: info.offset)
+        unit = self.metadata.get("general.alignment")
+        unit = unit if isinstance(unit, int) and unit > 0 else 32
+        ends = [*(info.offset for info in infos[1:]), len(self._data) - -(-self._at // unit) * unit]
+        return {info.name: max(0, end - info.offset) for info, end in zip(infos, ends, strict=False)}
+
+    def files(self) -> list[ModelFile]:
         """Open all parts."""
         return [self, *(ModelFile(part, number) for number, part in enumerate(self.paths) if number)]
 
     @property
     def parameters(self) -> int:
         """Return the number of weights, of all parts."""
-        return sum(math.prod(tensor.shape) for file in self._files() for tensor in file.tensor_infos())
+        return sum(math.prod(tensor.shape) for file in self.files() for tensor in file.tensor_infos())
 
     @property
     def quantization(self) -> str:
@@ -1919,7 +1941,7 @@ class ModelFile:
         from gguf.constants import GGML_QUANT_SIZES
 
         sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
-        for file in self._files():
+        for file in self.files():
             end = 0
             for tensor in file.tensor_infos():
                 block, size = sizes.get(tensor.kind, (1, 0))  # a type of tomorrow
@@ -2213,7 +2235,310 @@ def looks_like_path(name: str, suffix: str) -> bool:
 
 
 # =====================================================================================================================
-#  9  Engine
+#  9  Memory
+# =====================================================================================================================
+# Will it fit? What a model takes is computed from its file's metadata, before anything is loaded: the weights and the
+# KV cache to the byte, what llama.cpp computes in to some per cent. Which layer goes where is llama.cpp's own rule.
+
+SPARE = 1 << 29  # bytes of a GPU that -ngl auto leaves free: for its driver, and for what others take meanwhile
+SHARE = 0.9  # of what is free that -c auto, and advice, use
+CELLS = 256  # tokens; llama.cpp makes a context a multiple of it
+MOST_LAYERS = 512  # that llama.cpp loads
+UNFORETOLD = (  # what architectures have whose cache is of another kind: compressed, shared by layers, recurrent
+    "attention.kv_lora_rank attention.key_length_swa attention.shared_kv_layers attention.indexer.head_count "
+    "attention.recurrent_layers nextn_predict_layers ssm.state_size wkv.head_size kda.head_dim altup.num_inputs"
+).split()
+
+
+class Device(NamedTuple):
+    """A device of llama.cpp's."""
+
+    name: str
+    description: str
+    kind: int  # 0 is the CPU, 1 a GPU, 2 one that shares main memory (ggml-backend.h)
+    free: int  # bytes, here and below
+    total: int
+
+
+class Need(NamedTuple):
+    """What a place has to hold."""
+
+    weights: int
+    cache: int  # keys and values, and states that do not grow
+    compute: int  # numbers between layers, and logits
+
+
+def cache_bytes(file: ModelFile) -> tuple[int, ...] | None:
+    """Return what a token takes in the KV cache, layer by layer, in bytes: keys and values, 16 bits a number.
+
+    A sliding window saves nothing: we let llama.cpp keep all tokens, so that a conversation can be cut anywhere.
+    None where it is not foretold: caches that are compressed, or shared by layers, and most recurrent states.
+    """
+    if any(f"{file.architecture}.{key}" in file.metadata for key in UNFORETOLD):
+        return None
+    layers, heads = min(file.number("block_count"), MOST_LAYERS), file.number("attention.head_count", 1)
+    each = file.number("embedding_length") // max(1, heads)
+    width = file.number("attention.key_length", each) + file.number("attention.value_length", each)
+    by_layer = [count for count in file.items(f"{file.architecture}.attention.head_count_kv") if isinstance(count, int)]
+    if len(by_layer) != layers:
+        by_layer = [file.number("attention.head_count_kv", heads)] * layers
+    return tuple(2 * width * count for count in by_layer)
+
+
+def state_bytes(file: ModelFile, cache: Sequence[int]) -> tuple[int, ...]:
+    """Return what a sequence takes however long it is, layer by layer, in bytes: the inputs of a convolution (LFM2)."""
+    state = 4 * max(0, file.number("shortconv.l_cache") - 1) * file.number("embedding_length")
+    return tuple(0 if grows else state for grows in cache)
+
+
+def step_numbers(file: ModelFile) -> int:
+    """Return how many 32-bit numbers llama.cpp keeps of a token while it computes, at most: found by trying.
+
+    The widest place of a layer decides: its feed-forward network, what its experts say together, or its attention.
+    """
+    width, heads = file.number("embedding_length"), file.number("attention.head_count", 1)
+    each = file.number("attention.key_length", width // max(1, heads))
+    queries, keys = heads * each, file.number("attention.head_count_kv", heads) * each
+    experts, inner = file.number("expert_used_count"), file.number("feed_forward_length")
+    expert = file.number("expert_feed_forward_length", inner)
+    forward = 3 * max(inner, experts * expert) + 3 * width + max(width, queries)
+    return max(forward, 2 * experts * (width + expert), 2 * (queries + keys + 2 * width))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What decides how much memory a model takes."""
+
+    weights: tuple[int, ...]  # bytes of each layer and, last, of the output
+    embedding: int  # bytes of the input's weights, which stay in main memory
+    tied: bool  # the output multiplies by them, too
+    cache: tuple[int, ...]  # bytes of a token, by layer
+    states: tuple[int, ...]  # bytes of a sequence, by layer
+    foretold: bool  # those are known; otherwise they count as nothing
+    numbers: int  # see `step_numbers`
+    masks: int  # of attention: a sliding window has its own
+    vocabulary: int  # tokens
+
+    @classmethod
+    def of(cls, file: ModelFile) -> Footprint:
+        """Read it from a model's metadata.
+
+        Raises:
+            LoadError: the list of tensors is damaged. NotFound: a part of the model is missing.
+        """
+        layers = min(file.number("block_count"), MOST_LAYERS)
+        weights, embedding, tied = [0] * (layers + 1), 0, True
+        for part in file.files():
+            for name, size in part.tensors().items():
+                number = name.split(".")[1] if name.startswith("blk.") else ""
+                if name.startswith("token_embd."):
+                    embedding += size
+                else:
+                    weights[min(int(number), layers) if number.isdecimal() else layers] += size
+                tied = tied and name != "output.weight"
+        cache, names = cache_bytes(file), file.metadata.get("tokenizer.ggml.tokens")
+        known = cache or (0,) * layers
+        return cls(
+            weights=tuple(weights),
+            embedding=embedding,
+            tied=tied,
+            cache=known,
+            states=state_bytes(file, known) if cache else known,
+            foretold=cache is not None,
+            numbers=step_numbers(file),
+            masks=2 if file.number("attention.sliding_window") else 1,
+            vocabulary=names.length if isinstance(names, GGUFArray) else file.number("vocab_size"),
+        )
+
+    def needs(self, places: Sequence[int], context: int, sequences: int) -> list[Need]:
+        """Return what each place has to hold if the layers lie there: main memory, then the devices.
+
+        Args:
+            places: of each layer and of the output, as `placed` gives them.
+        """
+        cells, last = -(-context * sequences // CELLS) * CELLS, len(places) - 1
+        batch, logits = min(cells, max(PREFILL_CHUNK, sequences)), 4 * self.vocabulary * sequences
+        compute = logits + max(logits, batch * (4 * self.numbers + 2 * cells * self.masks))
+        stay = max((self.weights[layer] for layer, place in enumerate(places) if not place), default=0)
+        found = [Need(self.embedding, 0, compute)]
+        found += [Need(0, 0, compute + stay)] * max(places)  # a long prompt visits the GPU for every layer
+        for layer, place in enumerate(places):
+            weights, cache, compute = found[place]
+            weights += self.weights[layer]
+            if layer < last:
+                cache += self.cache[layer] * cells + self.states[layer] * sequences
+            elif place and self.tied:
+                weights += self.embedding
+            found[place] = Need(weights, cache, compute)
+        return found
+
+
+def placed(layers: int, offloaded: int, free: Sequence[int]) -> list[int]:
+    """Return where llama.cpp puts each of the layers, the output the last of them: 0 is main memory, 1 a first device.
+
+    The last ones go to the devices, to each a share that is as large as what it has free (`load_tensors`).
+    """
+    offloaded = min(offloaded, layers) if free else 0
+    ends = list(itertools.accumulate(free))
+    shares = [end / max(1, ends[-1]) for end in ends]
+    on = [min(bisect.bisect_right(shares, number / offloaded), len(free) - 1) + 1 for number in range(offloaded)]
+    return [0] * (layers - offloaded) + on
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a model goes, what that takes, and what is free there."""
+
+    footprint: Footprint
+    places: tuple[int, ...]
+    context: int  # tokens of each sequence
+    sequences: int
+    free: tuple[float, ...]  # bytes of main memory, and of each device
+    names: tuple[str, ...] = ()  # of the devices
+    lanes: int = 1  # sequences of an answer
+    loaded: bool = False  # what is free on a device is what the weights left
+
+    @property
+    def offloaded(self) -> int:
+        """Return how many layers lie on devices, the output counted as one."""
+        return sum(place > 0 for place in self.places)
+
+    @property
+    def needs(self) -> list[Need]:
+        """Return what main memory has to hold, then each device that is used."""
+        return self.footprint.needs(self.places, self.context, self.sequences)
+
+    def tight(self, roomy: bool = False, whole: bool = False) -> list[int]:
+        """List the places that cannot hold their part, or with `roomy` not with some room to spare.
+
+        Weights in main memory count with `whole` only: what of the file does not stay there is read again.
+        """
+        found = []
+        for place, (need, free) in enumerate(zip(self.needs, self.free, strict=False)):
+            counted = not self.loaded if place else whole
+            room = free if not roomy else free - SPARE if place else SHARE * free
+            if need.weights * counted + need.cache + need.compute > room:
+                found.append(place)
+        return found
+
+    @property
+    def crawls(self) -> bool:
+        """Tell whether main memory cannot keep the weights besides: they are read from the disk for every token."""
+        return sum(self.needs[0]) > self.free[0]
+
+    def largest(self, most: int) -> int:
+        """Return the largest context that fits with some room to spare, of `most` tokens at most; 0 if none does."""
+        contexts = range(CELLS, most + CELLS, CELLS)
+        return min(most, self._last(contexts, lambda context: replace(self, context=context)))
+
+    def together(self) -> int:
+        """Return how many answers at a time fit with some room to spare, if not all of them; 0 if none does."""
+        answers = range(1, self.sequences // self.lanes)
+        return self._last(answers, lambda count: replace(self, sequences=count * self.lanes))
+
+    @staticmethod
+    def _last(counts: range, planned: Callable[[int], Plan]) -> int:
+        """Return the largest count whose plan fits, if possible beside the weights; 0 if none does."""
+
+        def tight(whole: bool, count: int) -> bool:
+            return bool(planned(count).tight(roomy=True, whole=whole))
+
+        for whole in (True, False):
+            if fits := bisect.bisect_left(counts, True, key=functools.partial(tight, whole)):
+                return counts[fits - 1]
+        return 0
+
+    def check(self, path: Path) -> None:
+        """Refuse what does not fit: the system would grant it, and end the process later.
+
+        Raises:
+            LoadError: with the numbers, and what would fit.
+        """
+        for place in self.tight()[:1]:
+            need, where = self.needs[place], f" on {self.names[place - 1]}" if place else ""
+            weights = f"{in_bytes(need.weights)} of weights, " if place and not self.loaded else ""
+            takes = f"{weights}{in_bytes(need.cache)} of cache and {in_bytes(need.compute)} to compute in"
+            ways = [f"-c {fits}"] if (fits := self.largest(self.context)) else []
+            ways += [f"--parallel {fits}"] if (fits := self.together()) else []
+            ways += ["-ngl auto"] if weights else []
+            advice = f"{' or '.join(ways)} would fit" if ways else "take a smaller model, or end other programs"
+            free = f"{in_bytes(self.free[place])} are free{where}"
+            raise LoadError(f"a context of {self.size} takes {takes} for {path}, and {free}: {advice}")
+
+    @property
+    def size(self) -> str:
+        """Return the context in words."""
+        return f"{self.sequences} times {self.context:,} tokens" if self.sequences > 1 else f"{self.context:,} tokens"
+
+    def __str__(self) -> str:
+        places = zip(("in main memory", *(f"on {name}" for name in self.names)), self.needs, self.free, strict=False)
+        return f"{self.size}: " + "; ".join(
+            f"{in_bytes(need.weights)} of weights, {in_bytes(need.cache)} of cache and {in_bytes(need.compute)} "
+            f"to compute in, of {in_bytes(free)} free {name}"
+            for name, need, free in places
+        )
+
+
+def make_plan(
+    footprint: Footprint, main: float, devices: Sequence[Device], context: int, sequences: int, wish: str = "auto"
+) -> Plan:
+    """Plan where a model goes: with `auto`, as many layers on the devices as fit there with their part of the cache.
+
+    Args:
+        main: bytes that are free in main memory.
+        wish: auto, all, or a number of layers.
+    """
+    layers, free = len(footprint.weights), [device.free for device in devices]
+    nowhere = Plan(footprint, (), context, sequences, (main, *free), tuple(device.name for device in devices))
+
+    def laid_out(offloaded: int) -> Plan:
+        return replace(nowhere, places=tuple(placed(layers, offloaded, free)))
+
+    if wish != "auto":
+        return laid_out(layers if wish == "all" else int(wish))
+    plans = (laid_out(offloaded) for offloaded in range(layers if devices else 0, 0, -1))
+    return next((plan for plan in plans if not any(plan.tight(roomy=True))), laid_out(0))
+
+
+def usable(devices: Sequence[Device]) -> list[Device]:
+    """List the devices that llama.cpp offloads layers to: those with memory of their own, else those without."""
+    found = [device for device in devices if device.kind in (1, 2)]
+    found = [
+        device if device.total else device._replace(free=int(free_memory())) for device in found
+    ]  # it does not say
+    return [device for device in found if device.kind == 1] or found
+
+
+def in_bytes(count: float) -> str:
+    """Return a number of bytes as a reader takes it in."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def memory_limits() -> dict[str, float]:
+    """Return how many bytes can still be taken, swap apart: of the system, and of the container, as far as they say."""
+    found = {}
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        (free,) = [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        found["free"] = free
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a container's share; "max" is none
+        group = Path("/sys/fs/cgroup")
+        limit, taken = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        found["free for this container"] = limit - taken + float(counts["file"])  # what copies files makes room
+    return found
+
+
+def free_memory() -> float:
+    """Return how many bytes can still be taken, swap apart; where no one says, all there are, or infinity."""
+    limits = memory_limits()
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        limits = limits or {"all": float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))}
+    return min(limits.values(), default=math.inf)
+
+
+# =====================================================================================================================
+# 10  Engine
 # =====================================================================================================================
 # llama.cpp through the low-level interface of llama-cpp-python. A context holds several sequences in one unified KV
 # cache, and a step decodes any number of them in one llama_decode.
@@ -2287,6 +2612,8 @@ class Settings:
     context: int | None = None  # tokens per sequence; None: as the model and the dialog need
     gpu_layers: str = "auto"  # auto, all, or a number
     threads: int | None = None  # None: one per physical core
+    sequences: int = 1  # that the plan of the memory counts with, and how many of them an answer takes
+    lanes: int = 1
     max_tokens: int | None = None  # None: as many as the context holds
     temperature: float | None = None  # None, here and below: as the model recommends, else the built-in value
     top_k: int | None = None
@@ -2303,7 +2630,7 @@ class Settings:
 
     def deciding(self) -> list[Any]:
         """Return what decides the text of an answer, in JSON's types."""
-        aside = ("gpu_layers", "threads", "verbose")
+        aside = ("gpu_layers", "threads", "sequences", "lanes", "verbose")
         return [value for name, value in asdict(self).items() if name not in aside]
 
 
@@ -2349,12 +2676,10 @@ class Log:
         self._callback: Any = None
 
     def attach(self, verbose: bool) -> None:
-        """Take over llama.cpp's log, once per process."""
-        self.verbose = verbose
-        if self._callback is None:
-            llama = llama_cpp()
-            self._callback = llama.llama_log_callback(self._write)
-            llama.llama_log_set(self._callback, None)
+        """Take over llama.cpp's log; again, as llama-cpp-python takes it for itself where it is imported whole."""
+        llama, self.verbose = llama_cpp(), verbose
+        self._callback = self._callback or llama.llama_log_callback(self._write)
+        llama.llama_log_set(self._callback, None)
 
     def _write(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace")
@@ -2415,7 +2740,7 @@ class Model:
     """A GGUF loaded by llama.cpp, or only its vocabulary. Close it, or use it in a `with`.
 
     Raises:
-        LoadError: llama.cpp refuses the file. Interrupted: Ctrl-C while it loaded.
+        LoadError: it does not fit, or llama.cpp refuses the file. Interrupted: Ctrl-C while it loaded.
     """
 
     def __init__(
@@ -2425,7 +2750,10 @@ class Model:
         LOG.attach(settings.verbose)
         LOG.errors.clear()
         llama.llama_backend_init()
-        self.file, self.gpu_layers = file, 0 if vocab_only else gpu_layers(settings.gpu_layers)
+        self.file, self.plan = file, None if vocab_only else plan_for(file, settings, gpus())
+        if self.plan:
+            self.plan.check(file.path)
+        self.gpu_layers = self.plan.offloaded if self.plan else 0
         params = llama.llama_model_default_params()
         params.vocab_only, params.n_gpu_layers = vocab_only, self.gpu_layers
         going = llama.llama_progress_callback(lambda _progress, _data: not (interrupt and interrupt.raised))
@@ -2535,13 +2863,25 @@ def threads_for(model: Model, settings: Settings) -> int:
     return 1 if model.bytes < TINY_MODEL else physical_cores()
 
 
-def gpu_layers(wish: str) -> int:
-    """Turn auto, all or a number into llama.cpp's count; negative means all."""
-    if wish == "all":
-        return -1
-    if wish == "auto":
-        return -1 if llama_cpp().llama_supports_gpu_offload() else 0
-    return int(wish)
+def devices() -> list[Device]:
+    """List llama.cpp's devices, the CPU among them.
+
+    Its functions for them are not bound: they lie in ggml's libraries, beside llama.cpp's own.
+    """
+    llama = llama_cpp()
+    load, folder = sys.modules["llama_cpp._ctypes_extensions"].load_shared_library, Path(llama._lib._name).parent
+    registry, base = load("ggml", folder), load("ggml-base", folder)
+    registry.ggml_backend_dev_count.restype, registry.ggml_backend_dev_get.restype = ctypes.c_size_t, ctypes.c_void_p
+    base.ggml_backend_dev_name.restype = base.ggml_backend_dev_description.restype = ctypes.c_char_p
+    found = []
+    for number in range(registry.ggml_backend_dev_count()):
+        device = ctypes.c_void_p(registry.ggml_backend_dev_get(ctypes.c_size_t(number)))
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        name, description = base.ggml_backend_dev_name(device), base.ggml_backend_dev_description(device)
+        kind = base.ggml_backend_dev_type(device)
+        found.append(Device(name.decode(), description.decode("utf-8", "replace"), kind, free.value, total.value))
+    return found
 
 
 def drives_gpu() -> bool:
@@ -2549,58 +2889,46 @@ def drives_gpu() -> bool:
     return bool(llama_cpp.cache_info().currsize and llama_cpp().llama_supports_gpu_offload())
 
 
-def cache_bytes(model: Model) -> int:
-    """Return what a token takes in the KV cache, in bytes: keys and values of every layer, 16 bits a number.
+def gpus() -> list[Device]:
+    """List the devices that layers can go to."""
+    return usable(devices()) if llama_cpp().llama_supports_gpu_offload() else []
 
-    0 where that is not the same for all tokens and layers: recurrent states, sliding windows, compressed keys.
+
+def plan_for(file: ModelFile, settings: Settings, devices: Sequence[Device]) -> Plan:
+    """Plan where a model goes, by what is free now in main memory, and on these devices.
+
+    Raises:
+        LoadError: the list of tensors is damaged. NotFound: a part of the model is missing.
     """
-    llama, prefix = llama_cpp(), f"{model.file.architecture}.attention."
-    known = model.file.metadata.get
-    partly = (llama.llama_model_n_swa, llama.llama_model_is_recurrent, llama.llama_model_is_hybrid)
-    if f"{prefix}kv_lora_rank" in model.file.metadata or any(ask(model.pointer) for ask in partly):
-        return 0
-    layers, heads = llama.llama_model_n_layer(model.pointer), llama.llama_model_n_head(model.pointer)
-    each = llama.llama_model_n_embd(model.pointer) // max(1, heads)
-    width = int(known(f"{prefix}key_length", each)) + int(known(f"{prefix}value_length", each))
-    by_layer = list(model.file.items(f"{prefix}head_count_kv"))
-    return 2 * width * int(sum(by_layer) or layers * llama.llama_model_n_head_kv(model.pointer))
+    context = settings.context or min(file.context, DEFAULT_CONTEXT)
+    plan = make_plan(Footprint.of(file), free_memory(), devices, context, settings.sequences, settings.gpu_layers)
+    return replace(plan, lanes=settings.lanes)
 
 
-def free_memory() -> float:
-    """Return how many bytes can still be taken, swap apart; infinity where the system does not say."""
-    found = [math.inf]
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, ValueError, KeyError):  # a container's share; "max" is none
-        group = Path("/sys/fs/cgroup")
-        limit, taken = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        found.append(limit - taken + int(counts["file"]))  # what is only a copy of files makes room
-    if len(found) == 1:
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            found.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
-    return min(found)
+def largest_context(file: ModelFile, settings: Settings) -> int:
+    """Return the largest context that fits now, of the model's own at most; layers on a GPU stay there.
+
+    Raises:
+        UsageError: what a context of this model takes is not known. LoadError: none fits.
+    """
+    plan = plan_for(file, settings, gpus())
+    if not plan.footprint.foretold:
+        raise UsageError(f"what a context of {file.path} takes is not known ({file.architecture}): give -c a number")
+    context = plan.largest(file.context)
+    if not context:
+        plan.check(file.path)
+    return context or min(CELLS, file.context)
 
 
 def check_memory(model: Model, context: int, sequences: int) -> None:
-    """Refuse a KV cache that main memory cannot hold: the system would grant it, and end the process later.
+    """Refuse a context that the memory which is free by now cannot hold.
 
     Raises:
-        LoadError: it does not fit; with the numbers, and what fits.
+        LoadError: with the numbers, and what would fit.
     """
-    each, free = cache_bytes(model), free_memory()
-    need = each * context * sequences
-    if need <= free or model.gpu_layers:
-        return
-    size = f"{sequences} times {context:,}" if sequences > 1 else f"{context:,}"
-    tokens = int(0.9 * free / each)  # the rest is for what is computed
-    ways = [f"-c {fits}"] if (fits := tokens // sequences // 256 * 256) else []
-    if sequences > 1 and (fits := tokens // context):
-        ways.append(f"--parallel {fits}")
-    advice = f"{' or '.join(ways)} would fit" if ways else "take a smaller model, or end other programs"
-    has = f"{need / 1e9:,.1f} GB for {model.file.path}, and {free / 1e9:,.1f} GB are free"
-    raise LoadError(f"a context of {size} tokens takes {has}: {advice}")
+    if model.plan:
+        free = (free_memory(), *(device.free for device in gpus()))
+        replace(model.plan, context=context, sequences=sequences, free=free, loaded=True).check(model.file.path)
 
 
 class LlamaVocabulary:
@@ -2756,6 +3084,7 @@ class Engine:
         params.n_ctx = context * sequences
         params.n_batch = params.n_ubatch = max(PREFILL_CHUNK, sequences)
         params.n_seq_max, params.kv_unified = sequences, sequences > 1
+        params.n_outputs_max = sequences  # otherwise there is room for the logits of every token of a batch
         params.n_threads = params.n_threads_batch = threads_for(model, settings)
         params.no_perf = True
         self._abort = llama.ggml_abort_callback(lambda _data: interrupt.raised)
@@ -2986,7 +3315,7 @@ class Sampler:
 
 
 # =====================================================================================================================
-# 10  Guidance
+# 11  Guidance
 # =====================================================================================================================
 # A strength for each tier. With l0 the logits given the query alone, l1 given System Info too, and l2 given both tiers,
 #
@@ -3057,7 +3386,7 @@ def divergence(one: Any, other: Any) -> float:
 
 
 # =====================================================================================================================
-# 11  Generation
+# 12  Generation
 # =====================================================================================================================
 # Three layers: pieces of text, an answer with its figures, and sessions, in which any number of them are written.
 
@@ -3825,7 +4154,7 @@ def place(engine: Engine, prompt: list[int], busy: Mapping[int, Lane]) -> Lane:
 
 
 # =====================================================================================================================
-# 12  Presentation
+# 13  Presentation
 # =====================================================================================================================
 # stdout is the answer, or one JSON document; everything else is on stderr.
 
@@ -4126,7 +4455,7 @@ def check_forged(forged: Sequence[str], screen: Screen, strict: bool) -> None:
 
 
 # =====================================================================================================================
-# 13  Batch
+# 14  Batch
 # =====================================================================================================================
 # A line of JSON in, a line of JSON out. What is finished is on the disk, whatever happens next.
 
@@ -4423,7 +4752,7 @@ class Batch:
 
 
 # =====================================================================================================================
-# 14  Evaluation
+# 15  Evaluation
 # =====================================================================================================================
 # Every answer to a suite is the model's own, those of earlier turns too. Each is written down as it comes: a run that
 # was stopped goes on where it was, and one that is complete prints its results again without the model.
@@ -4684,7 +5013,7 @@ def write_outputs(found: Any, report: Path | None, chart: Path | None) -> None:
 
 
 # =====================================================================================================================
-# 15  Bench
+# 16  Bench
 # =====================================================================================================================
 
 BENCH_PROMPT, BENCH_TOKENS = 512, 48  # tokens that are read, and that are written, in a measurement
@@ -4862,14 +5191,14 @@ def time_calls(
 
 
 # =====================================================================================================================
-# 16  Hub
+# 17  Hub
 # =====================================================================================================================
 # huggingface_hub keeps nothing of a download that was stopped, and compares no checksums. So what is large is fetched
 # here, into its place in the hub's own cache; the library does the rest.
 
 TRIES = 3  # to reach the hub, or to get more of a file
 PAUSE = 1.0  # seconds before the next try
-SHARE = 0.6  # of the free memory may be taken by weights; the rest is for contexts and for other programs
+ROOM = 0.6  # of the free memory may be taken by weights; the rest is for contexts and for other programs
 USUAL = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")  # below four bits a model loses much, above eight it gains nothing
 
 
@@ -4955,11 +5284,6 @@ def asked(ask: Callable[[], Any], repository: str) -> Any:
     raise AssertionError
 
 
-def size_of(count: float) -> str:
-    """Write a number of bytes."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
 class HubFile(NamedTuple):
     """A file of a repository, as the hub lists it."""
 
@@ -5022,7 +5346,7 @@ def read_repository(repository: str) -> tuple[str, list[Choice]]:
 
 def best_choice(choices: Sequence[Choice], free: float) -> Choice | None:
     """Return the largest usual quantisation whose weights fit the free memory, else the largest of all that do."""
-    fitting = [choice for choice in choices if choice.bytes <= SHARE * free]
+    fitting = [choice for choice in choices if choice.bytes <= ROOM * free]
     usual = [choice for choice in fitting if choice.quantization in USUAL]
     return max(usual or fitting, key=lambda choice: choice.bytes, default=None)
 
@@ -5033,7 +5357,7 @@ def choose(repository: str, choices: Sequence[Choice], wanted: str, screen: Scre
     Raises:
         NotFound: there is no such one. UsageError: there are several. LoadError: none fits this machine.
     """
-    listed = [f"{choice.tag} ({size_of(choice.bytes)})" for choice in choices]
+    listed = [f"{choice.tag} ({in_bytes(choice.bytes)})" for choice in choices]
     if wanted:
         found = [choice for choice in choices if choice.is_called(wanted)]
         if not found:
@@ -5042,7 +5366,7 @@ def choose(repository: str, choices: Sequence[Choice], wanted: str, screen: Scre
             raise UsageError(f"{repository} has several {wanted}: name the file: {', '.join(one.tag for one in found)}")
         return found[0]
     free = free_memory()
-    memory = f"{100 * SHARE:.0f} % of the {size_of(free)} of free memory"
+    memory = f"{100 * ROOM:.0f} % of the {in_bytes(free)} of free memory"
     best = best_choice(choices, free)
     if best is None:
         raise LoadError(f"no model of {repository} fits into {memory}: name one to have it anyway: {', '.join(listed)}")
@@ -5168,7 +5492,7 @@ def fetch(download: Download, repository: str, commit: str, tell: Callable[[int]
     except Exception as error:
         found = hub_error(error, repository)
         if isinstance(found, CannotWrite):
-            found = CannotWrite(f"{found}; {size_of(download.file.bytes - download.have)} more are needed")
+            found = CannotWrite(f"{found}; {in_bytes(download.file.bytes - download.have)} more are needed")
         raise found from error
 
 
@@ -5185,14 +5509,14 @@ def download_model(repository: str, wanted: str, screen: Screen) -> Path:
     choice = choose(repository, choices, wanted, screen)
     downloads = [find_download(repository, commit, file) for file in choice.files]
     have = sum(download.have for download in downloads)
-    going_on = f", of which {size_of(have)} are here" if have else ""
-    screen.note(f"downloading {repository}:{choice.tag}, {size_of(choice.bytes)}{going_on}, to {hub_folder()}")
+    going_on = f", of which {in_bytes(have)} are here" if have else ""
+    screen.note(f"downloading {repository}:{choice.tag}, {in_bytes(choice.bytes)}{going_on}, to {hub_folder()}")
     place = next((one for one in [hub_folder(), *hub_folder().parents] if one.is_dir()), Path("."))
     free = shutil.disk_usage(place).free
     if choice.bytes - have > free:
         raise CannotWrite(
-            f"{repository}:{choice.tag} needs {size_of(choice.bytes - have)} on the disk, and {place} has "
-            f"{size_of(free)}: make room, or set HF_HOME to another folder"
+            f"{repository}:{choice.tag} needs {in_bytes(choice.bytes - have)} on the disk, and {place} has "
+            f"{in_bytes(free)}: make room, or set HF_HOME to another folder"
         )
     paths, before = [], 0
     try:
@@ -5271,7 +5595,385 @@ def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None] | N
 
 
 # =====================================================================================================================
-# 17  Commands
+# 18  Doctor
+# =====================================================================================================================
+# Is it well? What can end a process (llama.cpp's library, a driver, a model) is tried in a child of this one, so that
+# an illegal instruction is a line in a table.
+
+START_SECONDS, MODEL_SECONDS, HUB_SECONDS = 60.0, 600.0, 5.0  # that the library, a model, and the hub may take
+PROBE = Dialog("Be kind.", "One sentence.", (Turn("What is tea?"),))  # a dialog with all its tiers
+REINSTALL = "pip install --force-reinstall --no-cache-dir llama-cpp-python"
+FEATURES = {  # of processors: llama.cpp's name, then Linux's
+    "AVX": "avx", "AVX2": "avx2", "F16C": "f16c", "FMA": "fma", "BMI2": "bmi2", "AVX_VNNI": "avx_vnni",
+    "AVX512": "avx512f", "AVX512_VBMI": "avx512vbmi", "AVX512_VNNI": "avx512_vnni", "AVX512_BF16": "avx512_bf16",
+    "AMX_INT8": "amx_int8", "NEON": "asimd", "DOTPROD": "asimddp", "MATMUL_INT8": "i8mm", "SVE": "sve",
+}  # fmt: skip
+MATTERS = ("AVX2", "FMA", "F16C", "NEON", "DOTPROD")  # without these it is slow by a factor, not by some per cent
+
+Status = Literal["ok", "warning", "failed"]
+Finding = tuple[Status, str]
+
+
+class Check(NamedTuple):
+    """What was looked at, and what was found."""
+
+    name: str
+    status: Status
+    detail: str
+
+
+def llama_facts() -> dict[str, Any]:
+    """Return what llama.cpp says of itself, in JSON's types."""
+    llama = llama_cpp()
+    LOG.attach(False)
+    llama.llama_backend_init()
+    return {
+        "library": str(llama._lib._name),
+        "features": llama.llama_print_system_info().decode("utf-8", "replace"),
+        "offloads": bool(llama.llama_supports_gpu_offload()),
+        "devices": devices(),
+    }
+
+
+def try_model(path: Path, settings: Settings) -> list[str]:
+    """Load a model and use it: vocabulary, end token, template, a tier-safe render, one decoded token.
+
+    Raises:
+        EdgeError: some of it fails.
+    """
+    file = ModelFile(path)
+    interrupt = Interrupt()
+    settings = replace(settings, max_tokens=1, temperature=0.0, context=min(file.context, 512))
+    with interrupt, Model(file, settings, interrupt) as model:
+        found = [f"loads, with {model.vocabulary.size:,} tokens and the end token {file.token('eos') or 'none'}"]
+        if file.templates:
+            with Chat(model, choose_template("auto", file), settings, RenderOptions(), interrupt) as session:
+                answer = session.answer(PROBE, 0, lambda _: None, lambda _: None)
+                interrupt.check()
+                found.append(f"the template {answer.template} renders {answer.input_tokens} tier-safe tokens")
+                found.append(check_logits(cast(Engine, session.engine)))
+        else:
+            found.append("carries no chat template: chat will need --template")
+            with Engine(model, settings, interrupt, cast(int, settings.context)) as engine:
+                engine.step([Feed(engine.sequences[0], [0])])
+                found.append(check_logits(engine))
+    return found
+
+
+def check_logits(engine: Engine) -> str:
+    """Say whether what the model computed last are numbers: infinite weights make them none."""
+    logits = llama_cpp().llama_get_logits_ith(engine.pointer, -1)
+    if all(map(math.isfinite, logits[: engine.model.vocabulary.size])):
+        return "a token is decoded"
+    return "warning: what the result computes are no numbers; use --outtype bf16 or f32, or look at the weights"
+
+
+def be_child() -> None:
+    """Do what the parent asks on the command line, and print the result or the error as JSON."""
+    task, *arguments = json.loads(sys.argv[1])
+    try:
+        if task == "model":
+            path, gpu_layers, threads = arguments
+            result: Any = try_model(Path(path), Settings(gpu_layers=gpu_layers, threads=threads))
+        else:
+            result = llama_facts()
+        print(json.dumps({"result": result}))
+    except EdgeError as error:
+        print(json.dumps({"error": one_line(error)}))
+
+
+def in_child(seconds: float, *task: Any) -> Any:
+    """Have a child process do something that may end it; return its result.
+
+    Raises:
+        EdgeError: it fails, is ended by a signal, or takes more than so many seconds.
+    """
+    import subprocess
+
+    command = [sys.executable, "-c", "import metaalign_edge as edge; edge.be_child()", json.dumps(task)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        ended = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise EdgeError(f"no answer within {seconds:g} seconds") from None
+    if ended.returncode or not ended.stdout:
+        raise EdgeError(ended_by(ended.returncode, ended.stderr.decode("utf-8", "replace")))
+    answer = json.loads(ended.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise EdgeError(answer["error"])
+    return answer["result"]
+
+
+def ended_by(code: int, said: str) -> str:
+    """Say what ended a process."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    reasons = {"SIGILL": "an instruction that this processor lacks", "SIGKILL": "most likely for want of memory"}
+    name = "SIGILL" if code in (-4, 0xC000001D) else ""  # Windows' number for an illegal instruction
+    with contextlib.suppress(ValueError):
+        name = name or signal.Signals(-code).name
+    if not name:
+        return f"it ends with {code}: {lines[-1] if lines else 'without a word'}"
+    return f"it is ended by {name}" + (f", {reasons[name]}" if name in reasons else "")
+
+
+class Doctor:
+    """Looks at everything that an answer needs."""
+
+    def __init__(self, model: str | None, settings: Settings, network: bool) -> None:
+        self.settings, self.network, self.model = settings, network, model
+        self.file: ModelFile | None = None
+        self.facts: dict[str, Any] | None = None  # of llama.cpp; None while it does not load
+        self.looks: dict[str, Callable[[], Finding]] = {
+            "program": self.program,
+            "llama.cpp": self.llama,
+            "devices": self.devices,
+            "processor": self.processor,
+            "memory": self.memory,
+            "model": self.metadata,
+            "template": self.template,
+            "first token": self.first_token,
+            "fit": self.fit,
+            "cache": self.cache,
+            "config": lambda: self.folder(config_folder(), "METAALIGN_EDGE_CONFIG"),
+            "data": lambda: self.folder(data_folder(), "METAALIGN_EDGE_DATA"),
+            "terminal": self.terminal,
+            "hub": self.hub,
+        }
+
+    def checks(self) -> Iterator[Check]:
+        """Yield each check when it is done; what goes wrong in it is what it found."""
+        for name, look in self.looks.items():
+            try:
+                yield Check(name, *look())
+            except EdgeError as error:
+                yield Check(name, "failed", one_line(error))
+            except Exception as error:
+                yield Check(name, "failed", f"unexpected {type(error).__name__}: {one_line(error)}")
+
+    def program(self) -> Finding:
+        """Look at this program and its Python."""
+        import platform
+
+        python = f"Python {platform.python_version()}, {sys.executable}"
+        return "ok", f"metaalign-edge {__version__}, {python}, {platform.system()} {platform.machine()}"
+
+    def llama(self) -> Finding:
+        """Look whether llama.cpp's library loads, and is the one that this program was written for."""
+        from importlib.metadata import PackageNotFoundError, requires, version
+
+        started = time.perf_counter()
+        try:
+            self.facts = in_child(START_SECONDS, "llama")
+        except EdgeError as error:
+            raise EdgeError(f"it does not load: {one_line(error)}: {REINSTALL}") from None
+        spent = 1000 * (time.perf_counter() - started)
+        backends = ", ".join(re.findall(r"(\w+) : ", self.facts["features"]))
+        detail = f"loads in {spent:.0f} ms, for {backends}, {self.facts['library']}"
+        with contextlib.suppress(PackageNotFoundError):
+            has = version("llama-cpp-python")
+            detail = f"llama-cpp-python {has} {detail}"
+            wants = [need for need in requires("metaalign-edge") or [] if need.startswith("llama-cpp-python==")]
+            if wants and wants != [f"llama-cpp-python=={has}"]:
+                return "warning", f"{detail}; this program was written for another: pip install {wants[0]}"
+        return "ok", detail
+
+    def devices(self) -> Finding:
+        """Look at the devices that layers can go to."""
+        if self.facts is None:
+            return "warning", "not known, as llama.cpp does not load"
+        found = self.gpus()
+        if found:
+            each = (
+                f"{one.name} ({one.description}), {in_bytes(one.free)} of {in_bytes(one.total)} free" for one in found
+            )
+            return "ok", "; ".join(each)
+        if self.facts["offloads"]:
+            return "warning", "none, though this build of llama.cpp has a backend for one: look at the driver"
+        if there := unused_gpu():
+            name, flag = there
+            how = f'CMAKE_ARGS="-DLLAVA_BUILD=OFF -D{flag}=on" {REINSTALL}'
+            return "warning", f"the CPU alone, though there is {name}: {how}"
+        return "ok", "the CPU alone: this build of llama.cpp has no GPU"
+
+    def gpus(self) -> list[Device]:
+        """Return the devices that layers can go to; none if llama.cpp does not load."""
+        facts = self.facts or {"offloads": False}
+        return usable([Device(*one) for one in facts["devices"]]) if facts["offloads"] else []
+
+    def processor(self) -> Finding:
+        """Look at what the processor can do, and what of it llama.cpp was built for."""
+        cores = f"{physical_cores()} cores"
+        flags: set[str] = set()
+        with contextlib.suppress(OSError):  # not Linux
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+            flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
+        has = {name for name, flag in FEATURES.items() if flag in flags}
+        if self.facts is None:
+            return "ok", f"{cores}; it has {', '.join(sorted(has)) or 'features that are not known'}"
+        built = set(re.findall(r"(\w+) = 1", self.facts["features"]))
+        detail = f"{cores}; llama.cpp is built for {', '.join(sorted(built & FEATURES.keys())) or 'any processor'}"
+        unused = [name for name in sorted(has - built) if name in MATTERS]
+        if flags and (lacking := sorted((built & FEATURES.keys()) - has)):
+            return "warning", f"{detail}, but the processor lacks {', '.join(lacking)}: {REINSTALL}"
+        if unused:
+            return "warning", f"{detail}, not for {', '.join(unused)} that the processor has: {REINSTALL}"
+        return "ok", detail
+
+    def memory(self) -> Finding:
+        """Look at the main memory."""
+        limits = memory_limits()
+        said = [f"{in_bytes(count)} {what}" for what, count in limits.items()]
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            said.append(f"{in_bytes(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} in all")
+        return "ok", ", ".join(said) or "this system does not say"
+
+    def metadata(self) -> Finding:
+        """Look at the model's file."""
+        self.file = find_model(self.model, True, Screen(quiet=True))  # nobody asked for a download
+        footprint = Footprint.of(self.file)
+        size = in_bytes(sum(footprint.weights) + footprint.embedding)
+        known = f"{self.file.architecture}, {size} of weights, {self.file.context:,} tokens of context"
+        return "ok", f"{self.file.path}: {known}"
+
+    def template(self) -> Finding:
+        """Look whether the model's template renders a dialog with all three tiers."""
+        file = self.loaded()
+        if not file.templates:
+            return "warning", "the model carries none: give one with --template"
+        chosen = choose_template("auto", file)
+        render(PROBE, chosen)
+        return "ok", f"{chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}; all three tiers render"
+
+    def loaded(self) -> ModelFile:
+        """Return the model's file.
+
+        Raises:
+            EdgeError: it cannot be read.
+        """
+        if self.file is None:
+            raise EdgeError("not tried, as there is no model")
+        return self.file
+
+    def first_token(self) -> Finding:
+        """Look whether the model loads, takes a dialog and says something."""
+        path = str(self.loaded().path.absolute())
+        if self.facts is None:
+            return "warning", "not tried, as llama.cpp does not load"
+        found = in_child(MODEL_SECONDS, "model", path, self.settings.gpu_layers, self.settings.threads)
+        wrong = any(line.startswith("warning: ") for line in found)
+        return "warning" if wrong else "ok", "; ".join(found).replace("warning: ", "")
+
+    def fit(self) -> Finding:
+        """Look whether the model fits the memory, and how much context does."""
+        file = self.loaded()
+        plan = plan_for(file, self.settings, self.gpus())
+        plan.check(file.path)
+        detail = f"{plan}; -c auto would take {plan.largest(file.context):,}" if plan.footprint.foretold else str(plan)
+        detail += f"; {plan.offloaded} of {len(plan.places)} layers on the GPU" if plan.offloaded else ""
+        if plan.crawls:
+            return (
+                "warning",
+                f"{detail}: the weights are read from the disk again and again: take a smaller quantisation",
+            )
+        return "ok", detail if plan.footprint.foretold else f"{detail}; what its cache takes is not foretold"
+
+    def cache(self) -> Finding:
+        """Look at the states of meta-prompts on the disk."""
+        status, detail = self.folder(cache_folder(), "METAALIGN_EDGE_CACHE")
+        states = States()
+        files = states.files()
+        size, hits = sum(file.bytes for file in files), sum(file.hits for file in files)
+        return status, f"{detail}; {len(files)} states, {in_bytes(size)} of {in_bytes(states.most)}, {hits} hits"
+
+    @staticmethod
+    def folder(folder: Path, variable: str) -> Finding:
+        """Look whether a folder can be written, or made."""
+        import tempfile
+
+        there = next((one for one in (folder, *folder.parents) if one.exists()), Path(os.sep))
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            return "warning", f"{folder}: {error.strerror}: nothing is kept there; {variable} names another"
+        free = in_bytes(shutil.disk_usage(there).free)
+        return "ok", f"{folder}, {free} free" if there == folder else f"{folder}, to be made; {free} free"
+
+    @staticmethod
+    def terminal() -> Finding:
+        """Look at where the answers go."""
+        from rich.console import Console
+
+        encoding = (sys.stdout.encoding or "unknown") if sys.stdout else "none"
+        place = "none: stdout is a pipe or a file"
+        if sys.stdout and sys.stdout.isatty():
+            depth = {None: "no", "standard": "16", "256": "256"}
+            colours = f"{depth.get(Console().color_system, 'all')} colours"
+            place = f"{os.environ.get('TERM', 'no TERM')}, {shutil.get_terminal_size().columns} columns, {colours}"
+        if encoding.lower().replace("-", "") != "utf8":
+            return "warning", f"{place}, {encoding}: letters that it lacks become `?`; PYTHONUTF8=1 helps"
+        return "ok", f"{place}, {encoding}"
+
+    def hub(self) -> Finding:
+        """Look whether the hub can be reached, if that may be asked."""
+        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            return "ok", "offline, as HF_HUB_OFFLINE says: nothing is fetched"
+        return ask_hub(endpoint) if self.network else ("ok", f"{endpoint}, not asked (--network asks)")
+
+
+def ask_hub(endpoint: str) -> Finding:
+    """Send the hub one request, and say what it answers.
+
+    Raises:
+        EdgeError: it cannot be reached.
+    """
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+    if not endpoint.startswith(("http://", "https://")):
+        raise EdgeError(f"HF_ENDPOINT={endpoint} is no address of a hub")
+    stay = HTTPRedirectHandler()
+    stay.redirect_request = lambda *_: None  # type: ignore[method-assign]  # another place would be another request
+    started, status = time.perf_counter(), 200
+    try:
+        build_opener(stay).open(Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
+    except HTTPError as error:
+        status = error.code
+    except (OSError, HTTPException) as error:
+        raise EdgeError(f"{endpoint} cannot be reached: {one_line(getattr(error, 'reason', error))}") from None
+    spent = 1000 * (time.perf_counter() - started)
+    level: Status = "ok" if status < 400 else "warning" if status < 500 else "failed"
+    return level, f"{endpoint} answers {status} in {spent:.0f} ms"
+
+
+def unused_gpu() -> tuple[str, str] | None:
+    """Name a GPU that this machine seems to have, and the flag that builds llama.cpp for it."""
+    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
+        return "an NVIDIA GPU", "GGML_CUDA"
+    if Path("/dev/kfd").exists():
+        return "an AMD GPU", "GGML_HIP"
+    return ("Metal", "GGML_METAL") if sys.platform == "darwin" else None
+
+
+def check_lines(check: Check, width: int, columns: int | None) -> str:
+    """Lay a check out as a line, or as the lines of a terminal of so many columns. width: of the longest name."""
+    head = f"{check.status:<7}  {check.name:<{width}}  "
+    if columns is None:
+        return f"{head}{check.detail}\n"
+    import textwrap
+
+    options: dict[str, Any] = {"width": columns, "break_long_words": False, "break_on_hyphens": False}
+    if columns < len(head) + COLUMN:
+        detail = textwrap.fill(check.detail, initial_indent="  ", subsequent_indent="  ", **options)
+        return f"{head.rstrip()}\n{detail}\n"
+    return textwrap.fill(check.detail, initial_indent=head, subsequent_indent=" " * len(head), **options) + "\n"
+
+
+# =====================================================================================================================
+# 19  Commands
 # =====================================================================================================================
 
 app = typer.Typer(
@@ -5543,7 +6245,14 @@ MaxTokensOption = Annotated[
     option("-n", "--max-tokens", help="Tokens of the answer at most.", panel=SAMPLING, env="MAX_TOKENS", min=1),
 ]
 ContextOption = Annotated[
-    int | None, option("-c", "--ctx-size", help="Tokens of the context.", panel=MODEL, env="CTX_SIZE", min=16)
+    str | None,
+    option(
+        "-c",
+        "--ctx-size",
+        help="Tokens of the context, or auto: as many as the model knows and memory holds.",
+        panel=MODEL,
+        env="CTX_SIZE",
+    ),
 ]
 GpuOption = Annotated[
     str, option("-ngl", "--gpu-layers", help="Layers on the GPU: auto, all or a number.", panel=MODEL, env="GPU_LAYERS")
@@ -5710,10 +6419,22 @@ class Loaded(NamedTuple):
         """Return what the engine has to know.
 
         Raises:
-            UsageError: the number of layers is none, or a scale. NotFound, LoadError: an adapter is not there, or none.
+            UsageError: the number of tokens or of layers is none, or a scale. NotFound, LoadError: an adapter is not
+                there, or none.
         """
         layers, adapters = checked_gpu_layers(self.gpu_layers), find_adapters(self.lora or ())
-        return Settings(self.ctx_size, layers, self.threads, adapters=adapters)
+        return Settings(checked_context(self.ctx_size), layers, self.threads, adapters=adapters)
+
+    def fitted(self, settings: Settings, file: ModelFile, parallel: int = 1, columns: int = 1) -> Settings:
+        """Return the settings for so many answers at a time, each of so many dialogs, with -c auto as a number.
+
+        Raises:
+            UsageError: what a context of this model takes is not known. LoadError: none fits.
+        """
+        contexts = Guidance(Dialog("both", "tiers"), settings.system_strength, settings.pref_strength).dialogs
+        lanes = columns * len(contexts)
+        settings = replace(settings, sequences=parallel * lanes, lanes=lanes)
+        return replace(settings, context=largest_context(file, settings)) if self.ctx_size == "auto" else settings
 
 
 class Strengths(NamedTuple):
@@ -5833,7 +6554,7 @@ def chat(
     settings = gathered(loaded, sampling, strengths, talk)
     asked = read_query(query, no_stdin, repl=not as_json)
     interrupt, states = Interrupt(), kept_states(no_cache)
-    model, chosen = load_model(loaded, rendered, settings, interrupt, screen)
+    model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen)
     OPEN.enter_context(model)
     with Chat(model, chosen, settings, rendered.options(), interrupt, states=states) as session:
         explain(model, chosen, settings, screen)
@@ -5876,7 +6597,7 @@ def compare(
     dialogs = [Dialog(meta_prompt.system_info(), info, (asked,)) for info in infos]
     settings = gathered(loaded, sampling, strengths, talk)
     interrupt, options = Interrupt(), rendered.options()
-    model, chosen = load_model(loaded, rendered, settings, interrupt, screen)
+    model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen, len(dialogs))
     answers: list[Answer] = []
 
     def before(answer: Answer) -> None:
@@ -5950,8 +6671,8 @@ def batch(
         echo '{"query": "What is tea?", "pref": "@json"}' | metaalign-edge batch -
     """
     screen, standing = talk.screen(), meta_prompt.dialog()
-    settings = gathered(loaded, sampling, strengths, talk)
     file = loaded.file(screen)
+    settings = loaded.fitted(gathered(loaded, sampling, strengths, talk), file, parallel)
     chosen, interrupt, options = choose_template(rendered.template, file), Interrupt(), rendered.options()
     deciding = replace(settings, seed=settings.seed if sampling.seed is not None else -1).deciding()
     run = digest([__version__, file.identity, chosen.identity, *options, *deciding])[:16]
@@ -6306,45 +7027,15 @@ def conversion_template(name: str, checkpoint: Any) -> tuple[str | None, str | N
 
 
 def verify_conversion(path: Path, settings: Settings) -> list[str]:
-    """Check a conversion before it gets its name; see `check_conversion`.
+    """Check a conversion before it gets its name; see `try_model`.
 
     Raises:
-        EdgeError: of the kind that `check_conversion` raises; nothing stays.
+        EdgeError: of the kind that `try_model` raises; nothing stays.
     """
     try:
-        return check_conversion(path, settings)
+        return try_model(path, replace(settings, gpu_layers="0"))
     except (LoadError, TemplateError, TierViolation, ContextOverflow) as error:
         raise type(error)(f"the result fails its check, so it was removed (--no-check keeps it): {error}") from error
-
-
-def check_conversion(path: Path, settings: Settings) -> list[str]:
-    """Load a conversion and use it: vocabulary, end token, template, a tier-safe render, one decoded token."""
-    file = ModelFile(path)
-    interrupt = Interrupt()
-    probe = Dialog("Be kind.", "One sentence.", (Turn("What is tea?"),))
-    settings = replace(settings, max_tokens=1, temperature=0.0, gpu_layers="0", context=min(file.context, 512))
-    with interrupt, Model(file, settings, interrupt) as model:
-        found = [f"loads, with {model.vocabulary.size:,} tokens and the end token {file.token('eos') or 'none'}"]
-        if file.templates:
-            with Chat(model, choose_template("auto", file), settings, RenderOptions(), interrupt) as session:
-                answer = session.answer(probe, 0, lambda _: None, lambda _: None)
-                interrupt.check()
-                found.append(f"the template {answer.template} renders {answer.input_tokens} tier-safe tokens")
-                found.append(check_logits(cast(Engine, session.engine)))
-        else:
-            found.append("carries no chat template: chat will need --template")
-            with Engine(model, settings, interrupt, cast(int, settings.context)) as engine:
-                engine.step([Feed(engine.sequences[0], [0])])
-                found.append(check_logits(engine))
-    return found
-
-
-def check_logits(engine: Engine) -> str:
-    """Say whether what the model computed last are numbers: infinite weights make them none."""
-    logits = llama_cpp().llama_get_logits_ith(engine.pointer, -1)
-    if all(map(math.isfinite, logits[: engine.model.vocabulary.size])):
-        return "a token is decoded"
-    return "warning: what the result computes are no numbers; use --outtype bf16 or f32, or look at the weights"
 
 
 cache = typer.Typer(no_args_is_help=True, help="What was read of meta-prompts, kept on the disk.")
@@ -6868,7 +7559,7 @@ def show_choices(repository: str, wanted: str, as_json: bool, screen: Screen) ->
             "quantization": choice.quantization or None,
             "files": [file.name for file in choice.files],
             "bytes": choice.bytes,
-            "fits": choice.bytes <= SHARE * free,
+            "fits": choice.bytes <= ROOM * free,
             "taken": choice is taken,
         }
         for choice in choices
@@ -6877,10 +7568,10 @@ def show_choices(repository: str, wanted: str, as_json: bool, screen: Screen) ->
         screen.json(rows)
         return
     notes = [
-        "taken" if row["taken"] else "" if row["fits"] else f"over {100 * SHARE:.0f} % of the free memory"
+        "taken" if row["taken"] else "" if row["fits"] else f"over {100 * ROOM:.0f} % of the free memory"
         for row in rows
     ]
-    cells = [[choice.tag, size_of(choice.bytes), note] for choice, note in zip(choices, notes, strict=True)]
+    cells = [[choice.tag, in_bytes(choice.bytes), note] for choice, note in zip(choices, notes, strict=True)]
     screen.write("\n".join((rich_table if screen.terminal else aligned)(["model", "size", ""], cells)) + "\n")
 
 
@@ -6952,11 +7643,11 @@ def models_list(as_json: JsonOption = False) -> None:
         screen.json(rows)
         return
     cells = [
-        [row["name"], size_of(row["bytes"]), "-", "-", "-", "-", f"damaged: {row['error']}"]
+        [row["name"], in_bytes(row["bytes"]), "-", "-", "-", "-", f"damaged: {row['error']}"]
         if row["error"]
         else [
             row["name"],
-            size_of(row["bytes"]),
+            in_bytes(row["bytes"]),
             row["architecture"],
             f"{row['parameters'] / 1e6:,.0f} M",
             row["quantization"],
@@ -6969,7 +7660,7 @@ def models_list(as_json: JsonOption = False) -> None:
     lines = (rich_table if screen.terminal else aligned)(heads, cells)
     screen.write("\n".join(lines) + "\n")
     if left := unfinished_downloads():
-        size = size_of(sum(path.stat().st_size for path in left))
+        size = in_bytes(sum(path.stat().st_size for path in left))
         screen.note(f"unfinished downloads: {size}; `pull` goes on with them, `models rm --unfinished` removes them")
 
 
@@ -6986,7 +7677,8 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
     screen, file = Screen(), find_model(name, True, Screen())
     tokens, words = split_markers(file)
     native = choose_template("auto", file).native if file.templates else None
-    kv = token_bytes(file)
+    by_layer = cache_bytes(file)
+    kv = sum(by_layer) if by_layer else None
     document = {
         **model_row(name_of(file.path), file),
         "parts": [str(part) for part in file.paths],
@@ -7003,11 +7695,11 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
     rows = {
         "model": document["name"],
         "file": f"{file.path}" + (f" and {len(file.paths) - 1} more parts" if len(file.paths) > 1 else ""),
-        "size": size_of(file.bytes),
+        "size": in_bytes(file.bytes),
         "architecture": file.architecture,
         "parameters": f"{document['parameters']:,}",
         "quantisation": document["quantization"],
-        "context": f"{file.context:,} tokens, {size_of(1000 * kv) if kv else 'it varies how much'} for each 1,000",
+        "context": f"{file.context:,} tokens, {in_bytes(1000 * kv) if kv else 'it varies how much'} for each 1,000",
         "template": f"{document['template'] or 'none'}, {way}",
         "tokens": " ".join(tokens) or "none of the template's markers",
         "words": " ".join(words) or "none",
@@ -7022,20 +7714,6 @@ def split_markers(file: ModelFile) -> tuple[list[str], list[str]]:
     texts, kinds = list(file.items("tokenizer.ggml.tokens")), list(file.items("tokenizer.ggml.token_type"))
     special = {text for text, kind in zip(texts, kinds, strict=False) if kind in (3, 4)}  # control, user-defined
     return [marker for marker in found if marker in special], [marker for marker in found if marker not in special]
-
-
-def token_bytes(file: ModelFile) -> int | None:
-    """Return what a token takes in the KV cache, 16 bits a number; None where that is not the same for all tokens."""
-    known, prefix = file.metadata.get, f"{file.architecture}."
-    attention = f"{prefix}attention."
-    odd = (f"{attention}sliding_window", f"{attention}kv_lora_rank", f"{prefix}ssm.state_size")
-    heads, layers = known(f"{attention}head_count"), known(f"{prefix}block_count")
-    if any(known(key) for key in odd) or not isinstance(heads, int) or not isinstance(layers, int) or not heads:
-        return None
-    each = int(known(f"{prefix}embedding_length", 0)) // heads
-    width = int(known(f"{attention}key_length", each)) + int(known(f"{attention}value_length", each))
-    shared = known(f"{attention}head_count_kv", heads)
-    return 2 * width * (layers * shared if isinstance(shared, int) else sum(file.items(f"{attention}head_count_kv")))
 
 
 @models.command("rm")
@@ -7060,7 +7738,7 @@ def models_rm(names: NamesArgument = None, unfinished: UnfinishedOption = False,
             raise CannotWrite(f"cannot remove {path}: {error.strerror}") from None
     if setting("model") in [one.name for one in gone]:
         store_setting("model", None)
-    Screen(quiet).note(f"{size_of(freed)} freed")
+    Screen(quiet).note(f"{in_bytes(freed)} freed")
 
 
 def removable(name: str) -> Stored:
@@ -7191,6 +7869,7 @@ def bench(
     screen, interrupt, settings = talk.screen(), Interrupt(), loaded.settings()
     check_outputs(None, chart)
     file = loaded.file(screen)
+    settings = replace(settings, context=BENCH_PROMPT + BENCH_TOKENS, sequences=max(BENCH_TOGETHER))
     choose_template(template, file)
     with interrupt:
         found = measure(file, replace(settings, temperature=0.0, verbose=talk.verbose), template, rounds, interrupt)
@@ -7201,6 +7880,35 @@ def bench(
     screen.json(asdict(found)) if as_json else screen.write(
         "\n".join(lay_out(["", found.model, "", ""], found.rows())) + "\n"
     )
+
+
+NetworkOption = Annotated[bool, option("--network", help="Ask the hub, too, whether it can be reached.")]
+
+
+@app.command()
+@grouped
+def doctor(network: NetworkOption = False, as_json: JsonOption = False, *, loaded: Loaded) -> None:
+    """Look whether all is well: llama.cpp, devices, memory, the model and whether it fits, folders, terminal, hub.
+
+    Each check is ok, a warning, or failed. The exit code is 0 if none failed, else 1.
+
+    Examples:
+
+        metaalign-edge doctor
+
+        metaalign-edge doctor -m model.gguf -c 8192 --json
+    """
+    screen, patient = Screen(), Doctor(loaded.model, loaded.settings(), network)
+    columns = shutil.get_terminal_size().columns if screen.terminal else None
+    checks = []
+    for check in patient.checks():
+        checks.append(check)
+        if not as_json:
+            screen.write(check_lines(check, max(map(len, patient.looks)), columns))
+    if as_json:
+        screen.json({"checks": [check._asdict() for check in checks]})
+    if failed := sum(check.status == "failed" for check in checks):
+        raise EdgeError(f"{failed} of {len(checks)} checks failed")
 
 
 @app.command("eval")
@@ -7252,7 +7960,7 @@ def eval_command(
     chosen = []
     for name, wanted, how in models:  # before the suite is composed
         file = find_model(name, loaded.offline, screen)
-        chosen.append((file, choose_template(wanted, file), how))
+        chosen.append((file, choose_template(wanted, file), loaded.fitted(how, file, parallel)))
     asked = find_suite(suite, seed, size, ifeval_tier)
     files = [answers and answers.with_name(f"{answers.stem}{name}{answers.suffix}") for name in names]
     candidates = [make_candidate(*one, options, asked, path) for one, path in zip(chosen, files, strict=False)]
@@ -7347,6 +8055,19 @@ def checked_gpu_layers(value: str) -> str:
     raise UsageError(f"-ngl takes auto, all or a number of layers, not {value!r}")
 
 
+def checked_context(value: str | None) -> int | None:
+    """Return the number of -c; None if there is none, or it is auto.
+
+    Raises:
+        UsageError: it is something else, or too small for any dialog.
+    """
+    if value is None or value == "auto":
+        return None
+    if not value.isdecimal() or int(value) < LEAST_CONTEXT:
+        raise UsageError(f"-c takes auto or a number of tokens, at least {LEAST_CONTEXT}, not {value!r}")
+    return int(value)
+
+
 def checked_strength(flag: str, value: str | float) -> float:
     """Return a strength as a number that logits can be weighed with.
 
@@ -7363,8 +8084,8 @@ def checked_strength(flag: str, value: str | float) -> float:
 
 
 def load_model(
-    loaded: Loaded, rendered: Rendered, settings: Settings, interrupt: Interrupt, screen: Screen
-) -> tuple[Model, ChatTemplate]:
+    loaded: Loaded, rendered: Rendered, settings: Settings, interrupt: Interrupt, screen: Screen, columns: int = 1
+) -> tuple[Model, ChatTemplate, Settings]:
     """Load a model, and choose its template meanwhile.
 
     Raises:
@@ -7374,10 +8095,11 @@ def load_model(
     STOPWATCH.mark("options")
     with STOPWATCH("metadata"):
         file = loaded.file(screen)
+        settings = loaded.fitted(settings, file, columns=columns)
     with interrupt, Loading(file, settings, interrupt) as loading:
         with STOPWATCH("template"):
             chosen = choose_template(rendered.template, file)
-        return loading.take(), chosen
+        return loading.take(), chosen, settings
 
 
 def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Screen) -> None:
@@ -7386,14 +8108,22 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
         "the GPU"
         if model.gpu_layers
         else "the CPU (this build of llama.cpp has no GPU)"
-        if settings.gpu_layers == "auto"
+        if settings.gpu_layers != "0" and not gpus()
         else "the CPU"
     )
-    layers = (
-        "all layers" if model.gpu_layers < 0 else f"{model.gpu_layers} layers" if model.gpu_layers else "everything"
-    )
+    plan = cast(Plan, model.plan)
+    every = model.gpu_layers == len(plan.places)
+    layers = "all layers" if every else f"{model.gpu_layers} layers" if model.gpu_layers else "everything"
+    if plan.crawls:
+        main = plan.needs[0]
+        screen.note(
+            f"metaalign-edge: warning: {in_bytes(sum(main))} are needed for {model.file.path.name}, and "
+            f"{in_bytes(plan.free[0])} are free: its weights are read from the disk again and again, at a crawl; "
+            "take a smaller quantisation"
+        )
     screen.detail(f"model {model.file.path}: {model.file.architecture}, loaded in {model.load_ms:.0f} ms")
     screen.detail(f"template {chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}")
+    screen.detail(f"memory for {plan}")
     screen.detail(f"{layers} on {device}, {threads_for(model, settings)} threads, seed {settings.seed}")
     if settings.adapters:
         screen.detail(f"adapters {name_adapters(settings.adapters)}")
@@ -7430,7 +8160,7 @@ def answer_once(session: Chat, dialog: Dialog, screen: Screen, strict: bool, as_
 
 
 # =====================================================================================================================
-# 18  Main
+# 20  Main
 # =====================================================================================================================
 
 

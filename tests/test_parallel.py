@@ -445,7 +445,7 @@ def test_of_equal_logits_the_first_is_taken_as_llama_cpps_greedy_sampler_does(mo
 
 
 def test_a_context_that_cannot_be_made_is_refused_politely(model: Model) -> None:
-    for count, context, said in ((257, 64, "fewer at a time"), (256, 1 << 25, r"-c \d+ or --parallel \d+ would fit")):
+    for count, context, said in ((257, 64, "fewer at a time"), (256, 1 << 21, r"-c \d+ or --parallel \d+ would fit")):
         with pytest.raises(LoadError, match=rf"{count} times {context:,} tokens .*{said}"):
             Parallel(
                 model,

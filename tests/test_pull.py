@@ -283,7 +283,7 @@ def test_chat_announces_what_it_downloads_and_then_asks_nobody(
     command = ["chat", "-m", f"{REPOSITORY}:Q8_0", "--no-stdin", "--seed", "1", "-n", "4", "tea?"]
     assert edge.run(command) == 0
     first, error = capfd.readouterr()
-    size = edge.size_of(len(hub.repositories[REPOSITORY]["tiny-Q8_0.gguf"]))
+    size = edge.in_bytes(len(hub.repositories[REPOSITORY]["tiny-Q8_0.gguf"]))
     assert f"downloading {REPOSITORY}:Q8_0, {size}" in error
     no_sockets()
     assert edge.run([*command, "--offline"]) == edge.run(command) == 0
