@@ -23,7 +23,8 @@ Contents, in dependency order (nothing refers upward):
     14  Evaluation
     15  Bench
     16  Commands
-    17  Main
+    17  Python
+    18  Main
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import BuiltinMethodType, MethodType, ModuleType, TracebackType
@@ -64,6 +65,7 @@ from typing import (
     Protocol,
     SupportsIndex,
     TextIO,
+    TypedDict,
     cast,
     get_type_hints,
 )
@@ -72,6 +74,27 @@ import typer
 
 if TYPE_CHECKING:
     import jinja2
+    from typing_extensions import Unpack
+
+__all__ = [
+    "Answer",
+    "CannotWrite",
+    "ContextOverflow",
+    "Dialog",
+    "EdgeError",
+    "Interrupted",
+    "LoadError",
+    "Model",
+    "NetworkError",
+    "NotFound",
+    "TemplateError",
+    "TierViolation",
+    "Turn",
+    "UsageError",
+    "compare",
+    "generate",
+    "stream",
+]  # fmt: skip  what a program needs; see Python
 
 # =====================================================================================================================
 #  1  Constants, and what a call costs
@@ -216,13 +239,22 @@ class Turn:
 
 @dataclass(frozen=True)
 class Dialog:
-    """What is said in which tier. The prompt is a pure function of it; the last turn has no response yet."""
+    """What is said in which tier. The prompt is a pure function of it; the last turn has no response yet.
+
+    >>> dialog = Dialog("Be kind.", "I'm a zookeeper.", [Turn("What is tea?")])
+    >>> dialog.then("Tea is a drink.", "And bread?").turns
+    (Turn(query='What is tea?', response='Tea is a drink.'), Turn(query='And bread?', response=None))
+
+    Raises:
+        UsageError: a text cannot be written as UTF-8.
+    """
 
     system_info: str = ""
     user_info: str = ""
-    turns: tuple[Turn, ...] = ()
+    turns: Sequence[Turn] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "turns", tuple(self.turns))
         for name, text in self.texts():
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise UsageError(f"the {name} holds bytes that are not UTF-8 (a lone surrogate): re-encode the text")
@@ -235,6 +267,11 @@ class Dialog:
             yield "User Query", turn.query
             if turn.response is not None:
                 yield "Response", turn.response
+
+    def then(self, response: str, query: str) -> Dialog:
+        """Return the dialog after this answer to its newest query, with another query."""
+        *earlier, last = self.turns
+        return replace(self, turns=[*earlier, replace(last, response=response), Turn(query)])
 
 
 class RenderOptions(NamedTuple):
@@ -1642,6 +1679,7 @@ class Interrupt:
     ) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
+            self._before = None
 
     def _raise(self, number: int, frame: object) -> None:
         if self.raised:
@@ -1663,12 +1701,11 @@ class Log:
         self._callback: Any = None
 
     def attach(self, verbose: bool) -> None:
-        """Take over llama.cpp's log, once per process."""
-        self.verbose = verbose
+        """Take over llama.cpp's log, again each time: llama-cpp-python's own import takes it, too."""
+        self.verbose, llama = verbose, llama_cpp()
         if self._callback is None:
-            llama = llama_cpp()
             self._callback = llama.llama_log_callback(self._write)
-            llama.llama_log_set(self._callback, None)
+        llama.llama_log_set(self._callback, None)
 
     def _write(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace")
@@ -1729,9 +1766,14 @@ def physical_cores() -> int:
 class Model:
     """A GGUF loaded by llama.cpp, or only its vocabulary. Close it, or use it in a `with`.
 
+    A program opens one with `Model.open`, and hands it to `generate`, `stream` and `compare`.
+
     Raises:
         LoadError: llama.cpp refuses the file. Interrupted: Ctrl-C while it loaded.
     """
+
+    chat_template: ChatTemplate | None = None  # as chosen by `Model.open`
+    session: Any = None  # the context that a program's calls share; it ends with the model
 
     def __init__(
         self, file: ModelFile, settings: Settings, interrupt: Interrupt | None = None, vocab_only: bool = False
@@ -1741,6 +1783,7 @@ class Model:
         LOG.errors.clear()
         llama.llama_backend_init()
         self.file, self.gpu_layers = file, 0 if vocab_only else gpu_layers(settings.gpu_layers)
+        self.settings = settings
         params = llama.llama_model_default_params()
         params.vocab_only, params.n_gpu_layers = vocab_only, self.gpu_layers
         going = llama.llama_progress_callback(lambda _progress, _data: not (interrupt and interrupt.raised))
@@ -1760,6 +1803,42 @@ class Model:
             self.close()
             raise
 
+    @classmethod
+    def open(
+        cls,
+        name: str | os.PathLike[str] | None = None,
+        *,
+        template: str = "auto",
+        context: int | None = None,
+        gpu_layers: str | int = "auto",
+        threads: int | None = None,
+        verbose: bool = False,
+    ) -> Model:
+        """Load a model for `generate`, `stream` and `compare`: by its path or name, else the embedded one.
+
+        >>> with Model.open() as model:
+        ...     print(model.file.architecture)
+        llama
+
+        Args:
+            template, context, gpu_layers, threads: as the options --template, -c, -ngl and -t of `chat`.
+            verbose: llama.cpp's log goes to stderr.
+
+        Raises:
+            NotFound: there is no such model. LoadError: llama.cpp refuses it.
+            TemplateError: it carries no template, and none is given. UsageError: no template has that name.
+        """
+        file = ModelFile(resolve_model(None if name is None else os.fspath(name)))
+        chosen, interrupt = choose_template(template, file), Interrupt()
+        settings = Settings(context, str(gpu_layers), threads, verbose=verbose)
+        try:
+            with interrupt:
+                model = cls(file, settings, interrupt)
+        except Interrupted:
+            raise KeyboardInterrupt from None
+        model.chat_template = chosen
+        return model
+
     def __enter__(self) -> Model:
         return self
 
@@ -1768,6 +1847,8 @@ class Model:
 
     def close(self) -> None:
         """Free the model; again is harmless."""
+        if self.session:
+            self.session.close()
         if self.pointer:
             llama_cpp().llama_model_free(self.pointer)
             self.pointer = None
@@ -2714,6 +2795,32 @@ class Chat(Session):
         if isinstance(answer, EdgeError):
             raise answer
         return answer
+
+    def stream(self, job: Job) -> Generator[str, None, Answer]:
+        """Yield an answer's text as it is written, and return it with its figures; closed early, it stops at once.
+
+        Raises:
+            Interrupted: Ctrl-C while it is being written; between two pieces, that is the caller's.
+            RuntimeError: the context is closed.
+        """
+        pieces: list[str] = []
+        self.interrupt.raised = False
+        with self.interrupt:
+            running = self._begin(replace(job, show=pieces.append), [], lambda _: None)
+        try:
+            while not running.draft.ended:
+                if self.engine is None:
+                    raise RuntimeError("the context is closed")
+                with self.interrupt:
+                    self._advance([running])
+                    self.interrupt.check()
+                yield from filter(None, pieces)
+                pieces.clear()
+            self._end(running)
+            yield from filter(None, pieces)
+            return running.draft.answer
+        finally:
+            running.sampler.close()
 
 
 class Parallel(Session):
@@ -4099,9 +4206,9 @@ def chat(
             answer_once(session, dialog, screen, rendered.strict_tiers, as_json, stream)
 
 
-@app.command()
+@app.command("compare")
 @grouped
-def compare(
+def compare_command(
     query: QueryArgument = None,
     *,
     meta_prompt: MetaPrompt,
@@ -4973,7 +5080,187 @@ def answer_once(session: Chat, dialog: Dialog, screen: Screen, strict: bool, as_
 
 
 # =====================================================================================================================
-# 17  Main
+# 17  Python
+# =====================================================================================================================
+# What a program needs: a model that is open, and three functions. Nothing is written to stdout, stderr or the disk.
+
+
+class Options(TypedDict, total=False):
+    """What a call may say besides its dialog; each as the option of `chat` that is called so."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repeat_penalty: float | None
+    seed: int | None  # drawn, and reported in the answer, unless it is given
+    stop: Sequence[str]
+    system_strength: float
+    pref_strength: Strength
+    remind: bool
+    think: bool | None
+
+
+class Shared(Chat):
+    """The context of a model that a program's calls share: one answer at a time, and what was read stays known."""
+
+    def __init__(self, model: Model) -> None:
+        chosen = model.chat_template or choose_template("auto", model.file)
+        super().__init__(model, chosen, model.settings, AS_USUAL, Interrupt())
+        self._free, self._writer = threading.Lock(), 0  # a thread
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for the answers of other threads to end.
+
+        Raises:
+            RuntimeError: this thread itself is in the middle of one. KeyboardInterrupt: Ctrl-C.
+        """
+        if self._writer == threading.get_ident():
+            raise RuntimeError("an answer is still being written: read its stream to the end, or close it")
+        with self._free:
+            self._writer = threading.get_ident()
+            try:
+                yield
+            except Interrupted:
+                raise KeyboardInterrupt from None
+            finally:
+                self._writer = 0
+
+    def take(self, options: Options) -> int:
+        """Let options be in force for the next answer, and return its seed.
+
+        Raises:
+            TypeError: there is no such option. UsageError: it is out of range.
+        """
+        if unknown := options.keys() - Options.__annotations__:
+            raise TypeError(f"no option {min(unknown)!r}: there are {', '.join(Options.__annotations__)}")
+        given: dict[str, Any] = {"seed": None, **options}
+        self.options = RenderOptions(given.pop("remind", True), given.pop("think", None))
+        seed, most = given.pop("seed"), given.get("max_tokens")
+        seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+        if not 0 <= seed < 2**32:
+            raise UsageError(f"seed takes a number from 0 to {2**32 - 1}, not {seed}")
+        if most is not None and most < 1:
+            raise UsageError(f"max_tokens takes a number from 1 on, not {most}")
+        for strength in ("system_strength", "pref_strength"):
+            if given.get(strength, "auto") != "auto":
+                checked_strength(strength, given[strength])
+        self.settings = replace(self.model.settings, **{**given, "stop": tuple(given.get("stop", ())), "seed": seed})
+        return int(seed)
+
+
+def shared(model: Model) -> Shared:
+    """Return the context that a model's calls share.
+
+    Raises:
+        RuntimeError: the model is closed.
+    """
+    if not model.pointer:
+        raise RuntimeError("the model is closed")
+    if model.session is None:
+        model.session = Shared(model)
+    return cast(Shared, model.session)
+
+
+def as_dialog(query: str | Dialog, system: str, pref: str) -> Dialog:
+    """Return a dialog that ends with a query.
+
+    Raises:
+        UsageError: there is none, or a dialog and tiers besides. NotFound: no such profile.
+    """
+    if isinstance(query, str):
+        query = Dialog(system, expand_profile(pref), [Turn(query)])
+    elif system or pref:
+        raise UsageError("a Dialog has its System Info and User Info already: leave system and pref out")
+    if not query.turns or query.turns[-1].response is not None or not query.turns[-1].query.strip():
+        raise UsageError("no query: the last turn of a dialog is the one to be answered")
+    return query
+
+
+def stream(
+    model: Model, query: str | Dialog, *, system: str = "", pref: str = "", **options: Unpack[Options]
+) -> Generator[str, None, Answer]:
+    """Yield the text of an answer as it is written; with `yield from`, return the answer with its figures.
+
+    Closed before its end (`break` and `close()`, or `contextlib.closing`), it stops at once; the model is ready for the
+    next call. Threads may share a model: their answers wait for each other.
+
+    >>> with Model.open() as model:
+    ...     for piece in stream(model, "What is tea?", pref="one sentence", temperature=0):
+    ...         print(piece, end="")
+    Tea is a drink made by pouring hot water over dried leaves.
+
+    Raises:
+        UsageError, NotFound, TemplateError, TierViolation, ContextOverflow, LoadError: as `chat` fails.
+        RuntimeError: the model is closed, or this thread is in the middle of another stream of it.
+    """
+    session, dialog = shared(model), as_dialog(query, system, pref)
+    with session.turn():
+        return (yield from session.stream(Job(dialog, session.take(options))))
+
+
+def generate(
+    model: Model, query: str | Dialog, *, system: str = "", pref: str = "", **options: Unpack[Options]
+) -> Answer:
+    """Answer a query, or the newest one of a dialog, under System Info and a preference (a text, or @profile).
+
+    What the model has read of one dialog, the next one that begins alike does not wait for.
+
+    >>> with Model.open() as model:
+    ...     answer = generate(model, "What is the moon?", pref="Answer in capital letters.", temperature=0)
+    ...     print(answer.finish_reason, answer.response[:13])
+    stop THE MOON IS A
+
+    Raises:
+        As `stream`.
+    """
+    writing = stream(model, query, system=system, pref=pref, **options)
+    while True:
+        try:
+            next(writing)
+        except StopIteration as end:
+            return cast(Answer, end.value)
+
+
+def compare(
+    model: Model,
+    query: str | Dialog,
+    preferences: Sequence[str],
+    *,
+    system: str = "",
+    **options: Unpack[Options],
+) -> list[Answer]:
+    """Answer one query under several preferences, decoded together; an empty one is the answer without any.
+
+    >>> with Model.open() as model:
+    ...     answers = compare(model, "What is bread?", ["in capitals", "in lower case"], temperature=0)
+    ...     print([answer.response[:7] for answer in answers])
+    ['BREAD I', 'bread i']
+
+    Raises:
+        As `stream`.
+    """
+    session, dialog = shared(model), as_dialog(query, system, "")
+    dialogs = [replace(dialog, user_info=expand_profile(wish)) for wish in preferences]
+    if not dialogs:
+        raise UsageError("compare needs a preference: an empty one is the answer without any")
+    with session.turn(), session.interrupt:
+        seed = session.take(options)
+        need = max(session.outline(one).context for one in dialogs)
+        how = (model, session.template, session.settings, session.options, session.interrupt)
+        with Parallel(*how, len(dialogs), need) as together:
+            answers = dict(together.run(Job(one, seed, at) for at, one in enumerate(dialogs)))
+    failed = next((one for one in answers.values() if isinstance(one, EdgeError)), None)
+    if failed:
+        raise failed
+    in_order = sorted(answers.items(), key=lambda item: cast(int, item[0].tag))
+    return [cast(Answer, answer) for _, answer in in_order]
+
+
+# =====================================================================================================================
+# 18  Main
 # =====================================================================================================================
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -68,5 +69,25 @@ def test_the_wheel_holds_every_file_of_its_parts(wheel: Path) -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for path in tracked:
         folder, _, rest = path.partition("/")
+        if path == "stubs/__init__.pyi":
+            assert "metaalign_edge-stubs/__init__.pyi" in names
         if folder in ("convert", "templates", "models", "preferences", "tune") and rest:
             assert f"metaalign_edge_{folder}/{rest}" in names, path
+
+
+def test_the_wheel_is_typed_for_a_strict_program(installed: Path, tmp_path: Path) -> None:
+    def checked(program: str, *arguments: str) -> str:
+        (tmp_path / "program.py").write_text(program)
+        command = [str(installed / "python"), "-m", "mypy", "--strict", *arguments, "program.py"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert "no issues found" in checked(program)
+    wrong = "from metaalign_edge import Model, generate\nwith Model.open() as model:\n    generate(model, 3, seed='x').respons\n"
+    assert set(re.findall(r"\[([a-z-]+)\]", checked(wrong))) == {"arg-type", "attr-defined"}
+
+
+def test_the_types_are_those_of_the_file(installed: Path, tmp_path: Path) -> None:
+    command = [str(installed / "python"), "-m", "mypy.stubtest", "--ignore-missing-stub", "metaalign_edge"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
