@@ -32,6 +32,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import ctypes
+import difflib
 import errno
 import functools
 import glob
@@ -51,7 +52,7 @@ import struct
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -111,6 +112,7 @@ PREFILL_CHUNK = 512  # tokens between two looks at the interrupt flag where llam
 TINY_MODEL = 1 << 25  # bytes of weights; below, threads wait for each other longer than they compute
 LONG_WAY = 1 << 31  # bytes of weights times tokens, some 50 ms: a state that is reached by less is not worth a file
 TEXT_STACK = 1024  # bytes of stack per byte of text: llama.cpp's regex fallback recurses per character (400 were seen)
+BINARY = getattr(os, "O_BINARY", 0)  # without it, Windows writes two bytes for a newline
 BYTES_PER_TOKEN = 512  # no vocabulary in the wild has a longer token; bounds what a context could ever hold
 
 
@@ -1350,7 +1352,7 @@ class States:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (
                 replacing(self.folder / f"{key}.kv") as part,
-                os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file,
+                os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o600), "wb") as file,
             ):
                 file.write(STATE_HEAD.pack(STATE_MAGIC, 0, state_checksum(key, data)))
                 file.write(data)
@@ -1398,6 +1400,15 @@ def state_checksum(key: str, data: bytes | bytearray) -> bytes:
     return hashlib.blake2b(data, digest_size=32, key=key.encode()[:64]).digest()
 
 
+def from_bytes(data: bytes) -> str:
+    """Decode a text that may come from Windows: with a byte order mark, and two characters at the end of a line.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return data.decode("utf-8-sig").replace("\r\n", "\n")
+
+
 def read_text(path: Path, what: str) -> str:
     """Read a user's text file.
 
@@ -1405,7 +1416,7 @@ def read_text(path: Path, what: str) -> str:
         NotFound: it is not there or not readable. UsageError: it is not UTF-8.
     """
     try:
-        return path.read_bytes().decode("utf-8")
+        return from_bytes(path.read_bytes())
     except UnicodeDecodeError as error:
         raise UsageError(f"{what} {path} is not UTF-8 text (byte {error.start}): re-encode it") from None
     except OSError as error:
@@ -1623,7 +1634,7 @@ def choose_template(name: str, model: ModelFile) -> ChatTemplate:
 
 def looks_like_path(name: str, suffix: str) -> bool:
     """Tell whether a name is meant as a path."""
-    return "/" in name or name.startswith((".", "~")) or name.endswith(suffix) or Path(name).is_file()
+    return "/" in name or os.sep in name or name.startswith((".", "~")) or name.endswith(suffix) or Path(name).is_file()
 
 
 # =====================================================================================================================
@@ -3249,7 +3260,7 @@ class Ledger:
         try:
             if path.exists() and not path.is_file():
                 raise UsageError(f"{path} is no file: name another with -o")
-            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o666), "r+b")
         except OSError as error:
             raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
         try:
@@ -3335,6 +3346,8 @@ class Ledger:
                 ordered.flush()
                 os.fsync(ordered.fileno())
             shutil.copymode(self.path, temporary)
+            if os.name == "nt":  # where what is open cannot be replaced
+                self._file.close()
             os.replace(temporary, self.path)
         except OSError as error:
             raise CannotWrite(f"cannot write {self.path}: {error.strerror}") from None
@@ -3575,7 +3588,8 @@ def answers_bar(screen: Screen, name: str, done: int, total: int | None) -> Iter
     speed = TextColumn("{task.fields[speed]:.1f} answers/s")
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), speed)
     started = time.monotonic()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+    bar = (*columns, TimeRemainingColumn())
+    with Progress(*bar, console=Console(stderr=True), transient=True, redirect_stdout=False) as bars:
         task = bars.add_task(name, total=total, completed=done, speed=0.0)
         mine = 0
 
@@ -3599,7 +3613,10 @@ def aligned(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def rich_table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the lines of a table for this terminal, without colours; the last column only if it has room."""
+    """Return the lines of a table for this terminal, without colours; the last column only if it has room.
+
+    Where there is none for a table, its columns are only aligned.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -3608,6 +3625,8 @@ def rich_table(heads: list[str], rows: list[list[str]]) -> list[str]:
     width = shutil.get_terminal_size().columns
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     taken = [max(len(row[place]) for row in (heads, *rows) if len(row) > place) for place in range(len(heads) - 1)]
+    if width < sum(taken[1:]) + 3 * len(taken) + 16:
+        return aligned(heads, rows)
     if width < sum(taken) + 3 * len(taken) + 24:
         heads, rows = [*heads[:-1], ""], [row[: len(heads) - 1] for row in rows]
     for place, head in enumerate(heads):
@@ -3848,7 +3867,7 @@ def time_calls(
 app = typer.Typer(
     name="metaalign-edge",
     no_args_is_help=True,
-    add_completion=True,
+    add_completion=False,  # Typer's own loses the first TAB in zsh, and @ in bash; see `completion`
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -4328,7 +4347,8 @@ def batch(
             session = Parallel(model, chosen, settings, options, interrupt, parallel, states=states)
             stack.enter_context(session)
             before = functools.partial(warn, session, screen=screen, strict=rendered.strict_tiers)
-            tell = stack.enter_context(answers_bar(screen, file.path.name, 0, None))
+            hidden = Screen(quiet=True) if ledger is None and screen.terminal else screen  # the rows are seen there
+            tell = stack.enter_context(answers_bar(hidden, file.path.name, 0, None))
             try:
                 for job, answer in session.run(itertools.chain([first], jobs), before):
                     work.settle(job, answer)
@@ -4390,6 +4410,9 @@ def render_command(
     meta_prompt: MetaPrompt,
     rendered: Rendered,
     tokens: Annotated[bool, option("--tokens", help="Show each token, its id and its tier.", panel=OUTPUT)] = False,
+    count: Annotated[
+        bool, option("--count", help="Only count the tokens; --json: of each tier.", panel=OUTPUT)
+    ] = False,
     as_json: JsonOption = False,
     no_stdin: StdinOption = False,
     talk: Talk,
@@ -4401,6 +4424,8 @@ def render_command(
         metaalign-edge render --pref "one sentence" "What is tea?"
 
         metaalign-edge render --tokens --json -m model.gguf "What is tea?"
+
+        metaalign-edge render --count < long.txt
     """
     screen, dialog = talk.screen(), meta_prompt.dialog()
     dialog = replace(dialog, turns=(Turn(cast(str, read_query(query, no_stdin, repl=False))),))
@@ -4409,19 +4434,27 @@ def render_command(
     screen.detail(f"template {chosen.name}: {chosen.why}")
     rendering = render(dialog, chosen, rendered.options())
     rows: list[Token] | None = None
-    if tokens or rendered.strict_tiers:
+    if tokens or count or rendered.strict_tiers:
         with Model(file, Settings(verbose=talk.verbose), vocab_only=True) as loaded:
             tokenized = tokenize(rendering, loaded.vocabulary, file.context)
         check_forged(tokenized.forged, screen, rendered.strict_tiers)
-        rows = tokenized.tokens if tokens else None
+        rows = tokenized.tokens if tokens or count else None
     elif not as_json:
         screen.note("metaalign-edge: note: tiers are checked on token ids; --tokens shows and checks them")
-    if as_json:
+    if rows is not None and count:
+        screen.json(token_counts(rows)) if as_json else screen.write(f"{len(rows)}\n")
+    elif as_json:
         screen.json(rendering_document(rendering, rows))
     elif rows is not None:
         screen.write(token_table(rows))
     else:
         screen.write(rendering.prompt + ("\n" if screen.terminal else ""))
+
+
+def token_counts(tokens: Sequence[Token]) -> dict[str, Any]:
+    """Count the tokens of each tier, and of the scaffold between them."""
+    counts: Counter[str] = Counter(token.tier or "scaffold" for token in tokens)
+    return {"total": len(tokens), **{tier: counts[tier] for tier in (*TIERS, "scaffold")}}
 
 
 def rendering_document(rendering: Rendering, tokens: list[Token] | None) -> dict[str, Any]:
@@ -4994,14 +5027,14 @@ def read_query(argument: str | None, no_stdin: bool, repl: bool) -> str | None:
     if sys.stdin is not None and not terminal and not no_stdin:
         try:
             data = sys.stdin.buffer.read(STDIN_LIMIT + 1)
-            piped = data.decode("utf-8")
+            piped = from_bytes(data)
         except UnicodeDecodeError as error:
             raise UsageError(f"stdin is not UTF-8 text (byte {error.start}): pipe text, or use --no-stdin") from None
         except OSError as error:
             raise UsageError(f"cannot read stdin ({error.strerror}): pipe text, or use --no-stdin") from None
         if len(data) > STDIN_LIMIT:
             raise ContextOverflow(f"stdin has more than {STDIN_LIMIT:,} bytes: no context holds that")
-        piped = piped.removesuffix("\n").removesuffix("\r")
+        piped = piped.removesuffix("\n")
     query = "\n\n".join(text for text in (piped, argument or "") if text.strip())
     if query:
         return query
@@ -5077,6 +5110,161 @@ def answer_once(session: Chat, dialog: Dialog, screen: Screen, strict: bool, as_
     screen.detail(describe(answer))
     screen.detail(f"time {STOPWATCH}; memory {peak_mb():.0f} MB at most")
     session.interrupt.check()
+
+
+def topics() -> dict[str, tuple[str, str]]:
+    """Return the heading and the text of each topic: the README's sections that say so.
+
+    Raises:
+        NotFound: the README is neither beside this file nor in what is installed.
+    """
+    import importlib.metadata
+
+    path = Path(__file__).resolve().with_name("README.md")
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else None
+        text = text or importlib.metadata.distribution("metaalign-edge").read_text("METADATA") or ""
+    except (OSError, importlib.metadata.PackageNotFoundError):
+        raise NotFound("the README is not installed: read it where this program comes from") from None
+    found = {}
+    for name, level, heading in re.findall(r"^<!-- topic: (.+) -->\n(#+) (.+)$", text, re.MULTILINE):
+        section = text.partition(f"\n{level} {heading}\n")[2]
+        section = re.split(rf"^#{{1,{len(level)}}} ", section, maxsplit=1, flags=re.MULTILINE)[0]
+        found[name] = heading, re.sub(r"<!--.*?-->\n|</?sub>", "", section).strip("\n")
+    return found
+
+
+@app.command("help")
+def help_command(
+    context: typer.Context,
+    topic: Annotated[str | None, typer.Argument(help="A topic, or a command.", show_default=False)] = None,
+) -> None:
+    """Explain a topic or a command; without one, list the topics.
+
+    Examples:
+
+        metaalign-edge help exit-codes
+
+        metaalign-edge help chat
+    """
+    screen, known = Screen(), topics()
+    commands = cast(Any, context.find_root().command).commands
+    if topic is None:
+        width = max(map(len, known))
+        screen.write("".join(f"{name:<{width}}  {heading}\n" for name, (heading, _) in known.items()))
+    elif topic in known:
+        heading, text = known[topic]
+        if screen.terminal:
+            from rich.console import Console
+            from rich.markdown import Markdown
+
+            Console().print(Markdown(f"# {heading}\n\n{text}"))
+        else:
+            screen.write(f"{heading}\n\n{text}\n")
+    elif topic in commands:
+        app(args=[topic, "--help"], prog_name="metaalign-edge", standalone_mode=False)
+    else:
+        near = difflib.get_close_matches(topic, [*known, *commands], 1)
+        advice = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"no topic {topic!r}: {advice}`metaalign-edge help` lists them")
+
+
+def profile_values() -> Iterable[tuple[str, str]]:
+    """Return the profiles and what they say."""
+    return ((f"@{name}", text) for name, text in part("preferences").profiles().items())
+
+
+def template_values() -> Iterable[tuple[str, str]]:
+    """Return the names that --template takes."""
+    return [("auto", "the model's own"), *((name, "") for name in shipped_templates())]
+
+
+SHELLS = {"bash": "bash", "zsh": "zsh", "fish": "fish", "powershell": "ps1"}  # and what their scripts end with
+
+# What a shell completes: the values of a parameter, by its name, with what they mean. Anywhere else, files.
+VALUES: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
+    "pref": profile_values,
+    "template": template_values,
+    "against_template": template_values,
+    "gpu_layers": lambda: [("auto", "as many as there is room for"), ("all", "")],
+    "pref_strength": lambda: [("auto", "as hard as the preference changes each token")],
+    "ifeval_tier": lambda: [("system", ""), ("user", ""), ("query", "as published")],
+    "topic": lambda: [(name, heading) for name, (heading, _) in topics().items()],
+    "shell": lambda: [(shell, "") for shell in SHELLS],
+}
+
+
+def suggestions(command: Any, words: Sequence[str]) -> list[tuple[str, str]]:
+    """Return what may stand in place of the last word of a command line, with what it means.
+
+    Args:
+        command: the root of Typer's commands.
+        words: those that follow the program's name, up to the cursor.
+    """
+    *before, word = words
+    word, waiting, place = word.strip("\"'"), None, 0
+    for given in before:
+        options = {name: one for one in command.params for name in (*one.opts, *one.secondary_opts)}
+        if waiting is not None:
+            waiting = None
+        elif given.startswith("-"):
+            waiting = options.get(given)
+            waiting = None if getattr(waiting, "is_flag", True) else waiting
+        elif hasattr(command, "commands"):
+            command = command.commands.get(given)
+            if command is None:
+                return []
+        else:
+            place += 1
+    named = [one for one in command.params if one.param_type_name == "option" and not getattr(one, "hidden", False)]
+    if waiting is not None:
+        return values_of(waiting, word)
+    if word.startswith("--") and "=" in word:
+        name, _, value = word.partition("=")
+        found = [values_of(one, value) for one in named if name in one.opts]
+        return [(f"{name}={value}", says) for values in found for value, says in values]
+    if word.startswith("-"):
+        found = [[(name, one.help or "") for name in (*one.opts, *one.secondary_opts)] for one in named]
+        return [(name, says) for names in found for name, says in names if name.startswith(word)]
+    if hasattr(command, "commands"):
+        shown = {name: one for name, one in command.commands.items() if name.startswith(word) and not one.hidden}
+        return [(name, one.get_short_help_str(100)) for name, one in shown.items()]
+    arguments = [one for one in command.params if one.param_type_name == "argument"]
+    return values_of(arguments[place], word) if place < len(arguments) else []
+
+
+def values_of(parameter: Any, word: str) -> list[tuple[str, str]]:
+    """Return the values of a parameter that begin with a word; of joined profiles, the last may still change."""
+    joined, plus, word = word.rpartition("+") if parameter.name == "pref" else ("", "", word)
+    found = VALUES.get(parameter.name, list)()
+    return [(f"{joined}{plus}{value}", says) for value, says in found if value.startswith(word)]
+
+
+@app.command()
+def completion(
+    context: typer.Context,
+    shell: Annotated[str, typer.Argument(help=f"{', '.join(SHELLS)}.", show_default=False)],
+    words: Annotated[
+        list[str] | None, typer.Argument(help="What the script asks: what could the last of these be?")
+    ] = None,
+) -> None:
+    """Print what teaches a shell to complete commands, options, profiles, models and templates.
+
+    Examples:
+
+        eval "$(metaalign-edge completion bash)"
+
+        metaalign-edge completion fish > ~/.config/fish/completions/metaalign-edge.fish
+    """
+    if shell not in SHELLS:
+        raise UsageError(f"no completion for {shell!r}: there is one for {', '.join(SHELLS)}")
+    if words is None:
+        path = part_folder("completion") / f"metaalign-edge.{SHELLS[shell]}"
+        Screen().write(read_text(path, "the completion"))
+        return
+    found = suggestions(context.find_root().command, words)
+    lines = [value if shell == "bash" or not says else f"{value}\t{one_line(says)}" for value, says in found]
+    Screen().write("".join(f"{line}\n" for line in lines))
 
 
 # =====================================================================================================================
@@ -5305,7 +5493,8 @@ def main() -> None:
     """Be the console script."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that knows no emoji is no reason to lose an answer
+            encoding = "utf-8" if os.name == "nt" else None  # a pipe there would have the code page of old
+            stream.reconfigure(encoding=encoding, errors="replace")  # no terminal lacks so much as to lose an answer
     sys.exit(run())
 
 

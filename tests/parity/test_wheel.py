@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -91,3 +92,19 @@ def test_the_types_are_those_of_the_file(installed: Path, tmp_path: Path) -> Non
     command = [str(installed / "python"), "-m", "mypy.stubtest", "--ignore-missing-stub", "metaalign_edge"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+def test_a_machine_without_a_network_installs_from_a_folder(tmp_path: Path) -> None:
+    """llama-cpp-python is not compiled again where pip has kept what it built for this environment."""
+    commands = [
+        re.findall(rf"<!-- {name} -->\n```bash\n([^\n]+)\n```", (ROOT / "README.md").read_text())[0]
+        for name in ("wheels", "offline")
+    ]
+    gather = commands[0].replace("pip", f"{sys.executable} -m pip", 1).replace("wheels .", f"{tmp_path}/wheels .")
+    subprocess.run(["sh", "-c", gather], cwd=ROOT, check=True)
+    nowhere = {"PATH": os.environ["PATH"], "https_proxy": "http://127.0.0.1:9", "PIP_CONFIG_FILE": os.devnull}
+    install = commands[1].replace("python3", sys.executable, 1)
+    subprocess.run(["sh", "-c", install], cwd=tmp_path, env=nowhere, check=True)
+    answer = [str(tmp_path / ".venv/bin/metaalign-edge"), "chat", "--temp", "0", "What is the moon?"]
+    said = subprocess.run(answer, cwd=tmp_path, env=nowhere, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert said.returncode == 0 and "moon" in said.stdout, said.stderr
