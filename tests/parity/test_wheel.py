@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+HOME = os.path.expanduser("~")  # of whoever runs the tests: pip keeps there what it has built
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_a_machine_without_a_network_installs_from_a_folder(tmp_path: Path) -> N
         for name in ("wheels", "offline")
     ]
     gather = commands[0].replace("pip", f"{sys.executable} -m pip", 1).replace("wheels .", f"{tmp_path}/wheels .")
-    subprocess.run(["sh", "-c", gather], cwd=ROOT, check=True)
+    subprocess.run(["sh", "-c", gather], cwd=ROOT, env={**os.environ, "HOME": HOME}, check=True)
     nowhere = {"PATH": os.environ["PATH"], "https_proxy": "http://127.0.0.1:9", "PIP_CONFIG_FILE": os.devnull}
     install = commands[1].replace("python3", sys.executable, 1)
     subprocess.run(["sh", "-c", install], cwd=tmp_path, env=nowhere, check=True)
