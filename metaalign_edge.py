@@ -4344,8 +4344,7 @@ def batch(
             model = stack.enter_context(Model(file, settings, interrupt))
             explain(model, chosen, settings, screen)
             states = kept_states(no_cache, fills=False)
-            session = Parallel(model, chosen, settings, options, interrupt, parallel, states=states)
-            stack.enter_context(session)
+            session = stack.enter_context(Parallel(model, chosen, settings, options, interrupt, parallel, states=states))
             before = functools.partial(warn, session, screen=screen, strict=rendered.strict_tiers)
             hidden = Screen(quiet=True) if ledger is None and screen.terminal else screen  # the rows are seen there
             tell = stack.enter_context(answers_bar(hidden, file.path.name, 0, None))
