@@ -4343,8 +4343,8 @@ def batch(
             stack.enter_context(interrupt)
             model = stack.enter_context(Model(file, settings, interrupt))
             explain(model, chosen, settings, screen)
-            states = kept_states(no_cache, fills=False)
-            session = stack.enter_context(Parallel(model, chosen, settings, options, interrupt, parallel, states=states))
+            kept = kept_states(no_cache, fills=False)
+            session = stack.enter_context(Parallel(model, chosen, settings, options, interrupt, parallel, states=kept))
             before = functools.partial(warn, session, screen=screen, strict=rendered.strict_tiers)
             hidden = Screen(quiet=True) if ledger is None and screen.terminal else screen  # the rows are seen there
             tell = stack.enter_context(answers_bar(hidden, file.path.name, 0, None))
