@@ -77,25 +77,11 @@ if TYPE_CHECKING:
     import jinja2
     from typing_extensions import Unpack
 
+# What a program needs; see Python
 __all__ = [
-    "Answer",
-    "CannotWrite",
-    "ContextOverflow",
-    "Dialog",
-    "EdgeError",
-    "Interrupted",
-    "LoadError",
-    "Model",
-    "NetworkError",
-    "NotFound",
-    "TemplateError",
-    "TierViolation",
-    "Turn",
-    "UsageError",
-    "compare",
-    "generate",
-    "stream",
-]  # fmt: skip  what a program needs; see Python
+    "Answer", "ContextOverflow", "Dialog", "EdgeError", "LoadError", "Model", "NetworkError", "NotFound",
+    "TemplateError", "TierViolation", "Turn", "UsageError", "compare", "generate", "stream",
+]  # fmt: skip
 
 # =====================================================================================================================
 #  1  Constants, and what a call costs

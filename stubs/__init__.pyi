@@ -8,8 +8,8 @@ from typing import Any, Literal, TypedDict
 from typing_extensions import Unpack
 
 __all__ = [
-    "Answer", "CannotWrite", "ContextOverflow", "Dialog", "EdgeError", "Interrupted", "LoadError", "Model",
-    "NetworkError", "NotFound", "TemplateError", "TierViolation", "Turn", "UsageError", "compare", "generate", "stream",
+    "Answer", "ContextOverflow", "Dialog", "EdgeError", "LoadError", "Model", "NetworkError", "NotFound",
+    "TemplateError", "TierViolation", "Turn", "UsageError", "compare", "generate", "stream",
 ]  # fmt: skip
 
 __version__: str
@@ -24,8 +24,6 @@ class LoadError(EdgeError): ...
 class ContextOverflow(EdgeError): ...
 class TemplateError(EdgeError): ...
 class TierViolation(EdgeError): ...
-class CannotWrite(EdgeError): ...
-class Interrupted(EdgeError): ...
 
 @dataclass(frozen=True)
 class Turn:

@@ -61,6 +61,15 @@ def test_the_wheel_renders_and_says_where_it_was_loaded_from(installed: Path, tm
     assert {token["tier"] for token in json.loads(document.stdout)["tokens"]} == {"scaffold", "user_info", "query"}
 
 
+def test_the_wheel_brings_its_help_and_its_completion(installed: Path, tmp_path: Path) -> None:
+    def said(*arguments: str) -> str:
+        command = [str(installed / "metaalign-edge"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert said("help", "exit-codes").startswith("Exit codes\n\n| exit code | means |")
+    assert said("completion", "fish").startswith("# Completion of metaalign-edge in fish")
+
+
 def test_the_wheel_takes_no_name_but_its_own(wheel: Path) -> None:
     names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert all(name.startswith("metaalign_edge") for name in names), names
@@ -73,7 +82,7 @@ def test_the_wheel_holds_every_file_of_its_parts(wheel: Path) -> None:
         folder, _, rest = path.partition("/")
         if path == "stubs/__init__.pyi":
             assert "metaalign_edge-stubs/__init__.pyi" in names
-        if folder in ("convert", "templates", "models", "preferences", "tune") and rest:
+        if folder in ("convert", "templates", "models", "preferences", "tune", "completion") and rest:
             assert f"metaalign_edge_{folder}/{rest}" in names, path
 
 
