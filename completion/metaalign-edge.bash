@@ -1,4 +1,4 @@
-# Completion of metaalign-edge in bash, from 3.2 on: eval "$(metaalign-edge completion bash)"
+# Completion of metaalign-edge in bash: eval "$(metaalign-edge completion bash)"
 _metaalign_edge() {
     local rest=${COMP_LINE:0:COMP_POINT} words=() word blank line
     for word in "${COMP_WORDS[@]:0:COMP_CWORD+1}"; do # bash cuts words at @ = : too: join what no blank separates

@@ -144,6 +144,7 @@ def test_text_from_windows_is_the_same_text(run: Run, tmp_path: Path) -> None:
     (["chat"], 6), (["compare", "--pref", "a", "--pref", "b"], 6), (["render", "--count"], 6), (["batch", "-"], 1),
     (["help"], 0), (["cache", "show"], 0),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_ten_megabytes_on_stdin_are_an_answer_or_a_line(arguments: list[str], code: int, run: Run) -> None:
     text = "a" * 10_000_000 if arguments[0] != "batch" else json.dumps({"query": "a" * 10_000_000})
     result = run(*arguments, input=text)
