@@ -26,7 +26,8 @@ Contents, in dependency order (nothing refers upward):
     17  Hub
     18  Doctor
     19  Commands
-    20  Main
+    20  Python
+    21  Main
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import bisect
 import codecs
 import contextlib
 import ctypes
+import difflib
 import errno
 import functools
 import glob
@@ -56,7 +58,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import BuiltinMethodType, MethodType, ModuleType, TracebackType
@@ -70,6 +72,7 @@ from typing import (
     Protocol,
     SupportsIndex,
     TextIO,
+    TypedDict,
     cast,
     get_type_hints,
 )
@@ -78,6 +81,13 @@ import typer
 
 if TYPE_CHECKING:
     import jinja2
+    from typing_extensions import Unpack
+
+# What a program needs; see Python
+__all__ = [
+    "Answer", "ContextOverflow", "Dialog", "EdgeError", "LoadError", "Model", "NetworkError", "NotFound",
+    "TemplateError", "TierViolation", "Turn", "UsageError", "compare", "generate", "stream",
+]  # fmt: skip
 
 # =====================================================================================================================
 #  1  Constants, and what a call costs
@@ -95,6 +105,7 @@ PREFILL_CHUNK = 512  # tokens between two looks at the interrupt flag where llam
 TINY_MODEL = 1 << 25  # bytes of weights; below, threads wait for each other longer than they compute
 LONG_WAY = 1 << 31  # bytes of weights times tokens, some 50 ms: a state that is reached by less is not worth a file
 TEXT_STACK = 1024  # bytes of stack per byte of text: llama.cpp's regex fallback recurses per character (400 were seen)
+BINARY = getattr(os, "O_BINARY", 0)  # without it, Windows writes two bytes for a newline
 BYTES_PER_TOKEN = 512  # no vocabulary in the wild has a longer token; bounds what a context could ever hold
 
 
@@ -239,13 +250,22 @@ class Turn:
 
 @dataclass(frozen=True)
 class Dialog:
-    """What is said in which tier. The prompt is a pure function of it; the last turn has no response yet."""
+    """What is said in which tier. The prompt is a pure function of it; the last turn has no response yet.
+
+    >>> dialog = Dialog("Be kind.", "I'm a zookeeper.", [Turn("What is tea?")])
+    >>> dialog.then("Tea is a drink.", "And bread?").turns
+    (Turn(query='What is tea?', response='Tea is a drink.'), Turn(query='And bread?', response=None))
+
+    Raises:
+        UsageError: a text cannot be written as UTF-8.
+    """
 
     system_info: str = ""
     user_info: str = ""
-    turns: tuple[Turn, ...] = ()
+    turns: Sequence[Turn] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "turns", tuple(self.turns))
         for name, text in self.texts():
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise UsageError(f"the {name} holds bytes that are not UTF-8 (a lone surrogate): re-encode the text")
@@ -258,6 +278,11 @@ class Dialog:
             yield "User Query", turn.query
             if turn.response is not None:
                 yield "Response", turn.response
+
+    def then(self, response: str, query: str) -> Dialog:
+        """Return the dialog after this answer to its newest query, with another query."""
+        *earlier, last = self.turns
+        return replace(self, turns=[*earlier, replace(last, response=response), Turn(query)])
 
 
 class RenderOptions(NamedTuple):
@@ -1352,7 +1377,7 @@ class States:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (
                 replacing(self.folder / f"{key}.kv") as part,
-                os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file,
+                os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o600), "wb") as file,
             ):
                 file.write(STATE_HEAD.pack(STATE_MAGIC, 0, state_checksum(key, data)))
                 file.write(data)
@@ -1400,6 +1425,15 @@ def state_checksum(key: str, data: bytes | bytearray) -> bytes:
     return hashlib.blake2b(data, digest_size=32, key=key.encode()[:64]).digest()
 
 
+def from_bytes(data: bytes) -> str:
+    """Decode a text that may come from Windows: with a byte order mark, and two characters at the end of a line.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return data.decode("utf-8-sig").replace("\r\n", "\n")
+
+
 def read_text(path: Path, what: str) -> str:
     """Read a user's text file.
 
@@ -1407,7 +1441,7 @@ def read_text(path: Path, what: str) -> str:
         NotFound: it is not there or not readable. UsageError: it is not UTF-8.
     """
     try:
-        return path.read_bytes().decode("utf-8")
+        return from_bytes(path.read_bytes())
     except UnicodeDecodeError as error:
         raise UsageError(f"{what} {path} is not UTF-8 text (byte {error.start}): re-encode it") from None
     except OSError as error:
@@ -2231,7 +2265,7 @@ def make_schema(document: Any, where: str = "the schema") -> Schema:
 
 def looks_like_path(name: str, suffix: str) -> bool:
     """Tell whether a name is meant as a path."""
-    return "/" in name or name.startswith((".", "~")) or name.endswith(suffix) or Path(name).is_file()
+    return "/" in name or os.sep in name or name.startswith((".", "~")) or name.endswith(suffix) or Path(name).is_file()
 
 
 # =====================================================================================================================
@@ -2655,6 +2689,7 @@ class Interrupt:
     ) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
+            self._before = None
 
     def _raise(self, number: int, frame: object) -> None:
         if self.raised:
@@ -2739,9 +2774,14 @@ def physical_cores() -> int:
 class Model:
     """A GGUF loaded by llama.cpp, or only its vocabulary. Close it, or use it in a `with`.
 
+    A program opens one with `Model.open`, and hands it to `generate`, `stream` and `compare`.
+
     Raises:
         LoadError: it does not fit, or llama.cpp refuses the file. Interrupted: Ctrl-C while it loaded.
     """
+
+    chat_template: ChatTemplate | None = None  # as chosen by `Model.open`
+    session: Any = None  # the context that a program's calls share; it ends with the model
 
     def __init__(
         self, file: ModelFile, settings: Settings, interrupt: Interrupt | None = None, vocab_only: bool = False
@@ -2754,6 +2794,7 @@ class Model:
         if self.plan:
             self.plan.check(file.path)
         self.gpu_layers = self.plan.offloaded if self.plan else 0
+        self.settings = settings
         params = llama.llama_model_default_params()
         params.vocab_only, params.n_gpu_layers = vocab_only, self.gpu_layers
         going = llama.llama_progress_callback(lambda _progress, _data: not (interrupt and interrupt.raised))
@@ -2775,6 +2816,46 @@ class Model:
         except LoadError:
             self.close()
             raise
+
+    @classmethod
+    def open(
+        cls,
+        name: str | os.PathLike[str] | None = None,
+        *,
+        template: str = "auto",
+        context: int | None = None,
+        gpu_layers: str | int = "auto",
+        threads: int | None = None,
+        lora: Sequence[str] = (),
+        verbose: bool = False,
+    ) -> Model:
+        """Load a model for `generate`, `stream` and `compare`: by its path or name, else the embedded one.
+
+        >>> with Model.open() as model:
+        ...     print(model.file.architecture)
+        llama
+
+        Args:
+            template, context, gpu_layers, threads, lora: as the options --template, -c, -ngl, -t and --lora of `chat`.
+            verbose: llama.cpp's log goes to stderr.
+
+        Raises:
+            NotFound: there is no such model or adapter. LoadError: llama.cpp refuses it.
+            TemplateError: it carries no template, and none is given. UsageError: no template has that name.
+        """
+        path = resolve_model(None if name is None else os.fspath(name))
+        if path is None:
+            raise NotFound(f"{name} is not on this machine: `metaalign-edge pull {name}` downloads it")
+        file = ModelFile(path)
+        chosen, interrupt = choose_template(template, file), Interrupt()
+        settings = Settings(context, str(gpu_layers), threads, verbose=verbose, adapters=find_adapters(lora))
+        try:
+            with interrupt:
+                model = cls(file, settings, interrupt)
+        except Interrupted:
+            raise KeyboardInterrupt from None
+        model.chat_template = chosen
+        return model
 
     def __enter__(self) -> Model:
         return self
@@ -2804,6 +2885,8 @@ class Model:
 
     def close(self) -> None:
         """Free the model; again is harmless."""
+        if self.session:
+            self.session.close()
         if self.pointer:
             llama_cpp().llama_model_free(self.pointer)
             self.pointer = None
@@ -4088,6 +4171,32 @@ class Chat(Session):
             raise answer
         return answer
 
+    def stream(self, job: Job) -> Generator[str, None, Answer]:
+        """Yield an answer's text as it is written, and return it with its figures; closed early, it stops at once.
+
+        Raises:
+            Interrupted: Ctrl-C while it is being written; between two pieces, that is the caller's.
+            RuntimeError: the context is closed.
+        """
+        pieces: list[str] = []
+        self.interrupt.raised = False
+        with self.interrupt:
+            running = self._begin(replace(job, show=pieces.append), [], lambda _: None)
+        try:
+            while not running.draft.ended:
+                if self.engine is None:
+                    raise RuntimeError("the context is closed")
+                with self.interrupt:
+                    self._advance([running])
+                    self.interrupt.check()
+                yield from filter(None, pieces)
+                pieces.clear()
+            self._end(running)
+            yield from filter(None, pieces)
+            return running.draft.answer
+        finally:
+            running.sampler.close()
+
 
 class Parallel(Session):
     """Many dialogs answered together in one context; when one ends, the next job begins at once.
@@ -4587,7 +4696,7 @@ class Ledger:
         try:
             if path.exists() and not path.is_file():
                 raise UsageError(f"{path} is no file: name another with -o")
-            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o666), "r+b")
         except OSError as error:
             raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
         try:
@@ -4673,6 +4782,8 @@ class Ledger:
                 ordered.flush()
                 os.fsync(ordered.fileno())
             shutil.copymode(self.path, temporary)
+            if os.name == "nt":  # where what is open cannot be replaced
+                self._file.close()
             os.replace(temporary, self.path)
         except OSError as error:
             raise CannotWrite(f"cannot write {self.path}: {error.strerror}") from None
@@ -4920,7 +5031,8 @@ def answers_bar(screen: Screen, name: str, done: int, total: int | None) -> Iter
     speed = TextColumn("{task.fields[speed]:.1f} answers/s")
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), speed)
     started = time.monotonic()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+    bar = (*columns, TimeRemainingColumn())
+    with Progress(*bar, console=Console(stderr=True), transient=True, redirect_stdout=False) as bars:
         task = bars.add_task(name, total=total, completed=done, speed=0.0)
         mine = 0
 
@@ -4944,7 +5056,10 @@ def aligned(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def rich_table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the lines of a table for this terminal, without colours; the last column only if it has room."""
+    """Return the lines of a table for this terminal, without colours; the last column only if it has room.
+
+    Where there is none for a table, its columns are only aligned.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -4953,6 +5068,8 @@ def rich_table(heads: list[str], rows: list[list[str]]) -> list[str]:
     width = shutil.get_terminal_size().columns
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     taken = [max(len(row[place]) for row in (heads, *rows) if len(row) > place) for place in range(len(heads) - 1)]
+    if width < sum(taken[1:]) + 3 * len(taken) + 16:
+        return aligned(heads, rows)
     if width < sum(taken) + 3 * len(taken) + 24:
         heads, rows = [*heads[:-1], ""], [row[: len(heads) - 1] for row in rows]
     for place, head in enumerate(heads):
@@ -5979,7 +6096,7 @@ def check_lines(check: Check, width: int, columns: int | None) -> str:
 app = typer.Typer(
     name="metaalign-edge",
     no_args_is_help=True,
-    add_completion=True,
+    add_completion=False,  # Typer's own loses the first TAB in zsh, and @ in bash; see `completion`
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -6566,9 +6683,9 @@ def chat(
             answer_once(session, dialog, screen, rendered.strict_tiers, as_json, stream)
 
 
-@app.command()
+@app.command("compare")
 @grouped
-def compare(
+def compare_command(
     query: QueryArgument = None,
     *,
     meta_prompt: MetaPrompt,
@@ -6686,11 +6803,11 @@ def batch(
             stack.enter_context(interrupt)
             model = stack.enter_context(Model(file, settings, interrupt))
             explain(model, chosen, settings, screen)
-            states = kept_states(no_cache, fills=False)
-            session = Parallel(model, chosen, settings, options, interrupt, parallel, states=states)
-            stack.enter_context(session)
+            kept = kept_states(no_cache, fills=False)
+            session = stack.enter_context(Parallel(model, chosen, settings, options, interrupt, parallel, states=kept))
             before = functools.partial(warn, session, screen=screen, strict=rendered.strict_tiers)
-            tell = stack.enter_context(answers_bar(screen, file.path.name, 0, None))
+            hidden = Screen(quiet=True) if ledger is None and screen.terminal else screen  # the rows are seen there
+            tell = stack.enter_context(answers_bar(hidden, file.path.name, 0, None))
             try:
                 for job, answer in session.run(itertools.chain([first], jobs), before):
                     work.settle(job, answer)
@@ -6753,6 +6870,9 @@ def render_command(
     meta_prompt: MetaPrompt,
     rendered: Rendered,
     tokens: Annotated[bool, option("--tokens", help="Show each token, its id and its tier.", panel=OUTPUT)] = False,
+    count: Annotated[
+        bool, option("--count", help="Only count the tokens; --json: of each tier.", panel=OUTPUT)
+    ] = False,
     as_json: JsonOption = False,
     no_stdin: StdinOption = False,
     talk: Talk,
@@ -6764,6 +6884,8 @@ def render_command(
         metaalign-edge render --pref "one sentence" "What is tea?"
 
         metaalign-edge render --tokens --json -m model.gguf "What is tea?"
+
+        metaalign-edge render --count < long.txt
     """
     screen, dialog = talk.screen(), meta_prompt.dialog()
     dialog = replace(dialog, turns=(Turn(cast(str, read_query(query, no_stdin, repl=False))),))
@@ -6772,19 +6894,27 @@ def render_command(
     screen.detail(f"template {chosen.name}: {chosen.why}")
     rendering = render(dialog, chosen, rendered.options())
     rows: list[Token] | None = None
-    if tokens or rendered.strict_tiers:
+    if tokens or count or rendered.strict_tiers:
         with Model(file, Settings(verbose=talk.verbose), vocab_only=True) as loaded:
             tokenized = tokenize(rendering, loaded.vocabulary, file.context)
         check_forged(tokenized.forged, screen, rendered.strict_tiers)
-        rows = tokenized.tokens if tokens else None
+        rows = tokenized.tokens if tokens or count else None
     elif not as_json:
         screen.note("metaalign-edge: note: tiers are checked on token ids; --tokens shows and checks them")
-    if as_json:
+    if rows is not None and count:
+        screen.json(token_counts(rows)) if as_json else screen.write(f"{len(rows)}\n")
+    elif as_json:
         screen.json(rendering_document(rendering, rows))
     elif rows is not None:
         screen.write(token_table(rows))
     else:
         screen.write(rendering.prompt + ("\n" if screen.terminal else ""))
+
+
+def token_counts(tokens: Sequence[Token]) -> dict[str, Any]:
+    """Count the tokens of each tier, and of the scaffold between them."""
+    counts: Counter[str] = Counter(token.tier or "scaffold" for token in tokens)
+    return {"total": len(tokens), **{tier: counts[tier] for tier in (*TIERS, "scaffold")}}
 
 
 def rendering_document(rendering: Rendering, tokens: list[Token] | None) -> dict[str, Any]:
@@ -8018,14 +8148,14 @@ def read_stdin() -> str:
         return ""
     try:
         data = sys.stdin.buffer.read(STDIN_LIMIT + 1)
-        text = data.decode("utf-8")
+        text = from_bytes(data)
     except UnicodeDecodeError as error:
         raise UsageError(f"stdin is not UTF-8 text (byte {error.start}): pipe text, or use --no-stdin") from None
     except OSError as error:
         raise UsageError(f"cannot read stdin ({error.strerror}): pipe text, or use --no-stdin") from None
     if len(data) > STDIN_LIMIT:
         raise ContextOverflow(f"stdin has more than {STDIN_LIMIT:,} bytes: no context holds that")
-    return text.removesuffix("\n").removesuffix("\r")
+    return text.removesuffix("\n")
 
 
 def read_query(argument: str | None, no_stdin: bool, repl: bool) -> str | None:
@@ -8159,8 +8289,363 @@ def answer_once(session: Chat, dialog: Dialog, screen: Screen, strict: bool, as_
     check_answer(answer, session.settings.schema, screen)
 
 
+def topics() -> dict[str, tuple[str, str]]:
+    """Return the heading and the text of each topic: the README's sections that say so.
+
+    Raises:
+        NotFound: the README is neither beside this file nor in what is installed.
+    """
+    import importlib.metadata
+
+    path = Path(__file__).resolve().with_name("README.md")
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else None
+        text = text or importlib.metadata.distribution("metaalign-edge").read_text("METADATA") or ""
+    except (OSError, importlib.metadata.PackageNotFoundError):
+        raise NotFound("the README is not installed: read it where this program comes from") from None
+    found = {}
+    for name, level, heading in re.findall(r"^<!-- topic: (.+) -->\n(#+) (.+)$", text, re.MULTILINE):
+        section = text.partition(f"\n{level} {heading}\n")[2]
+        section = re.split(rf"^#{{1,{len(level)}}} ", section, maxsplit=1, flags=re.MULTILINE)[0]
+        found[name] = heading, re.sub(r"<!--.*?-->\n|</?sub>", "", section).strip("\n")
+    return found
+
+
+@app.command("help")
+def help_command(
+    context: typer.Context,
+    topic: Annotated[str | None, typer.Argument(help="A topic, or a command.", show_default=False)] = None,
+) -> None:
+    """Explain a topic or a command; without one, list the topics.
+
+    Examples:
+
+        metaalign-edge help exit-codes
+
+        metaalign-edge help chat
+    """
+    screen, known = Screen(), topics()
+    commands = cast(Any, context.find_root().command).commands
+    if topic is None:
+        width = max(map(len, known))
+        screen.write("".join(f"{name:<{width}}  {heading}\n" for name, (heading, _) in known.items()))
+    elif topic in known:
+        heading, text = known[topic]
+        if screen.terminal:
+            from rich.console import Console
+            from rich.markdown import Markdown
+
+            Console().print(Markdown(f"# {heading}\n\n{text}"))
+        else:
+            screen.write(f"{heading}\n\n{text}\n")
+    elif topic in commands:
+        app(args=[topic, "--help"], prog_name="metaalign-edge", standalone_mode=False)
+    else:
+        near = difflib.get_close_matches(topic, [*known, *commands], 1)
+        advice = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"no topic {topic!r}: {advice}`metaalign-edge help` lists them")
+
+
+def profile_values() -> Iterable[tuple[str, str]]:
+    """Return the profiles and what they say."""
+    built_in = built_in_profiles()
+    return [(f"@{name}", own_text(name) or built_in.get(name, "")) for name in sorted({*own_profiles(), *built_in})]
+
+
+def own_text(name: str) -> str:
+    """Return the text of a profile of the user's own, nothing if it cannot be read."""
+    with contextlib.suppress(EdgeError):
+        return own_profile(name) or ""
+    return ""
+
+
+def model_values() -> Iterable[tuple[str, str]]:
+    """Return the names of the models on this machine."""
+    return [(name, "") for name in model_names()]
+
+
+def template_values() -> Iterable[tuple[str, str]]:
+    """Return the names that --template takes."""
+    return [("auto", "the model's own"), *((name, "") for name in shipped_templates())]
+
+
+SHELLS = {"bash": "bash", "zsh": "zsh", "fish": "fish", "powershell": "ps1"}  # and what their scripts end with
+
+# What a shell completes: the values of a parameter, by its name, with what they mean. Anywhere else, files.
+VALUES: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
+    "pref": profile_values,
+    "template": template_values,
+    "against_template": template_values,
+    "model": model_values,
+    "against": model_values,
+    "ctx_size": lambda: [("auto", "as many as there is room for")],
+    "gpu_layers": lambda: [("auto", "as many as there is room for"), ("all", "")],
+    "pref_strength": lambda: [("auto", "as hard as the preference changes each token")],
+    "ifeval_tier": lambda: [("system", ""), ("user", ""), ("query", "as published")],
+    "topic": lambda: [(name, heading) for name, (heading, _) in topics().items()],
+    "shell": lambda: [(shell, "") for shell in SHELLS],
+}
+
+
+def suggestions(command: Any, words: Sequence[str]) -> list[tuple[str, str]]:
+    """Return what may stand in place of the last word of a command line, with what it means.
+
+    Args:
+        command: the root of Typer's commands.
+        words: those that follow the program's name, up to the cursor.
+    """
+    *before, word = words
+    word, waiting, place = word.strip("\"'"), None, 0
+    for given in before:
+        options = {name: one for one in command.params for name in (*one.opts, *one.secondary_opts)}
+        if waiting is not None:
+            waiting = None
+        elif given.startswith("-"):
+            waiting = options.get(given)
+            waiting = None if getattr(waiting, "is_flag", True) else waiting
+        elif hasattr(command, "commands"):
+            command = command.commands.get(given)
+            if command is None:
+                return []
+        else:
+            place += 1
+    named = [one for one in command.params if one.param_type_name == "option" and not getattr(one, "hidden", False)]
+    if waiting is not None:
+        return values_of(waiting, word)
+    if word.startswith("--") and "=" in word:
+        name, _, value = word.partition("=")
+        found = [values_of(one, value) for one in named if name in one.opts]
+        return [(f"{name}={value}", says) for values in found for value, says in values]
+    if word.startswith("-"):
+        found = [[(name, one.help or "") for name in (*one.opts, *one.secondary_opts)] for one in named]
+        return [(name, says) for names in found for name, says in names if name.startswith(word)]
+    if hasattr(command, "commands"):
+        shown = {name: one for name, one in command.commands.items() if name.startswith(word) and not one.hidden}
+        return [(name, one.get_short_help_str(100)) for name, one in shown.items()]
+    arguments = [one for one in command.params if one.param_type_name == "argument"]
+    return values_of(arguments[place], word) if place < len(arguments) else []
+
+
+def values_of(parameter: Any, word: str) -> list[tuple[str, str]]:
+    """Return the values of a parameter that begin with a word; of joined profiles, the last may still change."""
+    joined, plus, word = word.rpartition("+") if parameter.name == "pref" else ("", "", word)
+    found = VALUES.get(parameter.name, list)()
+    return [(f"{joined}{plus}{value}", says) for value, says in found if value.startswith(word)]
+
+
+@app.command()
+def completion(
+    context: typer.Context,
+    shell: Annotated[str, typer.Argument(help=f"{', '.join(SHELLS)}.", show_default=False)],
+    words: Annotated[
+        list[str] | None, typer.Argument(help="What the script asks: what could the last of these be?")
+    ] = None,
+) -> None:
+    """Print what teaches a shell to complete commands, options, profiles, models and templates.
+
+    Examples:
+
+        eval "$(metaalign-edge completion bash)"
+
+        metaalign-edge completion fish > ~/.config/fish/completions/metaalign-edge.fish
+    """
+    if shell not in SHELLS:
+        raise UsageError(f"no completion for {shell!r}: there is one for {', '.join(SHELLS)}")
+    if words is None:
+        path = part_folder("completion") / f"metaalign-edge.{SHELLS[shell]}"
+        Screen().write(read_text(path, "the completion"))
+        return
+    found = suggestions(context.find_root().command, words)
+    lines = [value if shell == "bash" or not says else f"{value}\t{one_line(says)}" for value, says in found]
+    Screen().write("".join(f"{line}\n" for line in lines))
+
+
 # =====================================================================================================================
-# 20  Main
+# 20  Python
+# =====================================================================================================================
+# What a program needs: a model that is open, and three functions. Nothing is written to stdout, stderr or the disk.
+
+
+class Options(TypedDict, total=False):
+    """What a call may say besides its dialog; each as the option of `chat` that is called so."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repeat_penalty: float | None
+    seed: int | None  # drawn, and reported in the answer, unless it is given
+    stop: Sequence[str]
+    system_strength: float
+    pref_strength: Strength
+    schema: Mapping[str, Any] | str | None  # JSON Schema, or fields as `name, age int`; whether it fits, you check
+    remind: bool
+    think: bool | None
+
+
+class Shared(Chat):
+    """The context of a model that a program's calls share: one answer at a time, and what was read stays known."""
+
+    def __init__(self, model: Model) -> None:
+        chosen = model.chat_template or choose_template("auto", model.file)
+        super().__init__(model, chosen, model.settings, AS_USUAL, Interrupt())
+        self._free, self._writer = threading.Lock(), 0  # a thread
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for the answers of other threads to end.
+
+        Raises:
+            RuntimeError: this thread itself is in the middle of one. KeyboardInterrupt: Ctrl-C.
+        """
+        if self._writer == threading.get_ident():
+            raise RuntimeError("an answer is still being written: read its stream to the end, or close it")
+        with self._free:
+            self._writer = threading.get_ident()
+            try:
+                yield
+            except Interrupted:
+                raise KeyboardInterrupt from None
+            finally:
+                self._writer = 0
+
+    def take(self, options: Options) -> int:
+        """Let options be in force for the next answer, and return its seed.
+
+        Raises:
+            TypeError: there is no such option. UsageError: it is out of range, or no schema.
+        """
+        if unknown := options.keys() - Options.__annotations__:
+            raise TypeError(f"no option {min(unknown)!r}: there are {', '.join(Options.__annotations__)}")
+        given: dict[str, Any] = {"seed": None, **options}
+        self.options = RenderOptions(given.pop("remind", True), given.pop("think", None))
+        seed, most = given.pop("seed"), given.get("max_tokens")
+        seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+        if not 0 <= seed < 2**32:
+            raise UsageError(f"seed takes a number from 0 to {2**32 - 1}, not {seed}")
+        if most is not None and most < 1:
+            raise UsageError(f"max_tokens takes a number from 1 on, not {most}")
+        for strength in ("system_strength", "pref_strength"):
+            if given.get(strength, "auto") != "auto":
+                checked_strength(strength, given[strength])
+        schema = given.pop("schema", None)
+        given |= {"stop": tuple(given.get("stop", ())), "seed": seed}
+        given["schema"] = schema and (expand_schema(schema) if isinstance(schema, str) else make_schema(dict(schema)))
+        self.settings = replace(self.model.settings, **given)
+        return int(seed)
+
+
+def shared(model: Model) -> Shared:
+    """Return the context that a model's calls share.
+
+    Raises:
+        RuntimeError: the model is closed.
+    """
+    if not model.pointer:
+        raise RuntimeError("the model is closed")
+    if model.session is None:
+        model.session = Shared(model)
+    return cast(Shared, model.session)
+
+
+def as_dialog(query: str | Dialog, system: str, pref: str) -> Dialog:
+    """Return a dialog that ends with a query.
+
+    Raises:
+        UsageError: there is none, or a dialog and tiers besides. NotFound: no such profile.
+    """
+    if isinstance(query, str):
+        query = Dialog(system, expand_profile(pref), [Turn(query)])
+    elif system or pref:
+        raise UsageError("a Dialog has its System Info and User Info already: leave system and pref out")
+    if not query.turns or query.turns[-1].response is not None or not query.turns[-1].query.strip():
+        raise UsageError("no query: the last turn of a dialog is the one to be answered")
+    return query
+
+
+def stream(
+    model: Model, query: str | Dialog, *, system: str = "", pref: str = "", **options: Unpack[Options]
+) -> Generator[str, None, Answer]:
+    """Yield the text of an answer as it is written; with `yield from`, return the answer with its figures.
+
+    Closed before its end (`break` and `close()`, or `contextlib.closing`), it stops at once; the model is ready for the
+    next call. Threads may share a model: their answers wait for each other.
+
+    >>> with Model.open() as model:
+    ...     for piece in stream(model, "What is tea?", pref="one sentence", temperature=0):
+    ...         print(piece, end="")
+    Tea is a drink made by pouring hot water over dried leaves.
+
+    Raises:
+        UsageError, NotFound, TemplateError, TierViolation, ContextOverflow, LoadError: as `chat` fails.
+        RuntimeError: the model is closed, or this thread is in the middle of another stream of it.
+    """
+    session, dialog = shared(model), as_dialog(query, system, pref)
+    with session.turn():
+        return (yield from session.stream(Job(dialog, session.take(options))))
+
+
+def generate(
+    model: Model, query: str | Dialog, *, system: str = "", pref: str = "", **options: Unpack[Options]
+) -> Answer:
+    """Answer a query, or the newest one of a dialog, under System Info and a preference (a text, or @profile).
+
+    What the model has read of one dialog, the next one that begins alike does not wait for.
+
+    >>> with Model.open() as model:
+    ...     answer = generate(model, "What is the moon?", pref="Answer in capital letters.", temperature=0)
+    ...     print(answer.finish_reason, answer.response[:13])
+    stop THE MOON IS A
+
+    Raises:
+        As `stream`.
+    """
+    writing = stream(model, query, system=system, pref=pref, **options)
+    while True:
+        try:
+            next(writing)
+        except StopIteration as end:
+            return cast(Answer, end.value)
+
+
+def compare(
+    model: Model,
+    query: str | Dialog,
+    preferences: Sequence[str],
+    *,
+    system: str = "",
+    **options: Unpack[Options],
+) -> list[Answer]:
+    """Answer one query under several preferences, decoded together; an empty one is the answer without any.
+
+    >>> with Model.open() as model:
+    ...     answers = compare(model, "What is bread?", ["in capitals", "in lower case"], temperature=0)
+    ...     print([answer.response[:7] for answer in answers])
+    ['BREAD I', 'bread i']
+
+    Raises:
+        As `stream`.
+    """
+    session, dialog = shared(model), as_dialog(query, system, "")
+    dialogs = [replace(dialog, user_info=expand_profile(wish)) for wish in preferences]
+    if not dialogs:
+        raise UsageError("compare needs a preference: an empty one is the answer without any")
+    with session.turn(), session.interrupt:
+        seed = session.take(options)
+        need = max(session.outline(one).context for one in dialogs)
+        how = (model, session.template, session.settings, session.options, session.interrupt)
+        with Parallel(*how, len(dialogs), need) as together:
+            answers = dict(together.run(Job(one, seed, at) for at, one in enumerate(dialogs)))
+    failed = next((one for one in answers.values() if isinstance(one, EdgeError)), None)
+    if failed:
+        raise failed
+    in_order = sorted(answers.items(), key=lambda item: cast(int, item[0].tag))
+    return [cast(Answer, answer) for _, answer in in_order]
+
+
+# =====================================================================================================================
+# 21  Main
 # =====================================================================================================================
 
 
@@ -8215,7 +8700,8 @@ def main() -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that knows no emoji is no reason to lose an answer
+            encoding = "utf-8" if os.name == "nt" else None  # a pipe there would have the code page of old
+            stream.reconfigure(encoding=encoding, errors="replace")  # no terminal lacks so much as to lose an answer
     status = run(leaving=True)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError, ValueError):

@@ -9,15 +9,19 @@ import select
 import sys
 import time
 
+COMMAND = (sys.executable, "-m", "metaalign_edge")
+
 
 class Terminal:
     """A command and what it has shown that was not asked for yet."""
 
-    def __init__(self, *arguments: str, columns: int = 100, kind: str = "dumb") -> None:
+    def __init__(
+        self, *arguments: str, columns: int = 100, kind: str = "dumb", program: tuple[str, ...] = COMMAND
+    ) -> None:
         self.process, self.screen = pty.fork(), ""
         if self.process[0] == 0:
             os.environ |= {"TERM": kind, "COLUMNS": str(columns), "LINES": "40"}
-            os.execv(sys.executable, [sys.executable, "-m", "metaalign_edge", *arguments])
+            os.execvp(program[0], [*program, *arguments])
 
     def until(self, text: str, seconds: float = 30) -> str:
         """Read until a text appears; return what came with it and forget it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+HOME = os.path.expanduser("~")  # of whoever runs the tests: pip keeps there what it has built
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,15 @@ def test_the_wheel_renders_and_says_where_it_was_loaded_from(installed: Path, tm
     assert {token["tier"] for token in json.loads(document.stdout)["tokens"]} == {"scaffold", "user_info", "query"}
 
 
+def test_the_wheel_brings_its_help_and_its_completion(installed: Path, tmp_path: Path) -> None:
+    def said(*arguments: str) -> str:
+        command = [str(installed / "metaalign-edge"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert said("help", "exit-codes").startswith("Exit codes\n\n| exit code | means |")
+    assert said("completion", "fish").startswith("# Completion of metaalign-edge in fish")
+
+
 def test_the_wheel_takes_no_name_but_its_own(wheel: Path) -> None:
     names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert all(name.startswith("metaalign_edge") for name in names), names
@@ -68,5 +80,41 @@ def test_the_wheel_holds_every_file_of_its_parts(wheel: Path) -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for path in tracked:
         folder, _, rest = path.partition("/")
-        if folder in ("convert", "templates", "models", "preferences", "schema", "tune") and rest:
+        if path == "stubs/__init__.pyi":
+            assert "metaalign_edge-stubs/__init__.pyi" in names
+        if folder in ("convert", "templates", "models", "preferences", "schema", "tune", "completion") and rest:
             assert f"metaalign_edge_{folder}/{rest}" in names, path
+
+
+def test_the_wheel_is_typed_for_a_strict_program(installed: Path, tmp_path: Path) -> None:
+    def checked(program: str, *arguments: str) -> str:
+        (tmp_path / "program.py").write_text(program)
+        command = [str(installed / "python"), "-m", "mypy", "--strict", *arguments, "program.py"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert "no issues found" in checked(program)
+    wrong = "from metaalign_edge import Model, generate\nwith Model.open() as model:\n    generate(model, 3, seed='x').respons\n"
+    assert set(re.findall(r"\[([a-z-]+)\]", checked(wrong))) == {"arg-type", "attr-defined"}
+
+
+def test_the_types_are_those_of_the_file(installed: Path, tmp_path: Path) -> None:
+    command = [str(installed / "python"), "-m", "mypy.stubtest", "--ignore-missing-stub", "metaalign_edge"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_a_machine_without_a_network_installs_from_a_folder(tmp_path: Path) -> None:
+    """llama-cpp-python is not compiled again where pip has kept what it built for this environment."""
+    commands = [
+        re.findall(rf"<!-- {name} -->\n```bash\n([^\n]+)\n```", (ROOT / "README.md").read_text())[0]
+        for name in ("wheels", "offline")
+    ]
+    gather = commands[0].replace("pip", f"{sys.executable} -m pip", 1).replace("wheels .", f"{tmp_path}/wheels .")
+    subprocess.run(["sh", "-c", gather], cwd=ROOT, env={**os.environ, "HOME": HOME}, check=True)
+    nowhere = {"PATH": os.environ["PATH"], "https_proxy": "http://127.0.0.1:9", "PIP_CONFIG_FILE": os.devnull}
+    install = commands[1].replace("python3", sys.executable, 1)
+    subprocess.run(["sh", "-c", install], cwd=tmp_path, env=nowhere, check=True)
+    answer = [str(tmp_path / ".venv/bin/metaalign-edge"), "chat", "--temp", "0", "What is the moon?"]
+    said = subprocess.run(answer, cwd=tmp_path, env=nowhere, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert said.returncode == 0 and "moon" in said.stdout, said.stderr

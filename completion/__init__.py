@@ -1,0 +1,1 @@
+"""What teaches a shell to complete metaalign-edge; `metaalign-edge completion SHELL` prints it."""

@@ -1,0 +1,104 @@
+"""`help`: the README's sections are the topics, and what they say of exit codes and variables is so."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from terminal import Terminal
+
+import metaalign_edge as edge
+from metaalign_edge import EdgeError
+
+README = (Path(edge.__file__).with_name("README.md")).read_text(encoding="utf-8")
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def said(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert edge.run(arguments) == 0
+    out, error = capfd.readouterr()
+    assert error == ""
+    return str(out)
+
+
+def test_without_a_topic_the_topics_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
+    listed = dict(re.split("  +", line) for line in said(capfd, "help").splitlines())
+    assert listed.keys() == edge.topics().keys() and listed["exit-codes"] == "Exit codes"
+    wanted = {
+        "dialog",
+        "templates",
+        "scripts",
+        "exit-codes",
+        "environment",
+        "strength",
+        "preferences",
+        "offline",
+        "python",
+    }
+    assert wanted <= listed.keys()
+
+
+@pytest.mark.parametrize("topic", edge.topics())
+def test_a_topic_is_a_whole_section_of_the_readme(topic: str, capfd: pytest.CaptureFixture[str]) -> None:
+    heading, _, text = said(capfd, "help", topic).partition("\n\n")
+    assert f"# {heading}\n" in README and len(text) > 100 and text.endswith("\n")
+    assert text.count("```") % 2 == 0  # a comment in a script is no heading
+    assert "<!--" not in text and "<sub>" not in text
+    assert all(line in README or "_" in line for line in text.splitlines() if "l1" not in line and "l0" not in line)
+
+
+def test_a_section_has_its_subsections_and_ends_where_the_next_begins() -> None:
+    scripts, codes = edge.topics()["scripts"][1], edge.topics()["exit-codes"][1]
+    assert codes in scripts and "### Environment" in scripts and "## A strength" not in scripts
+    assert "interrupted" in codes and "METAALIGN_EDGE" not in codes
+
+
+def test_a_command_is_explained_by_its_help(capfd: pytest.CaptureFixture[str]) -> None:
+    assert said(capfd, "help", "chat") == said(capfd, "chat", "--help")
+
+
+def test_an_unknown_topic_names_the_nearest(refuses: Callable[..., str]) -> None:
+    assert "did you mean exit-codes?" in refuses(2, "help", "exit-code")
+    assert "did you mean compare?" in refuses(2, "help", "compere")
+    assert "`metaalign-edge help` lists them" in refuses(2, "help", "xyzzy")
+
+
+def test_at_a_narrow_terminal_a_topic_is_laid_out_for_it() -> None:
+    terminal = Terminal("help", "exit-codes", columns=40)
+    text = terminal.rest()
+    assert "Exit codes" in text and "130" in text and "| ---" not in text
+    assert max(map(len, text.splitlines())) <= 40 and "\x1b" not in text
+    assert terminal.leave() == 0
+
+
+def test_the_exit_codes_are_those_of_the_errors() -> None:
+    listed = [int(code) for code in re.findall(r"^\| (\d+) \|", edge.topics()["exit-codes"][1], re.MULTILINE)]
+    assert listed == sorted({0, EdgeError.exit_code, *(kind.exit_code for kind in EdgeError.__subclasses__())})
+
+
+def options(command: Any) -> Iterator[Any]:
+    yield from command.params
+    for one in getattr(command, "commands", {}).values():
+        yield from options(one)
+
+
+def test_the_variables_are_those_of_the_options_and_called_like_them() -> None:
+    listed = re.findall(r"`([A-Z_]+)`", edge.topics()["environment"][1].replace("`METAALIGN_EDGE_`", ""))
+    read = set(re.findall(r'environ\.get\("METAALIGN_EDGE_([A-Z]+)"\)', Path(edge.__file__).read_text()))
+    taken = {one.envvar: one for one in options(typer.main.get_command(edge.app)) if getattr(one, "envvar", None)}
+    assert len(listed) == len(set(listed))
+    assert {f"METAALIGN_EDGE_{name}" for name in listed} == taken.keys() | {f"METAALIGN_EDGE_{name}" for name in read}
+    for name, one in taken.items():
+        assert "--" + name.removeprefix("METAALIGN_EDGE_").lower().replace("_", "-") in one.opts
+
+
+def test_help_imports_nothing_heavy(run: Run) -> None:
+    from test_package import imported_by
+
+    heavy = {"llama_cpp", "jinja2", "numpy", "huggingface_hub", "metaalign_edge_convert", "rich.markdown"}
+    assert not imported_by("help", "exit-codes") & heavy

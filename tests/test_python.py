@@ -1,0 +1,234 @@
+"""What a Python program needs: `Dialog`, `Model`, `generate`, `stream` and `compare`."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import metaalign_edge as edge
+from metaalign_edge import Dialog, EdgeError, Model, NotFound, Turn, UsageError, compare, generate, stream
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+EXAMPLES = [example for example in doctest.DocTestFinder().find(edge) if example.examples]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_an_example_of_a_docstring_does_what_it_says(example: doctest.DocTest) -> None:
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_every_public_function_has_such_an_example() -> None:
+    shown = {example.name.removeprefix("metaalign_edge.") for example in EXAMPLES}
+    assert shown == {"Dialog", "Model.open", "generate", "stream", "compare"}
+
+
+def test_the_readme_s_program_runs() -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert "".join(re.findall(r"^ *# (.*\n)", program, re.MULTILINE)) == said.stdout
+
+
+def test_pieces_make_the_answer_and_the_answer_is_what_chat_says(demo: Path, tmp_path: Path) -> None:
+    with Model.open(demo) as model:
+        answer = generate(model, "What is tea?", system="Be kind.", pref="@child", seed=7, temperature=1.0)
+        writing, pieces = stream(model, "What is tea?", system="Be kind.", pref="@child", seed=7, temperature=1.0), []
+        while True:
+            try:
+                pieces.append(next(writing))
+            except StopIteration as end:
+                again = end.value
+                break
+    assert "".join(pieces) == answer.response == again.response and len(pieces) > 5 and all(pieces)
+    assert answer.user_info == edge.expand_profile("@child") and answer.seed == 7 and again.cached_tokens > 20
+    command = ["chat", "--system", "Be kind.", "--pref", "@child", "--seed", "7", "--temp", "1", "What is tea?"]
+    said = subprocess.run([sys.executable, "-m", "metaalign_edge", *command], capture_output=True, text=True, input="")
+    assert said.stdout == answer.response + "\n"
+
+
+def test_a_conversation_goes_on_from_what_was_read(demo: Path) -> None:
+    with Model.open(str(demo)) as model:
+        dialog = Dialog("", "one sentence", [Turn("What is tea?")])
+        first = generate(model, dialog, temperature=0)
+        dialog = dialog.then(first.response, "What is bread?")
+        second = generate(model, dialog, temperature=0)
+    assert dialog.turns == (Turn("What is tea?", first.response), Turn("What is bread?"))
+    assert second.cached_tokens >= first.input_tokens and second.query == "What is bread?"
+
+
+def test_a_stream_that_is_closed_stops_at_once_and_the_next_call_is_as_ever(slow: Path) -> None:
+    with Model.open(slow, context=4096) as model:
+        alone = generate(model, "And bread?", max_tokens=5, temperature=0)
+        with closing(stream(model, "What is tea?", max_tokens=3000, temperature=0)) as pieces:
+            assert next(pieces)
+        written = len(model.session.engine.sequences[0].tokens)
+        assert written < alone.input_tokens + 100
+        assert generate(model, "And bread?", max_tokens=5, temperature=0).response == alone.response
+        abandoned = stream(model, "What is tea?", max_tokens=3000)
+        next(abandoned)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(abandoned)
+    assert model.pointer is None and model.session.engine is None
+
+
+def test_an_answer_inside_another_is_refused_and_other_threads_wait(demo: Path) -> None:
+    with Model.open(demo) as model:
+        usual = generate(model, "What is tea?", temperature=0).response
+        pieces = stream(model, "What is bread?", temperature=0)
+        begun = next(pieces)
+        with pytest.raises(RuntimeError, match="still being written"):
+            generate(model, "What is tea?")
+        said: list[str] = []
+        threads = [
+            threading.Thread(target=lambda: said.append(generate(model, "What is tea?", temperature=0).response))
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        assert not said
+        bread = begun + "".join(pieces)
+        for thread in threads:
+            thread.join()
+    assert said == [usual] * 3 and "flour" in bread
+
+
+def test_ctrl_c_is_a_keyboard_interrupt_of_the_program_and_the_model_stays_usable(slow: Path) -> None:
+    program = f"""
+from metaalign_edge import Model, generate, stream
+with Model.open({str(slow)!r}) as model:
+    for long in ("zoo " * 6000, "tea?"):  # while it reads, while it writes
+        try:
+            for piece in stream(model, long, max_tokens=8000, temperature=0):
+                print("writing" if long == "tea?" else "too soon", flush=True)
+            print("too late")
+        except KeyboardInterrupt:
+            print("stopped", flush=True)
+        if long != "tea?":
+            print("next", flush=True)
+    print(generate(model, "tea?", max_tokens=3).output_tokens)
+"""
+    process = subprocess.Popen([sys.executable, "-c", "print('begun', flush=True)" + program], stdout=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.readline() == b"begun\n"
+    interrupt_when_loaded(process)
+    lines = [process.stdout.readline() for _ in range(3)]
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read().split(b"\n")
+    assert lines == [b"stopped\n", b"next\n", b"writing\n"]
+    assert [line for line in rest if line != b"writing"] == [b"stopped", b"3", b""]
+    assert process.wait() == 0
+
+
+def interrupt_when_loaded(process: subprocess.Popen[bytes]) -> None:
+    """Press Ctrl-C when the process has read some of a long prompt: it has computed for some seconds."""
+    stat = Path(f"/proc/{process.pid}/stat")
+    while int(stat.read_text().rsplit(")")[1].split()[11]) < 250:  # hundredths of seconds in user mode
+        assert process.poll() is None
+        threading.Event().wait(0.05)
+    process.send_signal(signal.SIGINT)
+
+
+def test_compare_gives_each_preference_its_answer_in_order(demo: Path) -> None:
+    with Model.open(demo) as model:
+        wishes = ["@caps", "", "in lower case"]
+        answers = compare(model, "What is bread?", wishes, temperature=0, system="")
+        alone = [generate(model, "What is bread?", pref=wish, temperature=0) for wish in wishes]
+    assert [answer.response for answer in answers] == [answer.response for answer in alone]
+    assert answers[0].response.isupper() and answers[2].response.islower()
+
+
+def test_no_seed_draws_one_and_options_of_one_call_are_gone_in_the_next(tiny: Path) -> None:
+    with Model.open(tiny) as model:
+        first = generate(model, "tea?", max_tokens=9, temperature=1.5, stop=["\0"])
+        second = generate(model, "tea?", max_tokens=9, temperature=1.5)
+        again = generate(model, "tea?", max_tokens=9, temperature=1.5, seed=first.seed)
+        assert first.seed != second.seed and first.response == again.response
+        generate(model, "tea?", pref="x", max_tokens=2, pref_strength=2.0, system_strength=0.5)
+        assert model.session.settings.pref_strength == 2.0
+        generate(model, "tea?", max_tokens=2)
+        assert model.session.settings.pref_strength == 1.0 and model.session.settings.stop == ()
+
+
+def test_options_are_those_of_the_settings_and_of_the_rendering() -> None:
+    loading = {"context", "gpu_layers", "threads", "verbose", "adapters", "sequences", "lanes"}
+    settings = {field.name for field in fields(edge.Settings)} - loading
+    assert set(edge.Options.__annotations__) == settings | set(edge.RenderOptions._fields)
+
+
+def test_an_answer_fits_the_schema_that_is_asked_for(tiny: Path) -> None:
+    document = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}
+    with Model.open(tiny) as model:
+        for schema in (document, "sure bool"):
+            answer = generate(model, "tea?", schema=schema, seed=1, max_tokens=99)
+            assert list(json.loads(answer.response)) == ["sure"]
+        with pytest.raises(UsageError, match="short form"):
+            generate(model, "tea?", schema="sure what")
+
+
+@pytest.mark.parametrize("call, error, says", [
+    (lambda m: generate(m, ""), UsageError, "no query"),
+    (lambda m: generate(m, Dialog()), UsageError, "no query"),
+    (lambda m: generate(m, Dialog("", "", [Turn("a", "b")])), UsageError, "no query"),
+    (lambda m: generate(m, Dialog("a", "", [Turn("b")]), pref="c"), UsageError, "leave system and pref out"),
+    (lambda m: generate(m, "tea \udcff?"), UsageError, "surrogate"),
+    (lambda m: generate(m, "tea?", pref="@nobody"), NotFound, "@nobody"),
+    (lambda m: generate(m, "tea?", temp=1), TypeError, "no option 'temp': there are max_tokens, temperature"),
+    (lambda m: generate(m, "tea?", context=99), TypeError, "no option 'context'"),
+    (lambda m: generate(m, "tea?", seed=-1), UsageError, "seed"),
+    (lambda m: generate(m, "tea?", max_tokens=0), UsageError, "max_tokens"),
+    (lambda m: generate(m, "tea?", pref_strength=-1.0), UsageError, "pref_strength"),
+    (lambda m: generate(m, "zoo " * 900), edge.ContextOverflow, "512"),
+    (lambda m: compare(m, "tea?", []), UsageError, "preference"),
+    (lambda m: compare(m, "tea?", ["short", "zoo " * 900]), edge.ContextOverflow, "512"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_said_and_the_model_stays_usable(
+    call: Any, error: type[Exception], says: str, tiny: Path
+) -> None:
+    with Model.open(tiny) as model:
+        with pytest.raises(error, match=says):
+            call(model)
+        assert generate(model, "tea?", max_tokens=2, temperature=0).output_tokens == 2
+    with pytest.raises(RuntimeError, match="closed"):
+        call(model)
+
+
+def test_a_model_that_cannot_be_opened_is_said(tmp_path: Path, tiny: Path) -> None:
+    for name, template, error in (("none.gguf", "auto", NotFound), (tiny, "nonsense", UsageError)):
+        with pytest.raises(error):
+            Model.open(name, template=template)
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    with pytest.raises(EdgeError, match="damaged"):
+        Model.open(tmp_path / "bad.gguf")
+
+
+def test_a_program_hears_nothing_and_finds_nothing_on_its_disk(
+    tiny: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with Model.open(tiny) as model:
+        list(stream(model, "tea?", max_tokens=3))
+        compare(model, "tea?", ["a", "b"], max_tokens=3)
+    assert capfd.readouterr() == ("", "")
+    assert not (tmp_path / "home").exists()
+
+
+def test_the_public_names_are_typed_and_stand_in_the_readme() -> None:
+    stub = ast.parse((ROOT / "stubs" / "__init__.pyi").read_text())
+    defined = {node.name for node in stub.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    assert set(edge.__all__) == defined - {"Options"}
+    section = README.partition("\n## In Python\n")[2].partition("\n## ")[0]
+    assert all(f"`{name}`" in section for name in edge.__all__)
