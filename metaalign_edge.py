@@ -2480,6 +2480,21 @@ def divergence(one: Any, other: Any) -> float:
     return min(max((surprise(first) + surprise(second)) / 2, 0.0), 1.0)
 
 
+def checked_strength(flag: str, value: str | float) -> float:
+    """Return a strength as a number that logits can be weighed with.
+
+    Raises:
+        UsageError: it is none, negative or too large.
+    """
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= MOST_STRENGTH:
+        raise UsageError(f"{flag} takes a number from 0 to {MOST_STRENGTH}, not {value!r}")
+    return number
+
+
 # =====================================================================================================================
 # 11  Generation
 # =====================================================================================================================
@@ -3924,6 +3939,22 @@ class Reply:
             return None
         return size if size.columns >= NARROW else None
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep what is typed meanwhile off the screen, if the text is to be taken back; the next prompt shows it."""
+        if self._size is None or os.name == "nt":  # Windows shows only what is being read
+            yield
+            return
+        import termios
+
+        before = termios.tcgetattr(sys.stdout)
+        silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+        termios.tcsetattr(sys.stdout, termios.TCSANOW, silent)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(sys.stdout, termios.TCSANOW, before)
+
     def show(self, piece: str) -> None:
         """Take a piece."""
         if self._stream:
@@ -4022,22 +4053,110 @@ def as_document(transcript: Transcript) -> dict[str, Any]:
     return {"session": transcript.name, "created": transcript.lines[0].get("at"), "turns": turns}
 
 
-def export(transcript: Transcript, path: Path, form: str, force: bool) -> None:
-    """Write a conversation to a file, as `md` or `json`.
-
-    Raises:
-        UsageError: the file exists. CannotWrite: it cannot be written.
-    """
-    if path.exists() and not force and path.is_file():
-        raise UsageError(f"{path} exists: name another, or --force replaces it")
-    write_whole(path, exported(transcript, form).encode("utf-8", "replace"))
-
-
 def exported(transcript: Transcript, form: str) -> str:
     """Return a conversation as `md` or `json`."""
     if form == "md":
         return as_markdown(transcript)
     return json.dumps(as_document(transcript), ensure_ascii=False, indent=2) + "\n"
+
+
+def local_time(stamp: str) -> str:
+    """Return a session's time as a clock here shows it; what is no time, as it is."""
+    import calendar
+
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(calendar.timegm(time.strptime(stamp, STAMP))))
+    except ValueError:
+        return stamp
+
+
+def shown_strength(settings: Settings) -> str:
+    """Return the strength of User Info as text."""
+    return "auto" if settings.pref_strength == "auto" else f"{settings.pref_strength:g}"
+
+
+def wish_text(wish: str) -> str:
+    """Return the text of a preference or of a profile; a lone dash is none."""
+    return "" if wish == "-" else expand_profile(wish)
+
+
+def session_names() -> list[str]:
+    """List the sessions, the one that was used last first."""
+    return [path.stem for path in session_paths()]
+
+
+def describe_session(transcript: Transcript) -> str:
+    """Sum up a session in one line."""
+    turns = transcript.dialog().turns
+    return f"session {transcript.name}: {len(turns)} turns so far" if turns else f"session {transcript.name} begins"
+
+
+def line_editor(complete: Callable[[str], list[tuple[str, int]]]) -> Callable[[str], str]:
+    """Return what reads a line: with history and completion, or on a dumb terminal as the terminal does it.
+
+    Args:
+        complete: lists what may stand at the end of a line, each with how many characters it takes the place of.
+    """
+    if os.environ.get("TERM") in ("dumb", "unknown"):
+        return plain_line
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import Completer, Completion
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
+
+    class Offers(Completer):
+        def get_completions(self, document: Any, complete_event: Any) -> Iterable[Completion]:
+            for text, length in complete(document.text_before_cursor):
+                yield Completion(text, -length)
+
+    class Kept(FileHistory):
+        def append_string(self, string: str) -> None:
+            if not string.startswith(" "):  # as shells do
+                super().append_string(string)
+
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):
+                super().store_string(string)
+
+    path, history = data_folder() / "history", cast(History, InMemoryHistory())
+    with contextlib.suppress(OSError):  # nothing can be kept there
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        history = Kept(str(path))
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    editor: PromptSession[str] = PromptSession(
+        history=history,
+        completer=Offers(),
+        complete_while_typing=False,  # a menu that nobody asked for is noise to a screen reader
+        key_bindings=keys,
+        prompt_continuation=". ",
+    )
+    return editor.prompt
+
+
+def plain_line(prompt: str) -> str:
+    """Read a line as the terminal edits it."""
+    try:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        print()
+        raise
+
+
+def read_text_of_lines(line: Callable[[str], str], prompt: str) -> str:
+    """Read one line, or several between lines that begin and end with three quotes."""
+    text = line(prompt)
+    if not text.startswith('"""'):
+        return text
+    text = text[3:]
+    while not text.rstrip().endswith('"""'):
+        text += "\n" + line(". ")
+    return text.rstrip()[:-3].strip("\n")
 
 
 class Word(NamedTuple):
@@ -4072,7 +4191,7 @@ class Repl:
         Raises:
             CannotWrite: the session still cannot be written at the end.
         """
-        line = line_editor()
+        line = line_editor(self.completions)
         self.screen.note("/help lists the commands, Ctrl-D leaves")
         while self.going:
             try:
@@ -4084,7 +4203,8 @@ class Repl:
                 continue
             except EdgeError as error:
                 self.say(f"metaalign-edge: {one_line(error)}")
-        self.transcript.save()
+        if self.transcript.turns():
+            self.transcript.save()
 
     def say(self, text: str) -> None:
         """Say what was asked for, also with -q."""
@@ -4115,7 +4235,7 @@ class Repl:
         """Answer the newest query of a dialog on the screen; what an interrupted answer had said is kept."""
         reply = Reply(self.screen, self.markdown)
         self.chat.interrupt.raised = False
-        with self.chat.interrupt:
+        with self.chat.interrupt, reply.alone():
             answer = self.chat.answer(
                 dialog, self.seed, reply.show, lambda begun: warn(self.chat, begun, self.screen, self.strict)
             )
@@ -4250,7 +4370,9 @@ class Repl:
         if not text:
             raise UsageError("/save takes a name for a session, or a file: /save work, /save talk.md, /save talk.json")
         if path.suffix in (".md", ".json"):
-            export(self.transcript, path, path.suffix[1:], force=False)
+            if path.exists():
+                raise UsageError(f"{path} exists: name another file")
+            write_whole(path, exported(self.transcript, path.suffix[1:]).encode("utf-8", "replace"))
             self.say(f"written to {path}")
             return
         path = session_path(text)
@@ -4298,6 +4420,16 @@ class Repl:
         """End the conversation."""
         self.going = False
 
+    @classmethod
+    def completions(cls, line: str) -> list[tuple[str, int]]:
+        """List what Tab offers at the end of a line, each with how many characters of it that takes the place of."""
+        head, space, _ = line.partition(" ")
+        if not space:
+            return [(name, len(line)) for name in cls.WORDS if line.startswith("/") and name.startswith(line)]
+        word, begun = cls.WORDS.get(head), re.split(r"\s|\+(?=@)", line)[-1]
+        choices = (word.choices() if callable(word.choices) else word.choices) if word else ()
+        return [(choice, len(begun)) for choice in choices if choice.startswith(begun)]
+
     KEYS = (
         ('"""', "begins and ends a text of several lines; Alt-Enter breaks a line"),
         ("Tab, Ctrl-R", "complete a command, a profile, a session; search what was asked before"),
@@ -4319,118 +4451,11 @@ class Repl:
         "/think": Word("[on|off|auto]", "let a thinking model think", think, ("on", "off", "auto")),
         "/stats": Word("", "figures of the latest answer", stats),
         "/save": Word("NAME|FILE", "keep this conversation as a session; or write it to FILE.md or FILE.json", store),
-        "/load": Word("NAME", "go on with a session", load, lambda: session_names()),
+        "/load": Word("NAME", "go on with a session", load, session_names),
         "/clear": Word("", "forget the conversation, keep the meta-prompt", clear),
         "/help": Word("", "this list", help),
         "/exit": Word("", "leave", leave),
     }
-
-
-def shown_strength(settings: Settings) -> str:
-    """Return the strength of User Info as text."""
-    return "auto" if settings.pref_strength == "auto" else f"{settings.pref_strength:g}"
-
-
-def wish_text(wish: str) -> str:
-    """Return the text of a preference or of a profile; a lone dash is none."""
-    return "" if wish == "-" else expand_profile(wish)
-
-
-def session_names() -> list[str]:
-    """List the sessions, the one that was used last first."""
-    return [path.stem for path in session_paths()]
-
-
-def describe_session(transcript: Transcript) -> str:
-    """Sum up a session in one line."""
-    turns = transcript.dialog().turns
-    return f"session {transcript.name}: {len(turns)} turns so far" if turns else f"session {transcript.name} begins"
-
-
-def local_time(stamp: str) -> str:
-    """Return a session's time as a clock here shows it; what is no time, as it is."""
-    import calendar
-
-    try:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(calendar.timegm(time.strptime(stamp, STAMP))))
-    except ValueError:
-        return stamp
-
-
-def completions(line: str) -> list[tuple[str, int]]:
-    """List what Tab offers at the end of a line, each with how many characters of the line it takes the place of."""
-    head, space, _ = line.partition(" ")
-    if not line.startswith("/"):
-        return []
-    if not space:
-        return [(name, len(line)) for name in Repl.WORDS if name.startswith(line)]
-    word, begun = Repl.WORDS.get(head), re.split(r"\s|\+(?=@)", line)[-1]
-    choices = (word.choices() if callable(word.choices) else word.choices) if word else ()
-    return [(choice, len(begun)) for choice in choices if choice.startswith(begun)]
-
-
-def line_editor() -> Callable[[str], str]:
-    """Return what reads a line: with history and completion, or on a dumb terminal as the terminal does it."""
-    if os.environ.get("TERM") in ("dumb", "unknown"):
-        return plain_line
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import Completer, Completion
-    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-    from prompt_toolkit.key_binding import KeyBindings
-
-    class Offers(Completer):
-        def get_completions(self, document: Any, complete_event: Any) -> Iterable[Completion]:
-            for text, length in completions(document.text_before_cursor):
-                yield Completion(text, -length)
-
-    class Kept(FileHistory):
-        def append_string(self, string: str) -> None:
-            if not string.startswith(" "):  # as shells do
-                super().append_string(string)
-
-        def store_string(self, string: str) -> None:
-            with contextlib.suppress(OSError):
-                super().store_string(string)
-
-    path, history = data_folder() / "history", cast(History, InMemoryHistory())
-    with contextlib.suppress(OSError):  # nothing can be kept there
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        history = Kept(str(path))
-    keys = KeyBindings()
-
-    @keys.add("escape", "enter")
-    def _(event: Any) -> None:
-        event.current_buffer.insert_text("\n")
-
-    editor: PromptSession[str] = PromptSession(
-        history=history,
-        completer=Offers(),
-        complete_while_typing=False,  # a menu that nobody asked for is noise to a screen reader
-        key_bindings=keys,
-        prompt_continuation=". ",
-    )
-    return editor.prompt
-
-
-def plain_line(prompt: str) -> str:
-    """Read a line as the terminal edits it."""
-    try:
-        return input(prompt)
-    except (EOFError, KeyboardInterrupt):
-        print()
-        raise
-
-
-def read_text_of_lines(line: Callable[[str], str], prompt: str) -> str:
-    """Read one line, or several between lines that begin and end with three quotes."""
-    text = line(prompt)
-    if not text.startswith('"""'):
-        return text
-    text = text[3:]
-    while not text.rstrip().endswith('"""'):
-        text += "\n" + line(". ")
-    return text.rstrip()[:-3].strip("\n")
 
 
 # =====================================================================================================================
@@ -4766,16 +4791,16 @@ def gathered(loaded: Loaded, sampling: Sampling, strengths: Strengths, talk: Tal
     return replace(strengths.added(sampling.added(loaded.settings())), verbose=talk.verbose)
 
 
-def go_on(session: str | None, newest: bool) -> Transcript:
+def go_on(name: str | None, newest: bool) -> Transcript:
     """Return the session of a name, or the one that was used last; without either, a conversation that is not kept.
 
     Raises:
         UsageError: both are asked for, it is no name, or the session is spoilt. NotFound: there is no session yet.
     """
-    if session is not None and newest:
+    if name is not None and newest:
         raise UsageError("--session and --continue both choose a session: give one")
-    if session is not None:
-        return Transcript.read(session_path(session))
+    if name is not None:
+        return Transcript.read(session_path(name))
     if not newest:
         return Transcript()
     if not (paths := session_paths()):
@@ -4792,7 +4817,7 @@ def set_meta_prompt(transcript: Transcript, meta_prompt: MetaPrompt, context: ty
 
     def stays(*names: str) -> bool:
         sources = [context.get_parameter_source(name) for name in names]
-        return bool(transcript.turns()) and not any(source and source.name == "COMMANDLINE" for source in sources)
+        return len(transcript.lines) > 1 and not any(source and source.name == "COMMANDLINE" for source in sources)
 
     given, latest, label = meta_prompt.dialog(), transcript.meta_prompt, label_of(meta_prompt.wishes())
     system_info = latest["system_info"] if stays("system", "system_file") else given.system_info
@@ -4809,7 +4834,7 @@ def chat(
     query: QueryArgument = None,
     *,
     meta_prompt: MetaPrompt,
-    session: SessionOption = None,
+    name: SessionOption = None,
     newest: ContinueOption = False,
     rendered: Rendered,
     strengths: Strengths,
@@ -4836,7 +4861,7 @@ def chat(
 
         metaalign-edge chat --continue "And beans?"
     """
-    screen, transcript = talk.screen(), go_on(session, newest)
+    screen, transcript = talk.screen(), go_on(name, newest)
     set_meta_prompt(transcript, meta_prompt, context)
     settings = gathered(loaded, sampling, strengths, talk)
     asked = read_query(query, no_stdin, repl=not as_json)
@@ -4845,14 +4870,14 @@ def chat(
     with interrupt:
         model = Model(file, settings, interrupt)
     states = kept_states(no_cache)
-    with model, Chat(model, chosen, settings, rendered.options(), interrupt, states=states) as chat:
+    with model, Chat(model, chosen, settings, rendered.options(), interrupt, states=states) as session:
         explain(model, chosen, settings, screen)
         introduce(transcript, file.path.name, screen, talking=asked is None)
         if asked is None:
-            Repl(chat, transcript, screen, rendered.strict_tiers, markdown).run()
+            Repl(session, transcript, screen, rendered.strict_tiers, markdown).run()
         else:
             reply = None if as_json else Reply(screen, markdown, stream)
-            answer_once(chat, transcript, asked, screen, rendered.strict_tiers, reply)
+            answer_once(session, transcript, asked, screen, rendered.strict_tiers, reply)
 
 
 @app.command()
@@ -5560,11 +5585,13 @@ def sessions_export(
     form = form or ("json" if output and output.suffix.lower() == ".json" else "md")
     if form not in ("md", "json"):
         raise UsageError(f"--format takes md or json, not {form!r}")
-    transcript = find_session(name)
-    if output:
-        export(transcript, output, form, force)
-    else:
-        Screen().write(exported(transcript, form))
+    text = exported(find_session(name), form)
+    if output is None:
+        Screen().write(text)
+        return
+    if output.is_file() and not force:
+        raise UsageError(f"{output} exists: name another, or --force replaces it")
+    write_whole(output, text.encode("utf-8", "replace"))
 
 
 SuiteOption = Annotated[
@@ -5786,21 +5813,6 @@ def checked_gpu_layers(value: str) -> str:
     raise UsageError(f"-ngl takes auto, all or a number of layers, not {value!r}")
 
 
-def checked_strength(flag: str, value: str | float) -> float:
-    """Return a strength as a number that logits can be weighed with.
-
-    Raises:
-        UsageError: it is none, negative or too large.
-    """
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number <= MOST_STRENGTH:
-        raise UsageError(f"{flag} takes a number from 0 to {MOST_STRENGTH}, not {value!r}")
-    return number
-
-
 def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Screen) -> None:
     """Say with -v what was chosen, and why."""
     device = (
@@ -5831,7 +5843,7 @@ def introduce(transcript: Transcript, model: str, screen: Screen, talking: bool)
 
 
 def answer_once(
-    chat: Chat, transcript: Transcript, query: str, screen: Screen, strict: bool, reply: Reply | None
+    session: Chat, transcript: Transcript, query: str, screen: Screen, strict: bool, reply: Reply | None
 ) -> None:
     """Answer one query on stdout, as JSON without a `reply`; a session keeps it, also what was cut off.
 
@@ -5841,14 +5853,14 @@ def answer_once(
     begun: list[Answer] = []
 
     def before(answer: Answer) -> None:
-        warn(chat, answer, screen, strict)
+        warn(session, answer, screen, strict)
         begun.append(answer)
 
     complete = False
     try:
-        with chat.interrupt:
+        with session.interrupt, reply.alone() if reply else contextlib.nullcontext():
             show = reply.show if reply else lambda _: None
-            answer = chat.answer(transcript.dialog(query), chat.settings.seed, show, before)
+            answer = session.answer(transcript.dialog(query), session.settings.seed, show, before)
         complete = True
         if reply:
             reply.end(answer.response)
@@ -5861,7 +5873,7 @@ def answer_once(
             transcript.save()
     screen.detail(describe(answer))
     screen.detail(f"time {STOPWATCH}; memory {peak_mb():.0f} MB at most")
-    chat.interrupt.check()
+    session.interrupt.check()
 
 
 # =====================================================================================================================

@@ -140,7 +140,7 @@ def test_a_conversation_becomes_a_session_and_goes_on_being_one(tiny: Path, tmp_
     terminal.type(f"/save {tmp_path}/talk.md\n")
     terminal.until("written to")
     terminal.type(f"/save {tmp_path}/talk.md\n")
-    terminal.until("exists: name another")
+    terminal.until("exists: name another file")
     terminal.type("/save copy\n")
     terminal.until("this is session copy")
     terminal.type("/load work\n")
@@ -199,15 +199,17 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation_and_ctrl_d_leaves(slo
 
 
 def test_completion_knows_commands_profiles_and_sessions() -> None:
-    assert edge.completions("/p") == [("/pref", 2)] and edge.completions("what /p") == []
-    assert edge.completions("/") == [(name, 1) for name in edge.Repl.WORDS]
-    assert ("@child", 3) in edge.completions("/pref @ch") and ("@child", 3) in edge.completions("/again @json+@ch")
-    assert ("@expert", 3) in edge.completions("/compare @child @ex") and edge.completions("/nonsense @") == []
-    assert edge.completions("/strength p") == [("pref", 1)] and len(edge.completions("/think ")) == 3
+    assert edge.Repl.completions("/p") == [("/pref", 2)] and edge.Repl.completions("what /p") == []
+    assert edge.Repl.completions("/") == [(name, 1) for name in edge.Repl.WORDS]
+    assert ("@child", 3) in edge.Repl.completions("/pref @ch") and ("@child", 3) in edge.Repl.completions(
+        "/again @json+@ch"
+    )
+    assert ("@expert", 3) in edge.Repl.completions("/compare @child @ex") and edge.Repl.completions("/nonsense @") == []
+    assert edge.Repl.completions("/strength p") == [("pref", 1)] and len(edge.Repl.completions("/think ")) == 3
     transcript = Transcript(session_path("garden"))
     transcript.clear()
     transcript.save()
-    assert edge.completions("/load g") == [("garden", 1)]
+    assert edge.Repl.completions("/load g") == [("garden", 1)]
 
 
 def test_a_screen_shows_the_prompt_and_completes_and_remembers(tiny: Path, tmp_path: Path) -> None:
@@ -261,6 +263,17 @@ def test_markdown_takes_the_place_of_what_was_streamed() -> None:
     assert " • Tea is a drink" in shown and "- Tea" not in shown
     whole = Emulator("chat", "--markdown", "--no-stream", *bullets, lines=12)
     assert whole.rest() == shown and whole.leave() == 0
+
+
+def test_what_is_typed_meanwhile_does_not_disturb_the_markdown(slow: Path) -> None:
+    screen = Emulator("chat", "-m", str(slow), "-n", "60", "--markdown", "--seed", "1")
+    screen.until(">")
+    screen.type("tea?\r")
+    screen.until("tea?\n")
+    screen.type("/exit\r")
+    shown = screen.rest()
+    assert screen.leave() == 0
+    assert shown.count("/exit") == 1 and shown.endswith("\n> /exit\n")
 
 
 @pytest.mark.parametrize("size", [{"lines": 3}, {"columns": 39}])
