@@ -4267,6 +4267,7 @@ class Repl:
 
     def change(self, **tiers: str) -> None:
         """Change the meta-prompt, and write that down."""
+        self.aside = None
         now = {"label": "", **self.transcript.meta_prompt, **tiers}
         self.transcript.set(now["system_info"], now["user_info"], now["label"])
         self.transcript.save()
