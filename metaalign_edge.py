@@ -5502,13 +5502,16 @@ def sessions_list(as_json: JsonOption = False) -> None:
     if not found:
         screen.note("no sessions yet: metaalign-edge chat --session NAME begins one")
         return
-    heads = ["session", "turns", "first", "last", "model", "preference"]
-    rows = [[str("" if row[head] is None else row[head]) for head in ("name", *heads[1:])] for row in found]
-    for row, one in zip(rows, found, strict=True):
-        row[2:4] = map(local_time, row[2:4])
-        row[5] = f"({one['error']})" if one["error"] else row[5]
-    lines = rich_table(heads, rows) if screen.terminal else aligned(heads, rows)
-    screen.write("\n".join(lines) + "\n")
+    rows = [
+        [
+            row["name"],
+            str(row["turns"] or 0),
+            local_time(str(row["last"] or "")),
+            f"({row['error']})" if row["error"] else row["preference"],
+        ]
+        for row in found
+    ]
+    screen.write("\n".join(aligned(["session", "turns", "last used", "preference"], rows)) + "\n")
 
 
 def summary(path: Path) -> dict[str, Any]:

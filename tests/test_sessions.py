@@ -372,7 +372,7 @@ def test_a_spoilt_session_does_not_hide_the_others(say: Callable[..., str]) -> N
     rows = {row["name"]: row for row in json.loads(say("sessions", "list", "--json"))}
     assert rows["good"]["turns"] == 1 and "line 1" in rows["bad"]["error"] and rows["bad"]["turns"] is None
     table = say("sessions", "list")
-    assert "is spoilt" in table and table.splitlines()[0].split() == "session turns first last model preference".split()
+    assert "is spoilt" in table and table.splitlines()[0].split() == "session turns last used preference".split()
 
 
 def test_sessions_are_removed_all_or_none(say: Callable[..., str], refuses: Callable[..., str]) -> None:
