@@ -1522,8 +1522,9 @@ class Transcript:
 
     def add(self, answer: Mapping[str, Any], again: bool = False) -> None:
         """Note an answer and its figures; `again` in the place of the last turn."""
-        told = {name: value for name, value in answer.items() if name not in LINE_TEXTS["meta_prompt"]}
-        self._add("turn", id=os.urandom(6).hex(), **({"replaces": self.turns()[-1]["id"]} if again else {}), **told)
+        figures = {name: value for name, value in answer.items() if name not in LINE_TEXTS["meta_prompt"]}
+        replaces = {"replaces": self.turns()[-1]["id"]} if again else {}
+        self._add("turn", id=os.urandom(6).hex(), **replaces, **figures)
 
     def clear(self) -> None:
         """Note that the turns so far are to be forgotten."""
@@ -1541,9 +1542,7 @@ class Transcript:
         if self.path is None or self._saved == len(self.lines) or len(self.lines) == 1:  # a header alone says nothing
             return
         try:
-            with locked(
-                self.path.parent
-            ):  # one lock for all sessions: beside it, nothing is left of one that is removed
+            with locked(self.path.parent):  # one lock for all: nothing is left of a session that is removed
                 self.path.parent.mkdir(mode=0o700, exist_ok=True)
                 with open(self.path, "a+b", 0, opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
                     self._append(file)
@@ -1564,7 +1563,7 @@ class Transcript:
                 end, before = end + len(torn), b"\n"
             except (ValueError, RecursionError):
                 file.truncate(end)
-        new = self.lines[self._saved :] if end else self.lines
+        new = self.lines[max(self._saved, 1) :] if end else self.lines  # its header is there
         if end:  # another process may have had another meta-prompt meanwhile
             ours, theirs = self._in_force(self.lines[: self._saved]), self._in_force(readable(whole + b"\n" + torn))
             new = [ours, *new] if any(ours[name] != theirs.get(name) for name in LINE_TEXTS["meta_prompt"]) else new

@@ -226,15 +226,26 @@ def writer(name: str, who: str, count: int) -> subprocess.Popen[str]:
 
 
 def test_two_processes_write_whole_lines_and_each_turn_keeps_its_meta_prompt() -> None:
-    kept("work", ("first?", "1"))
-    both = [writer("work", who, 30) for who in ("anna", "bert")]
+    both = [writer("work", who, 30) for who in ("anna", "bert")]  # one of them begins it
     assert [process.wait(timeout=60) for process in both] == [0, 0]
-    turns = Transcript.read(session_path("work")).turns()
+    transcript = Transcript.read(session_path("work"))
+    turns = transcript.turns()
     for who in ("anna", "bert"):
         mine = [turn for turn in turns if turn["query"].startswith(who)]
         assert [turn["query"] for turn in mine] == [f"{who} {number}" for number in range(30)]
         assert {turn["user_info"] for turn in mine} == {who}
-    assert len(turns) == 61
+    assert len(turns) == 60 and [line["kind"] for line in transcript.lines].count("session") == 1
+
+
+def test_two_that_begin_a_session_share_it() -> None:
+    path = session_path("work")
+    anna, bert = Transcript.read(path), Transcript.read(path)
+    anna.set("", "brief", "")
+    for one in (anna, bert, anna):
+        one.add({"query": "?", "response": "!"})
+        one.save()
+    assert [turn["user_info"] for turn in Transcript.read(path).turns()] == ["brief", "", "brief"]
+    assert path.read_text().count('"session"') == 1
 
 
 def test_killed_at_any_moment_it_has_all_that_was_finished() -> None:
