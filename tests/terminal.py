@@ -25,10 +25,10 @@ class Terminal:
             os.environ |= {"TERM": kind, "COLUMNS": str(columns), "LINES": "40"}
             os.execv(sys.executable, [sys.executable, "-m", "metaalign_edge", *arguments])
 
-    def until(self, text: str, seconds: float = 30) -> str:
-        """Read until a text appears; return what came with it and forget it."""
+    def until(self, text: str, seconds: float = 30, times: int = 1) -> str:
+        """Read until a text appears, so many times; return what came with the first and forget it."""
         deadline = time.monotonic() + seconds
-        while text not in self.screen:
+        while self.screen.count(text) < times:
             ready, _, _ = select.select([self.process[1]], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, self.screen
             try:
@@ -81,8 +81,8 @@ class Emulator(Terminal):
         self.stream.feed(data)
         self.screen = "\n".join(line.rstrip() for line in self.glass.display).rstrip() + "\n"
 
-    def until(self, text: str, seconds: float = 30) -> str:
-        """Read until a text stands on the screen; return the screen."""
-        super().until(text, seconds)
+    def until(self, text: str, seconds: float = 30, times: int = 1) -> str:
+        """Read until a text stands on the screen, so many times; return the screen."""
+        super().until(text, seconds, times)
         self.screen = "\n".join(line.rstrip() for line in self.glass.display).rstrip() + "\n"
         return self.screen

@@ -218,12 +218,17 @@ def test_a_screen_shows_the_prompt_and_completes_and_remembers(tiny: Path, tmp_p
     screen.until("[@concise] >")
     screen.type("/stre\t")
     screen.until("> /strength")
-    screen.type("\x03 secret?\r")
-    screen.until("secret?\n")
+    screen.type("\x03")
+    screen.until("[@concise] >", times=2)
+    screen.type(" secret?\r")
+    screen.until("[@concise] >", times=3)
     screen.type("\x1b[200~first line\r\nsecond line\x1b[201~")  # as a terminal pastes from Windows
     assert "first line\n. second line" in screen.until("second line")
     screen.type("\r")
-    screen.type("third\x1b\rline\r/clear\r")
+    screen.until("[@concise] >", times=4)
+    screen.type("third\x1b\rline\r")
+    screen.until("[@concise] >", times=5)
+    screen.type("/clear\r")
     screen.until("stays\n[@concise] >")
     screen.type("\x04")
     screen.rest()
@@ -265,6 +270,7 @@ def test_markdown_takes_the_place_of_what_was_streamed() -> None:
     assert whole.rest() == shown and whole.leave() == 0
 
 
+@pytest.mark.slow
 def test_what_is_typed_meanwhile_does_not_disturb_the_markdown(slow: Path) -> None:
     screen = Emulator("chat", "-m", str(slow), "-n", "60", "--markdown", "--seed", "1")
     screen.until(">")
