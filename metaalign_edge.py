@@ -25,9 +25,10 @@ Contents, in dependency order (nothing refers upward):
     16  Bench
     17  Hub
     18  Doctor
-    19  Commands
-    20  Python
-    21  Main
+    19  Conversations
+    20  Commands
+    21  Python
+    22  Main
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ import bisect
 import codecs
 import contextlib
 import ctypes
-import difflib
 import errno
 import functools
 import glob
@@ -1742,6 +1742,211 @@ def find_project() -> Project | None:
             mine = not hasattr(os, "geteuid") or owner == os.geteuid()  # Windows has no such ids
             return Project(path, read_settings(path, PROJECT_KEYS), None if mine else owner)
     return None
+
+
+STAMP = "%Y-%m-%dT%H:%M:%SZ"  # of times in a session's file
+SESSION_VERSION = 1  # of the lines of a session's file
+LINE_TEXTS = {
+    "meta_prompt": ("system_info", "user_info"),
+    "turn": ("query", "response"),
+}  # what a kind of line must have
+Line = dict[str, Any]
+
+
+def session_path(name: str) -> Path:
+    """Return where the session of this name lies, or will.
+
+    Raises:
+        UsageError: it is no name.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode("utf-8", "replace")) > 100:
+        raise UsageError(f"{name!r} is no name for a session: take letters, digits, _ . - (a hundred at most)")
+    return data_folder() / "sessions" / f"{name}.jsonl"
+
+
+def session_paths() -> list[Path]:
+    """List the sessions, the one that was used last first."""
+    used = {}
+    for path in (data_folder() / "sessions").glob("*.jsonl"):
+        with contextlib.suppress(OSError):
+            used[path] = path.stat().st_mtime_ns
+    return sorted(used, key=lambda path: (-used[path], path))
+
+
+def session_line(text: bytes) -> Line:
+    """Read a line of a session.
+
+    Raises:
+        ValueError: it is none; says why.
+    """
+    line = json.loads(text)
+    if not isinstance(line, dict):
+        raise ValueError("no JSON object")
+    for name in LINE_TEXTS.get(str(line.get("kind")), ()):
+        if not isinstance(line.get(name), str):
+            raise ValueError(f"its {name} is no text")
+        line[name].encode()  # a lone surrogate is none, either
+    return line
+
+
+class Transcript:
+    """What was said in a conversation, as lines of JSON; with a path, they are a session, kept in that file.
+
+    After a header there is a `meta_prompt` line wherever System Info or User Info changed, a `turn` line for each
+    answer, and a `clear` line where the turns before were to be forgotten; an answer that was given anew says what it
+    `replaces`. Other lines and fields are left alone. A file is only appended to, whole lines at a time.
+    """
+
+    def __init__(self, path: Path | None = None, lines: Iterable[Line] = ()) -> None:
+        self.path, self.lines = path, list(lines)
+        self._saved = len(self.lines)  # of them, those that are on the disk
+        if not self.lines:
+            self._add("session", version=SESSION_VERSION, toolkit=f"metaalign-edge {__version__}")
+
+    @classmethod
+    def read(cls, path: Path) -> Transcript:
+        """Read a session; where there is no file it has yet to begin. A last line that was torn off does not count.
+
+        Raises:
+            UsageError: a line is spoilt, or the file is a newer program's. NotFound: it cannot be read.
+        """
+        try:
+            *whole, torn = path.read_bytes().split(b"\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return cls(path)
+        except OSError as error:
+            raise NotFound(f"cannot read the session {path}: {error.strerror}") from None
+        lines = []
+        for number, text in enumerate(whole, 1):
+            try:
+                lines += [session_line(text)] if text.strip() else []
+            except (ValueError, RecursionError) as error:
+                raise UsageError(
+                    f"line {number} of the session {path} is spoilt ({one_line(error)}): mend or delete that line, and "
+                    "the session goes on; all other lines are as they were"
+                ) from None
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(session_line(torn))
+        if lines and (lines[0].get("kind"), lines[0].get("version")) != ("session", SESSION_VERSION):
+            raise UsageError(
+                f"{path} does not begin with the header of a session of version {SESSION_VERSION}: put its first line "
+                "back, or update this program if a newer one wrote it"
+            )
+        return cls(path, lines)
+
+    @property
+    def name(self) -> str | None:
+        """The session's name, if it is one."""
+        return self.path.stem if self.path else None
+
+    @property
+    def meta_prompt(self) -> Line:
+        """The latest line that says what System Info and User Info are."""
+        return self._in_force(self.lines)
+
+    @property
+    def label(self) -> str:
+        """A short form of the preference in force."""
+        return str(self.meta_prompt.get("label", ""))
+
+    @staticmethod
+    def _in_force(lines: Sequence[Line]) -> Line:
+        nothing = {"kind": "meta_prompt", "system_info": "", "user_info": ""}
+        return next((line for line in reversed(lines) if line.get("kind") == "meta_prompt"), nothing)
+
+    def turns(self) -> list[Line]:
+        """Return the turns that stand, each with the meta-prompt it was given under and whether it is `forgotten`."""
+        found: dict[str, Line] = {}
+        tiers = self._in_force(())
+        for place, line in enumerate(self.lines):
+            if line.get("kind") == "meta_prompt":
+                tiers = {name: line[name] for name in LINE_TEXTS["meta_prompt"]}
+            elif line.get("kind") == "clear":
+                found = {name: {**turn, "forgotten": True} for name, turn in found.items()}
+            elif line.get("kind") == "turn":
+                found.pop(str(line.get("replaces")), None)
+                name = str(line.get("id", place))
+                found[name] = {**line, **tiers, "id": name, "forgotten": False}
+        return list(found.values())
+
+    def dialog(self, query: str | None = None, again: bool = False) -> Dialog:
+        """Return what is said so far, with a query if there is one; `again` in the place of the last turn."""
+        turns = [Turn(turn["query"], turn["response"]) for turn in self.turns() if not turn["forgotten"]]
+        turns = turns[: len(turns) - again] + ([] if query is None else [Turn(query)])
+        return Dialog(self.meta_prompt["system_info"], self.meta_prompt["user_info"], tuple(turns))
+
+    def set(self, system_info: str, user_info: str, label: str) -> None:
+        """Note the meta-prompt, where it changes."""
+        latest = self.meta_prompt
+        if (latest["system_info"], latest["user_info"]) != (system_info, user_info):
+            self._add("meta_prompt", system_info=system_info, user_info=user_info, label=label)
+
+    def add(self, answer: Mapping[str, Any], again: bool = False) -> None:
+        """Note an answer and its figures; `again` in the place of the last turn."""
+        figures = {name: value for name, value in answer.items() if name not in LINE_TEXTS["meta_prompt"]}
+        replaces = {"replaces": self.turns()[-1]["id"]} if again else {}
+        self._add("turn", id=os.urandom(6).hex(), **replaces, **figures)
+
+    def clear(self) -> None:
+        """Note that the turns so far are to be forgotten."""
+        self._add("clear")
+
+    def _add(self, kind: str, **fields: Any) -> None:
+        self.lines.append({"kind": kind, "at": time.strftime(STAMP, time.gmtime()), **fields})
+
+    def save(self) -> None:
+        """Bring what is new to the disk, if this is a session. What fails is tried again the next time.
+
+        Raises:
+            CannotWrite: the disk is full, or cannot be written.
+        """
+        if self.path is None or self._saved == len(self.lines) or len(self.lines) == 1:  # a header alone says nothing
+            return
+        try:
+            with locked(self.path.parent):  # one lock for all: nothing is left of a session that is removed
+                self.path.parent.mkdir(mode=0o700, exist_ok=True)
+                with open(self.path, "a+b", 0, opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+                    self._append(file)
+        except OSError as error:
+            raise CannotWrite(
+                f"cannot write the session {self.path}: {error.strerror}: METAALIGN_EDGE_DATA names another folder"
+            ) from None
+        self._saved = len(self.lines)
+
+    def _append(self, file: io.FileIO) -> None:
+        """Write the new lines, or all where the file is empty, after the last whole line, or else nothing."""
+        file.seek(0)
+        whole, newline, torn = file.readall().rpartition(b"\n")
+        end, before = len(whole) + len(newline), b""
+        if torn:
+            try:
+                session_line(torn)  # an editor has left out the end of the line
+                end, before = end + len(torn), b"\n"
+            except (ValueError, RecursionError):
+                file.truncate(end)
+        new = self.lines[max(self._saved, 1) :] if end else self.lines  # its header is there
+        if end:  # another process may have had another meta-prompt meanwhile
+            ours, theirs = self._in_force(self.lines[: self._saved]), self._in_force(readable(whole + b"\n" + torn))
+            new = [ours, *new] if any(ours[name] != theirs.get(name) for name in LINE_TEXTS["meta_prompt"]) else new
+        text = before + b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in new)
+        try:
+            rest = memoryview(text)
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
+
+
+def readable(data: bytes) -> list[Line]:
+    """Return those lines of a session that can be read."""
+    lines = []
+    for text in data.split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(session_line(text))
+    return lines
 
 
 class GGUFArray(NamedTuple):
@@ -3468,6 +3673,21 @@ def divergence(one: Any, other: Any) -> float:
     return min(max((surprise(first) + surprise(second)) / 2, 0.0), 1.0)
 
 
+def checked_strength(flag: str, value: str | float) -> float:
+    """Return a strength as a number that logits can be weighed with.
+
+    Raises:
+        UsageError: it is none, negative or too large.
+    """
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= MOST_STRENGTH:
+        raise UsageError(f"{flag} takes a number from 0 to {MOST_STRENGTH}, not {value!r}")
+    return number
+
+
 # =====================================================================================================================
 # 12  Generation
 # =====================================================================================================================
@@ -4374,107 +4594,6 @@ def token_table(tokens: Sequence[Token]) -> str:
     )
 
 
-HELP = """\
-/system [TEXT]  show or set System Info (a lone - clears it)
-/pref [TEXT]    show or set User Info: the preference (a lone - clears it)
-/regen          answer the last question again
-/lora [PATH]    lay an adapter over the model, PATH or PATH:SCALE (a lone - takes it away)
-/clear          forget the conversation, keep the meta-prompt
-/exit           leave (or Ctrl-D); Ctrl-C stops an answer
-\"\"\"             begins and ends a text of several lines"""
-
-
-class Repl:
-    """A conversation at a terminal. The head of the prompt may change at any time; the turns stay."""
-
-    def __init__(self, chat: Chat, dialog: Dialog, screen: Screen, strict: bool) -> None:
-        self.chat, self.dialog, self.screen, self.strict = chat, dialog, screen, strict
-        self.seed = chat.settings.seed
-
-    def run(self) -> None:
-        """Read and answer until the user leaves."""
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  line editing and history for `input`
-        self.screen.note("/help lists the commands, Ctrl-D leaves")
-        while True:
-            try:
-                text = self.read()
-            except EOFError:
-                self.screen.write("\n")
-                return
-            except KeyboardInterrupt:
-                self.screen.write("\n")
-                continue
-            if text.strip() == "/exit":
-                return
-            try:
-                self.obey(text) if text.startswith("/") else self.ask(text, self.dialog.turns)
-            except EdgeError as error:
-                self.screen._say(f"metaalign-edge: {one_line(error)}")
-
-    def read(self) -> str:
-        """Read one line, or several between lines that begin and end with three quotes."""
-        text = input("> ")
-        if not text.startswith('"""'):
-            return text
-        text = text[3:]
-        while not text.rstrip().endswith('"""'):
-            text += "\n" + input(". ")
-        return text.rstrip()[:-3].strip("\n")
-
-    def obey(self, line: str) -> None:
-        """Carry out a command."""
-        word, _, text = line.partition(" ")
-        text = text.strip()
-        if word == "/help":
-            self.screen.note(HELP)
-        elif word in ("/system", "/pref"):
-            self.set_tier("system_info" if word == "/system" else "user_info", text)
-        elif word == "/lora":
-            self.set_adapters(text)
-        elif word == "/clear":
-            self.dialog = replace(self.dialog, turns=())
-            self.screen.note("the conversation is forgotten; the meta-prompt stays")
-        elif word == "/regen":
-            if not self.dialog.turns:
-                raise UsageError("there is no question to answer again")
-            *earlier, last = self.dialog.turns
-            self.ask(last.query, earlier)
-        else:
-            raise UsageError(f"no command {word}: /help lists them")
-
-    def set_tier(self, tier: Literal["system_info", "user_info"], text: str) -> None:
-        """Set a tier of the meta-prompt if there is a text, clear it if that is a dash, and show it."""
-        text = "" if text == "-" else expand_profile(text) or getattr(self.dialog, tier)
-        if tier == "system_info":
-            self.dialog = replace(self.dialog, system_info=text)
-        else:
-            self.dialog = replace(self.dialog, user_info=text)
-        self.screen.note(f"{'System' if tier == 'system_info' else 'User'} Info: {text or '(empty)'}")
-
-    def set_adapters(self, text: str) -> None:
-        """Lay an adapter over the model if there is a path, none if that is a dash, and say which there are."""
-        if text:
-            self.chat.adapt(() if text == "-" else find_adapters([text]))
-        self.screen.note(f"adapters: {name_adapters(self.chat.settings.adapters) or '(none)'}")
-
-    def ask(self, query: str, earlier: Sequence[Turn]) -> None:
-        """Answer a query after some turns and remember both; what an interrupted answer had said is kept."""
-        if not query.strip():
-            return
-        asked = replace(self.dialog, turns=(*earlier, Turn(query)))
-        self.chat.interrupt.raised = False
-        with self.chat.interrupt:
-            answer = self.chat.answer(
-                asked, self.seed, self.screen.write, lambda begun: warn(self.chat, begun, self.screen, self.strict)
-            )
-        self.seed = (self.seed + 1) % 2**32
-        self.screen.write("" if answer.response.endswith("\n") else "\n")
-        self.screen.detail(describe(answer))
-        self.dialog = replace(asked, turns=(*asked.turns[:-1], Turn(query, answer.response)))
-        check_answer(answer, self.chat.settings.schema, self.screen)
-
-
 COLUMN = 24  # characters; with less room than that for each, answers are shown one after the other
 
 
@@ -4540,6 +4659,42 @@ class Columns:
             self._at += 1
             if self._at < len(self._heads):
                 self._head(self._at)
+
+
+def parallel_for(session: Session, dialogs: Sequence[Dialog]) -> Parallel:
+    """Return a context, made as a session's, in which these dialogs can be answered together.
+
+    Raises:
+        ContextOverflow: one does not fit. LoadError: there is no memory for it.
+    """
+    need = max(session.outline(dialog).context for dialog in dialogs)
+    made = (session.model, session.template, session.settings, session.options, session.interrupt)
+    return Parallel(*made, len(dialogs), need, session.states)
+
+
+def answer_together(
+    session: Parallel, dialogs: Sequence[Dialog], columns: Columns | None, screen: Screen, strict: bool
+) -> list[Answer]:
+    """Answer dialogs in one batch, in columns if there are any; Ctrl-C leaves what has been written.
+
+    Raises:
+        EdgeError: one cannot be answered.
+    """
+    answers: list[Answer] = []
+
+    def before(answer: Answer) -> None:
+        answers.append(answer)
+        warn(session, answer, screen, strict)
+
+    show = columns.show if columns else lambda _place, _piece: None
+    jobs = [Job(one, session.settings.seed, at, show=functools.partial(show, at)) for at, one in enumerate(dialogs)]
+    with contextlib.suppress(Interrupted):
+        for job, answer in session.run(jobs, before):
+            if isinstance(answer, EdgeError):
+                raise answer
+            if columns:
+                columns.end(job.tag)
+    return answers
 
 
 def warn(chat: Session, answer: Answer, screen: Screen, strict: bool) -> None:
@@ -6090,7 +6245,570 @@ def check_lines(check: Check, width: int, columns: int | None) -> str:
 
 
 # =====================================================================================================================
-# 19  Commands
+# 19  Conversations
+# =====================================================================================================================
+# What is said at a terminal, turn by turn, and how it is shown afterwards. The line editor is prompt_toolkit: it costs
+# 80 ms at the start of a conversation where readline costs 3, and only there. For that, pasted lines are one question,
+# Tab opens a menu, and all of it is the same on Windows and macOS, whose Pythons come without GNU readline.
+
+LABEL = 24  # characters of a preference that are shown where there is little room
+NARROW = 40  # columns; below, nothing is rendered
+
+
+def label_of(wishes: Sequence[str]) -> str:
+    """Return a short form of preferences: the names of profiles, or a text's beginning."""
+    label = one_line("+".join(wishes)) if any(wishes) else ""
+    return label if len(label) <= LABEL else label[: LABEL - 1] + "…"
+
+
+class Reply:
+    """An answer on its way to stdout. With `markdown`, its text gives way to the rendered one when it is complete.
+
+    That is done only where the text can be taken back for certain: on a terminal that obeys, while the text is still on
+    the screen, and terminals agree on its width. Otherwise it stays as it is; nothing is ever shown twice.
+    """
+
+    def __init__(self, screen: Screen, markdown: bool = False, stream: bool = True) -> None:
+        self._screen, self._stream = screen, stream
+        self._size = self._terminal() if markdown and not screen.verbose else None  # a log may come in between
+
+    def _terminal(self) -> os.terminal_size | None:
+        """Return the size of a terminal that can be written on anew; not what COLUMNS says of it."""
+        if not self._screen.terminal or os.environ.get("TERM") in ("dumb", "unknown"):
+            return None
+        try:
+            size = os.get_terminal_size(sys.stdout.fileno())
+        except (OSError, ValueError):
+            return None
+        return size if size.columns >= NARROW else None
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep what is typed meanwhile off the screen, if the text is to be taken back; the next prompt shows it."""
+        if self._size is None or os.name == "nt":  # Windows shows only what is being read
+            yield
+            return
+        import termios
+
+        before = termios.tcgetattr(sys.stdout)
+        silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+        termios.tcsetattr(sys.stdout, termios.TCSANOW, silent)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(sys.stdout, termios.TCSANOW, before)
+
+    def show(self, piece: str) -> None:
+        """Take a piece."""
+        if self._stream:
+            self._screen.write(piece)
+
+    def end(self, text: str) -> None:
+        """Complete an answer, whose text this is."""
+        rendered = self._rendering(text)
+        if rendered is None or self._stream:
+            self._screen.write(("" if self._stream else text) + ("" if text.endswith("\n") else "\n"))
+        if rendered is not None:
+            sys.stdout.write(rendered)
+            sys.stdout.flush()
+
+    def _rendering(self, text: str) -> str | None:
+        """Return what makes the rendered text of what stands on the screen; None if that has to stay."""
+        if self._size is None or not text.strip():
+            return None
+        back = ""
+        if self._stream:
+            rows = rows_of(text, self._size.columns)
+            if rows is None or rows >= self._size.lines or self._terminal() != self._size:
+                return None
+            back = f"\x1b[{rows}A\x1b[J"
+        rendered = rendered_markdown(text.translate(CONTROLS), self._size.columns)
+        return None if rendered is None else back + rendered
+
+
+def rows_of(text: str, columns: int) -> int | None:
+    """Count the rows of a terminal that a text takes; None where terminals differ."""
+    import unicodedata
+
+    rows = 0
+    for line in text.removesuffix("\n").split("\n"):
+        rows, at = rows + 1, 0
+        for character in line:
+            if unicodedata.category(character)[0] in "CM":  # tabs, joiners, accents of their own
+                return None
+            width = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+            if at + width > columns:
+                rows, at = rows + 1, 0
+            at += width
+    return rows
+
+
+def rendered_markdown(text: str, columns: int) -> str | None:
+    """Return Markdown as a terminal shows it; None on a console that knows no such colours."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console(width=columns, force_terminal=True)
+    if console.legacy_windows:
+        return None
+    with console.capture() as captured:
+        console.print(Markdown(text, code_theme="ansi_dark", hyperlinks=False))  # a link shows where it leads
+    return captured.get()
+
+
+def told(transcript: Transcript) -> Iterator[tuple[str, str]]:
+    """Yield what stands in a conversation in order, each text with its tier; the meta-prompt wherever it changes."""
+    shown = {"system_info": "", "user_info": ""}
+    turns = transcript.turns()
+    for place, turn in enumerate(turns):
+        if place and turns[place - 1]["forgotten"] and not turn["forgotten"]:
+            yield "forgotten", "What was said up to here was forgotten."
+        for tier, name in (("system_info", "System Info"), ("user_info", "User Info")):
+            if turn[tier] != shown[tier]:
+                shown[tier] = turn[tier]
+                yield name, turn[tier] or "(none)"
+        yield "User Query", turn["query"]
+        cut = " (interrupted)" if turn.get("finish_reason") == "interrupted" else ""
+        yield "Response", (turn["response"].strip("\n") + cut).strip()
+
+
+def as_markdown(transcript: Transcript) -> str:
+    """Return a conversation as Markdown: what the model was told is quoted, what it answered stands as it is."""
+    parts = [f"# {transcript.name or 'Conversation'}"]
+    for tier, text in told(transcript):
+        quoted = f"**{tier}:** {text}".replace("\n", "\n> ")
+        parts.append({"Response": text, "forgotten": f"---\n\n*{text}*"}.get(tier, f"> {quoted}"))
+    return "\n\n".join(parts) + "\n"
+
+
+def as_text(transcript: Transcript) -> str:
+    """Return a conversation as it looks at a terminal."""
+    parts = []
+    for tier, text in told(transcript):
+        head = {"Response": "", "User Query": "\n> ", "forgotten": "\n"}.get(tier, f"\n{tier}: ")
+        parts.append(head + text + "\n")
+    return "".join(parts).removeprefix("\n")
+
+
+def as_document(transcript: Transcript) -> dict[str, Any]:
+    """Return a conversation as `--json` prints it: each turn with the meta-prompt that it was given under."""
+    turns = [{name: value for name, value in turn.items() if name != "kind"} for turn in transcript.turns()]
+    return {"session": transcript.name, "created": transcript.lines[0].get("at"), "turns": turns}
+
+
+def exported(transcript: Transcript, form: str) -> str:
+    """Return a conversation as `md` or `json`."""
+    if form == "md":
+        return as_markdown(transcript)
+    return json.dumps(as_document(transcript), ensure_ascii=False, indent=2) + "\n"
+
+
+def local_time(stamp: str) -> str:
+    """Return a session's time as a clock here shows it; what is no time, as it is."""
+    import calendar
+
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(calendar.timegm(time.strptime(stamp, STAMP))))
+    except ValueError:
+        return stamp
+
+
+def shown_strength(settings: Settings) -> str:
+    """Return the strength of User Info as text."""
+    return "auto" if settings.pref_strength == "auto" else f"{settings.pref_strength:g}"
+
+
+def wish_text(wish: str) -> str:
+    """Return the text of a preference or of a profile; a lone dash is none."""
+    return "" if wish == "-" else expand_profile(wish)
+
+
+def session_names() -> list[str]:
+    """List the sessions, the one that was used last first."""
+    return [path.stem for path in session_paths()]
+
+
+def describe_session(transcript: Transcript) -> str:
+    """Sum up a session in one line."""
+    turns = transcript.dialog().turns
+    return f"session {transcript.name}: {len(turns)} turns so far" if turns else f"session {transcript.name} begins"
+
+
+def line_editor(complete: Callable[[str], list[tuple[str, int]]]) -> Callable[[str], str]:
+    """Return what reads a line: with history and completion, or on a dumb terminal as the terminal does it.
+
+    Args:
+        complete: lists what may stand at the end of a line, each with how many characters it takes the place of.
+    """
+    if os.environ.get("TERM") in ("dumb", "unknown"):
+        return plain_line
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import Completer, Completion
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
+
+    class Offers(Completer):
+        def get_completions(self, document: Any, complete_event: Any) -> Iterable[Completion]:
+            for text, length in complete(document.text_before_cursor):
+                yield Completion(text, -length)
+
+    class Kept(FileHistory):
+        def append_string(self, string: str) -> None:
+            if not string.startswith(" "):  # as shells do
+                super().append_string(string)
+
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):
+                super().store_string(string)
+
+    path, history = data_folder() / "history", cast(History, InMemoryHistory())
+    with contextlib.suppress(OSError):  # nothing can be kept there
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        history = Kept(str(path))
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    editor: PromptSession[str] = PromptSession(
+        history=history,
+        completer=Offers(),
+        complete_while_typing=False,  # a menu that nobody asked for is noise to a screen reader
+        key_bindings=keys,
+        prompt_continuation=". ",
+    )
+    return editor.prompt
+
+
+def plain_line(prompt: str) -> str:
+    """Read a line as the terminal edits it."""
+    try:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        print()
+        raise
+
+
+def read_text_of_lines(line: Callable[[str], str], prompt: str) -> str:
+    """Read one line, or several between lines that begin and end with three quotes."""
+    text = line(prompt)
+    if not text.startswith('"""'):
+        return text
+    text = text[3:]
+    while not text.rstrip().endswith('"""'):
+        text += "\n" + line(". ")
+    return text.rstrip()[:-3].strip("\n")
+
+
+class Word(NamedTuple):
+    """A command of a conversation."""
+
+    takes: str
+    help: str
+    method: Callable[[Any, str], None]
+    choices: Sequence[str] | Callable[[], Iterable[str]] = ()  # what Tab offers after it
+
+
+def profile_words() -> list[str]:
+    """List the profiles as they are written."""
+    return [f"@{name}" for name in sorted({*own_profiles(), *built_in_profiles()})]
+
+
+class Repl:
+    """A conversation at a terminal. The head of the prompt may change at any time; the turns stay."""
+
+    def __init__(
+        self, chat: Chat, transcript: Transcript, screen: Screen, strict: bool, markdown: bool = False
+    ) -> None:
+        self.chat, self.transcript, self.screen, self.strict = chat, transcript, screen, strict
+        self.markdown, self.seed = markdown, chat.settings.seed
+        self.latest: Answer | None = None
+        self.aside: tuple[str, Answer] | None = None  # the latest /again: its preference's short form, and the answer
+        self.going = True
+
+    def run(self) -> None:
+        """Read and answer until the user leaves.
+
+        Raises:
+            CannotWrite: the session still cannot be written at the end.
+        """
+        line = line_editor(self.completions)
+        self.screen.note("/help lists the commands, Ctrl-D leaves")
+        while self.going:
+            try:
+                text = read_text_of_lines(line, self.prompt()).replace("\r\n", "\n")
+                self.obey(text) if text.startswith("/") else self.ask(text.strip())
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                continue
+            except EdgeError as error:
+                self.say(f"metaalign-edge: {one_line(error)}")
+        if self.transcript.turns():
+            self.transcript.save()
+
+    def say(self, text: str) -> None:
+        """Say what was asked for, also with -q."""
+        self.screen._say(text)
+
+    def prompt(self) -> str:
+        """Return the prompt, with the preference in force as far as there is room."""
+        label, room = self.transcript.label.translate(CONTROLS), max(4, shutil.get_terminal_size().columns // 3)
+        label = label if len(label) <= room else label[: room - 1] + "…"
+        return f"[{label}] > " if label else "> "
+
+    def obey(self, line: str) -> None:
+        """Carry out a command.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        name, _, text = line.partition(" ")
+        if (word := self.WORDS.get(name.strip())) is None:
+            guess = nearest(name, self.WORDS, "/help lists them")
+            raise UsageError(f"no command {name}: {guess} (a space before it makes it a question)")
+        word.method(self, text.strip())
+
+    def answer(self, dialog: Dialog) -> Answer:
+        """Answer the newest query of a dialog on the screen; what an interrupted answer had said is kept."""
+        reply = Reply(self.screen, self.markdown)
+        self.chat.interrupt.raised = False
+        with self.chat.interrupt, reply.alone():
+            answer = self.chat.answer(
+                dialog, self.seed, reply.show, lambda begun: warn(self.chat, begun, self.screen, self.strict)
+            )
+        self.seed, self.latest = (self.seed + 1) % 2**32, answer
+        reply.end(answer.response)
+        self.screen.detail(describe(answer))
+        return answer
+
+    def ask(self, query: str, again: bool = False) -> None:
+        """Answer a query, or the last one `again`, and remember it."""
+        if query:
+            self.aside = None
+            self.remember(self.answer(self.transcript.dialog(query, again)), again)
+
+    def remember(self, answer: Answer, again: bool) -> None:
+        """Note an answer, in the place of the last one if it was asked `again`."""
+        self.transcript.add(asdict(answer), again)
+        self.transcript.save()
+        check_answer(answer, self.chat.settings.schema, self.screen)
+
+    def last_query(self) -> str:
+        """Return the last question.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if not (turns := self.transcript.dialog().turns):
+            raise UsageError("there is no question to answer again: ask one")
+        return turns[-1].query
+
+    def change(self, **tiers: str) -> None:
+        """Change the meta-prompt, and write that down."""
+        self.aside = None
+        now = {"label": "", **self.transcript.meta_prompt, **tiers}
+        self.transcript.set(now["system_info"], now["user_info"], now["label"])
+        self.transcript.save()
+
+    def pref(self, text: str) -> None:
+        """Show or set User Info."""
+        if text:
+            self.change(user_info=wish_text(text), label="" if text == "-" else label_of([text]))
+        self.say(f"User Info: {self.transcript.meta_prompt['user_info'] or '(empty)'}")
+
+    def system(self, text: str) -> None:
+        """Show or set System Info."""
+        if text:
+            self.change(system_info="" if text == "-" else text)
+        self.say(f"System Info: {self.transcript.meta_prompt['system_info'] or '(empty)'}")
+
+    def again(self, text: str) -> None:
+        """Answer the last question under another preference."""
+        query = self.last_query()
+        if not text:
+            raise UsageError("/again takes a preference: /again @name, or a text (/regen asks again under the same)")
+        dialog = replace(self.transcript.dialog(query, again=True), user_info=wish_text(text))
+        self.aside = ("" if text == "-" else label_of([text]), self.answer(dialog))
+
+    def keep(self, _: str) -> None:
+        """Take over the latest /again."""
+        if self.aside is None:
+            raise UsageError("there is nothing to keep: /again @name asks the last question under another preference")
+        (label, answer), self.aside = self.aside, None
+        self.transcript.set(answer.system_info, answer.user_info, label)
+        self.remember(answer, again=True)
+        self.say("the answer takes the last one's place, and its preference stays")
+
+    def regen(self, _: str) -> None:
+        """Answer the last question again."""
+        self.ask(self.last_query(), again=True)
+
+    def compare(self, text: str) -> None:
+        """Answer the last question under several preferences."""
+        import shlex
+
+        query = self.last_query()
+        try:
+            wishes = shlex.split(text)
+        except ValueError:
+            raise UsageError(
+                f"a quote is left open in {text!r}: put each preference that has spaces in quotes"
+            ) from None
+        if len(wishes) < 2:
+            raise UsageError('/compare takes two preferences or more: /compare @child "in French" - (a lone - is none)')
+        dialogs = [replace(self.transcript.dialog(query, again=True), user_info=wish_text(wish)) for wish in wishes]
+        self.chat.interrupt.raised = False
+        with self.chat.interrupt, parallel_for(self.chat, dialogs) as session, Columns(wishes, self.screen) as columns:
+            answers = answer_together(session, dialogs, columns, self.screen, self.strict)
+        for answer in answers:
+            self.screen.detail(describe(answer))
+
+    def strength(self, text: str) -> None:
+        """Show or set how hard a tier pulls."""
+        settings = self.chat.settings
+        tier, _, number = text.partition(" ")
+        if text and tier not in ("pref", "system"):
+            raise UsageError("/strength takes a tier and a number: /strength pref 2, or /strength system 1.5")
+        if text:
+            auto = tier == "pref" and number.strip() == "auto"
+            value: Any = "auto" if auto else checked_strength(f"/strength {tier}", number.strip())
+            settings = self.chat.settings = replace(settings, **{f"{tier}_strength": value})
+        self.say(f"strength: system {settings.system_strength:g}, pref {shown_strength(settings)}")
+
+    def think(self, text: str) -> None:
+        """Show or set whether the model is to think."""
+        states: dict[str, bool | None] = {"on": True, "off": False, "auto": None}
+        if text and text not in states:
+            raise UsageError(f"/think takes on, off or auto, not {text!r}")
+        if text:
+            self.chat.options = self.chat.options._replace(think=states[text])
+        (state,) = (name for name, value in states.items() if value is self.chat.options.think)
+        self.say(f"thinking: {state}" + (" (as the template does)" if state == "auto" else ""))
+
+    def lora(self, text: str) -> None:
+        """Show or set the adapters that are laid over the model."""
+        if text:
+            self.chat.adapt(() if text == "-" else find_adapters([text]))
+        self.say(f"adapters: {name_adapters(self.chat.settings.adapters) or '(none)'}")
+
+    def stats(self, _: str) -> None:
+        """Show the figures of the latest answer."""
+        if (answer := self.latest) is None:
+            raise UsageError("there is no answer yet: ask a question")
+        room = self.chat.engine.context if self.chat.engine else 0
+        rows = {
+            "in": f"{answer.input_tokens:,} tokens, {answer.cached_tokens:,} of them known already",
+            "out": f"{answer.output_tokens:,} tokens, {answer.tokens_per_second:.1f} a second ({answer.finish_reason})",
+            "first": f"after {answer.first_token_ms:.0f} ms",
+            "context": f"{answer.input_tokens + answer.output_tokens:,} of {room:,} tokens",
+            "seed": str(answer.seed),
+            "strength": f"system {self.chat.settings.system_strength:g}, pref {shown_strength(self.chat.settings)}",
+            "model": answer.model,
+            "template": answer.template,
+            "session": self.transcript.name or "none: /save NAME begins one",
+        }
+        self.say("\n".join(f"{name:<9} {value}" for name, value in rows.items()))
+
+    def store(self, text: str) -> None:
+        """Keep the conversation as a session, or export it."""
+        path = Path(text).expanduser()
+        if not text:
+            raise UsageError("/save takes a name for a session, or a file: /save work, /save talk.md, /save talk.json")
+        if path.suffix in (".md", ".json"):
+            if path.exists():
+                raise UsageError(f"{path} exists: name another file")
+            write_whole(path, exported(self.transcript, path.suffix[1:]).encode("utf-8", "replace"))
+            self.say(f"written to {path}")
+            return
+        path = session_path(text)
+        if path.exists():
+            raise UsageError(f"there is a session {text}: choose another name, or `metaalign-edge sessions rm {text}`")
+        copy = Transcript(path)
+        copy.lines = self.transcript.lines
+        copy.save()
+        self.transcript = copy
+        self.say(f"this is session {text} from now on: metaalign-edge chat --session {text}")
+
+    def load(self, text: str) -> None:
+        """Go on with a session."""
+        path = session_path(text)
+        if not path.exists():
+            raise NotFound(f"no session {text}: there are {', '.join(session_names()) or 'none'}")
+        if self.transcript.path is None and self.transcript.turns():
+            raise UsageError("this conversation is not kept anywhere: /save it first, or /clear it")
+        self.transcript, self.aside = Transcript.read(path), None
+        self.say(describe_session(self.transcript))
+
+    def clear(self, _: str) -> None:
+        """Forget the turns."""
+        self.aside = None
+        if self.transcript.dialog().turns:
+            self.transcript.clear()
+            self.transcript.save()
+        self.say("the conversation is forgotten; the meta-prompt stays")
+
+    def help(self, _: str) -> None:
+        """List the commands."""
+        import textwrap
+
+        columns = shutil.get_terminal_size().columns
+        margin, rows = 27 if columns > 60 else 2, []
+        for head, help in [
+            *((f"{name} {word.takes}".strip(), word.help) for name, word in self.WORDS.items()),
+            *self.KEYS,
+        ]:
+            first = f"{head:<{margin}}" if columns > 60 else f"{head}\n{' ' * margin}"
+            rows.append(first + f"\n{' ' * margin}".join(textwrap.wrap(help, max(12, columns - margin - 1))))
+        self.say("\n".join(rows))
+
+    def leave(self, _: str) -> None:
+        """End the conversation."""
+        self.going = False
+
+    @classmethod
+    def completions(cls, line: str) -> list[tuple[str, int]]:
+        """List what Tab offers at the end of a line, each with how many characters of it that takes the place of."""
+        head, space, _ = line.partition(" ")
+        if not space:
+            return [(name, len(line)) for name in cls.WORDS if line.startswith("/") and name.startswith(line)]
+        word, begun = cls.WORDS.get(head), re.split(r"\s|\+(?=@)", line)[-1]
+        choices = (word.choices() if callable(word.choices) else word.choices) if word else ()
+        return [(choice, len(begun)) for choice in choices if choice.startswith(begun)]
+
+    KEYS = (
+        ('"""', "begins and ends a text of several lines; Alt-Enter breaks a line"),
+        ("Tab, Ctrl-R", "complete a command, a profile, a session; search what was asked before"),
+        ("Ctrl-C, Ctrl-D", "stop an answer, or clear the line; leave"),
+    )
+    WORDS: Mapping[str, Word] = {
+        "/pref": Word("[@NAME|TEXT|-]", "show or set User Info, the preference (- clears it)", pref, profile_words),
+        "/system": Word("[TEXT|-]", "show or set System Info (- clears it)", system),
+        "/again": Word(
+            "@NAME|TEXT",
+            "the last question under another preference, this once; /keep makes it stay",
+            again,
+            profile_words,
+        ),
+        "/keep": Word("", "the answer of /again takes the last one's place, and its preference stays", keep),
+        "/regen": Word("", "answer the last question anew", regen),
+        "/compare": Word("@A @B …", "the last question under several, side by side", compare, profile_words),
+        "/strength": Word("[pref|system N]", "how hard a tier pulls; 1 is as usual", strength, ("pref", "system")),
+        "/think": Word("[on|off|auto]", "let a thinking model think", think, ("on", "off", "auto")),
+        "/lora": Word("[PATH[:SCALE]|-]", "show or set the adapter over the model (- takes it away)", lora),
+        "/stats": Word("", "figures of the latest answer", stats),
+        "/save": Word("NAME|FILE", "keep this conversation as a session; or write it to FILE.md or FILE.json", store),
+        "/load": Word("NAME", "go on with a session", load, session_names),
+        "/clear": Word("", "forget the conversation, keep the meta-prompt", clear),
+        "/help": Word("", "this list", help),
+        "/exit": Word("", "leave", leave),
+    }
+
+
+# =====================================================================================================================
+# 20  Commands
 # =====================================================================================================================
 
 app = typer.Typer(
@@ -6112,7 +6830,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {}
     seen = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    for name, parameter in inspect.signature(command).parameters.items():
+    taken = inspect.signature(command).parameters
+    for name, parameter in taken.items():
+        if name == "context":
+            continue
         if not hasattr(hints[name], "_fields"):
             seen.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
             continue
@@ -6127,7 +6848,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     def spread(context: typer.Context, **given: Any) -> None:
         obey_settings(context, given)
         built = {name: group(*(given.pop(field) for field in group._fields)) for name, group in groups.items()}
-        command(**given, **built)
+        command(**given, **built, **({"context": context} if "context" in taken else {}))
 
     spread.__signature__ = inspect.Signature(seen)  # type: ignore[attr-defined]
     spread.__annotations__ = {parameter.name: parameter.annotation for parameter in seen}
@@ -6435,6 +7156,17 @@ NoCacheOption = Annotated[
     option("--no-cache", help="Neither load nor keep what was read of the meta-prompt.", panel=MODEL, env="NO_CACHE"),
 ]
 JsonOption = Annotated[bool, option("--json", help="One JSON document on stdout.", panel=OUTPUT)]
+SessionOption = Annotated[
+    str | None,
+    option("--session", metavar="NAME", help="Go on with a conversation of this name, or begin it.", panel=DIALOG),
+]
+ContinueOption = Annotated[
+    bool, option("-C", "--continue", help="Go on with the session that was used last.", panel=DIALOG)
+]
+MarkdownOption = Annotated[
+    bool,
+    option("--markdown/--no-markdown", help="On a terminal, render the answer when it is complete.", panel=OUTPUT),
+]
 StreamOption = Annotated[bool, option("--stream/--no-stream", help="Print text as it comes.", panel=OUTPUT)]
 QuietOption = Annotated[bool, option("-q", "--quiet", help="Only errors on stderr.", panel=OUTPUT)]
 VerboseOption = Annotated[
@@ -6487,10 +7219,6 @@ class MetaPrompt(NamedTuple):
         if any(not wish.strip() for wish in wishes):
             raise UsageError("the preference is empty: say what you prefer, or leave --pref out")
         return wishes
-
-    def label(self) -> str:
-        """Return a short name of the preferences: `@concise+@json`, `(text)`; an empty string if there is none."""
-        return "+".join(wish if profile_names(wish) else "(text)" for wish in self.wishes())
 
     def dialog(self) -> Dialog:
         """Return a dialog without turns, the preferences joined.
@@ -6639,18 +7367,58 @@ def gathered(loaded: Loaded, sampling: Sampling, strengths: Strengths, talk: Tal
     return replace(strengths.added(sampling.added(loaded.settings())), verbose=talk.verbose)
 
 
+def go_on(name: str | None, newest: bool) -> Transcript:
+    """Return the session of a name, or the one that was used last; without either, a conversation that is not kept.
+
+    Raises:
+        UsageError: both are asked for, it is no name, or the session is spoilt. NotFound: there is no session yet.
+    """
+    if name is not None and newest:
+        raise UsageError("--session and --continue both choose a session: give one")
+    if name is not None:
+        return Transcript.read(session_path(name))
+    if not newest:
+        return Transcript()
+    if not (paths := session_paths()):
+        raise NotFound("no session to go on with: `metaalign-edge chat --session NAME` begins one")
+    return Transcript.read(paths[0])
+
+
+def set_meta_prompt(transcript: Transcript, meta_prompt: MetaPrompt, context: typer.Context) -> None:
+    """Let the command line's tiers be the conversation's; those that it does not give stay as the session has them.
+
+    Raises:
+        UsageError, NotFound: as MetaPrompt does.
+    """
+
+    def stays(*names: str) -> bool:
+        sources = [context.get_parameter_source(name) for name in names]
+        return len(transcript.lines) > 1 and not any(source and source.name == "COMMANDLINE" for source in sources)
+
+    given, latest, label = meta_prompt.dialog(), transcript.meta_prompt, label_of(meta_prompt.wishes())
+    system_info = latest["system_info"] if stays("system", "system_file") else given.system_info
+    if stays("pref", "pref_file", "no_pref"):
+        transcript.set(system_info, latest["user_info"], transcript.label)
+    else:
+        transcript.set(system_info, given.user_info, label)
+
+
 @app.command()
 @grouped
 def chat(
+    context: typer.Context,
     query: QueryArgument = None,
     *,
     meta_prompt: MetaPrompt,
+    name: SessionOption = None,
+    newest: ContinueOption = False,
     rendered: Rendered,
     strengths: Strengths,
     loaded: Loaded,
     sampling: Sampling,
     as_json: JsonOption = False,
     stream: StreamOption = True,
+    markdown: MarkdownOption = False,
     no_cache: NoCacheOption = False,
     no_stdin: StdinOption = False,
     talk: Talk,
@@ -6666,8 +7434,13 @@ def chat(
         metaalign-edge chat -m model.gguf --system "Be brief." --pref "I'm a zookeeper."
 
         metaalign-edge chat --json-schema "name, age int" "Who was the oldest human?"
+
+        metaalign-edge chat --session garden "When do I sow peas?"
+
+        metaalign-edge chat --continue "And beans?"
     """
-    screen, dialog = talk.screen(), meta_prompt.dialog()
+    screen, transcript = talk.screen(), go_on(name, newest)
+    set_meta_prompt(transcript, meta_prompt, context)
     settings = gathered(loaded, sampling, strengths, talk)
     asked = read_query(query, no_stdin, repl=not as_json)
     interrupt, states = Interrupt(), kept_states(no_cache)
@@ -6676,11 +7449,12 @@ def chat(
     with Chat(model, chosen, settings, rendered.options(), interrupt, states=states) as session:
         explain(model, chosen, settings, screen)
         session.think = Aside(screen).write
+        introduce(transcript, model.file.path.name, screen, talking=asked is None)
         if asked is None:
-            Repl(session, dialog, screen, rendered.strict_tiers).run()
+            Repl(session, transcript, screen, rendered.strict_tiers, markdown).run()
         else:
-            dialog = replace(dialog, turns=(Turn(asked),))
-            answer_once(session, dialog, screen, rendered.strict_tiers, as_json, stream)
+            reply = None if as_json else Reply(screen, markdown, stream)
+            answer_once(session, transcript, asked, screen, rendered.strict_tiers, reply)
 
 
 @app.command("compare")
@@ -6715,30 +7489,15 @@ def compare_command(
     settings = gathered(loaded, sampling, strengths, talk)
     interrupt, options = Interrupt(), rendered.options()
     model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen, len(dialogs))
-    answers: list[Answer] = []
-
-    def before(answer: Answer) -> None:
-        answers.append(answer)
-        warn(session, answer, screen, rendered.strict_tiers)
-
     with interrupt:
         with model:
             explain(model, chosen, settings, screen)
-            need = max(Session(model, chosen, settings, options, interrupt).outline(one).context for one in dialogs)
+            one = Session(model, chosen, settings, options, interrupt, states=kept_states(no_cache))
             with (
-                Parallel(
-                    model, chosen, settings, options, interrupt, len(dialogs), need, kept_states(no_cache)
-                ) as session,
+                parallel_for(one, dialogs) as session,
                 contextlib.nullcontext() if as_json else Columns(wishes, screen) as columns,
-                contextlib.suppress(Interrupted),
             ):
-                show = columns.show if columns else lambda _place, _piece: None
-                jobs = [Job(one, settings.seed, at, show=functools.partial(show, at)) for at, one in enumerate(dialogs)]
-                for job, answer in session.run(jobs, before):
-                    if isinstance(answer, EdgeError):
-                        raise answer
-                    if columns:
-                        columns.end(job.tag)
+                answers = answer_together(session, dialogs, columns, screen, rendered.strict_tiers)
         if as_json:
             screen.json([{"pref": wish, **asdict(answer)} for wish, answer in zip(wishes, answers, strict=False)])
         screen.detail("\n".join(map(describe, answers)))
@@ -7941,6 +8700,142 @@ def models_default(name: NameArgument = None, none: NoDefaultOption = False, as_
     screen.json({"name": chosen, "path": path and str(path)}) if as_json else screen.write(f"{chosen}\n")
 
 
+sessions = typer.Typer(no_args_is_help=True, help="Conversations that are kept: chat --session NAME, chat --continue.")
+app.add_typer(sessions, name="sessions")
+
+SessionArgument = Annotated[str, typer.Argument(metavar="NAME", help="A session.", show_default=False)]
+SessionArguments = Annotated[list[str], typer.Argument(metavar="NAME...", help="Sessions.", show_default=False)]
+FormatOption = Annotated[
+    str | None, option("--format", help="md or json. Default: as the file's name ends, else md.", metavar="md|json")
+]
+ExportOption = Annotated[Path | None, option("-o", "--output", help="Write to this file. Default: stdout.")]
+
+
+def find_session(name: str) -> Transcript:
+    """Read the session of a name.
+
+    Raises:
+        UsageError: it is no name, or the session is spoilt. NotFound: there is none.
+    """
+    path = session_path(name)
+    if not path.is_file():
+        known = ", ".join(session_names())
+        raise NotFound(f"no session {name}: there are {known}" if known else f"no session {name}: there are none yet")
+    return Transcript.read(path)
+
+
+@sessions.command("list")
+def sessions_list(as_json: JsonOption = False) -> None:
+    """List the sessions, the one that was used last first.
+
+    Example:
+
+        metaalign-edge sessions list --json
+    """
+    screen = Screen()
+    found = [summary(path) for path in session_paths()]
+    if as_json:
+        screen.json(found)
+        return
+    if not found:
+        screen.note("no sessions yet: metaalign-edge chat --session NAME begins one")
+        return
+    rows = [
+        [
+            row["name"],
+            str(row["turns"] or 0),
+            local_time(str(row["last"] or "")),
+            f"({row['error']})" if row["error"] else row["preference"],
+        ]
+        for row in found
+    ]
+    screen.write("\n".join(aligned(["session", "turns", "last used", "preference"], rows)) + "\n")
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """Sum up a session, or say what is wrong with it."""
+    nothing = dict.fromkeys(("turns", "first", "last", "model", "preference"))
+    try:
+        transcript = Transcript.read(path)
+    except EdgeError as error:
+        return {"name": path.stem, **nothing, "path": str(path), "error": one_line(error)}
+    turns = transcript.turns()
+    first, last = (turns[0], turns[-1]) if turns else ({}, {})
+    return {
+        "name": path.stem,
+        "turns": len(turns),
+        "first": first.get("at"),
+        "last": last.get("at"),
+        "model": last.get("model"),
+        "preference": transcript.label or label_of([transcript.meta_prompt["user_info"]]),
+        "path": str(path),
+        "error": None,
+    }
+
+
+@sessions.command("show")
+def sessions_show(name: SessionArgument, as_json: JsonOption = False) -> None:
+    """Show what was said in a session, and the meta-prompt wherever it changed.
+
+    Example:
+
+        metaalign-edge sessions show garden
+    """
+    screen, transcript = Screen(), find_session(name)
+    if as_json:
+        screen.json(as_document(transcript))
+    else:
+        screen.write(as_text(transcript))
+
+
+@sessions.command("rm")
+def sessions_rm(names: SessionArguments, quiet: QuietOption = False) -> None:
+    """Remove sessions; all of those named, or none if one is not there.
+
+    Example:
+
+        metaalign-edge sessions rm garden kitchen
+    """
+    paths = [session_path(name) for name in dict.fromkeys(names)]
+    for path in paths:
+        if not path.exists():
+            raise NotFound(f"no session {path.stem}: `metaalign-edge sessions list` shows them; none was removed")
+    try:
+        with locked(paths[0].parent):
+            for path in paths:
+                path.unlink()
+    except OSError as error:
+        raise CannotWrite(f"cannot remove {error.filename}: {error.strerror}") from None
+    Screen(quiet).note(f"removed: {', '.join(path.stem for path in paths)}")
+
+
+@sessions.command("export")
+def sessions_export(
+    name: SessionArgument,
+    output: ExportOption = None,
+    form: FormatOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Write a session as Markdown or JSON; preferences stand where they changed.
+
+    Examples:
+
+        metaalign-edge sessions export garden -o garden.md
+
+        metaalign-edge sessions export garden --format json | jq .turns
+    """
+    form = form or ("json" if output and output.suffix.lower() == ".json" else "md")
+    if form not in ("md", "json"):
+        raise UsageError(f"--format takes md or json, not {form!r}")
+    text = exported(find_session(name), form)
+    if output is None:
+        Screen().write(text)
+        return
+    if output.is_file() and not force:
+        raise UsageError(f"{output} exists: name another, or --force replaces it")
+    write_whole(output, text.encode("utf-8", "replace"))
+
+
 SuiteOption = Annotated[
     str, option("--suite", help="builtin, ifeval, or a file: a suite of your own or IFEval's rows.")
 ]
@@ -8198,21 +9093,6 @@ def checked_context(value: str | None) -> int | None:
     return int(value)
 
 
-def checked_strength(flag: str, value: str | float) -> float:
-    """Return a strength as a number that logits can be weighed with.
-
-    Raises:
-        UsageError: it is none, negative or too large.
-    """
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number <= MOST_STRENGTH:
-        raise UsageError(f"{flag} takes a number from 0 to {MOST_STRENGTH}, not {value!r}")
-    return number
-
-
 def load_model(
     loaded: Loaded, rendered: Rendered, settings: Settings, interrupt: Interrupt, screen: Screen, columns: int = 1
 ) -> tuple[Model, ChatTemplate, Settings]:
@@ -8264,25 +9144,45 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
         screen.detail(f"guided: System Info {settings.system_strength:g}, User Info {settings.pref_strength}")
 
 
-def answer_once(session: Chat, dialog: Dialog, screen: Screen, strict: bool, as_json: bool, stream: bool) -> None:
-    """Answer one query on stdout.
+def introduce(transcript: Transcript, model: str, screen: Screen, talking: bool) -> None:
+    """Say which session goes on, and whether another model answered last."""
+    if transcript.path is None:
+        return
+    (screen.note if talking else screen.detail)(describe_session(transcript))
+    before = [str(turn["model"]) for turn in transcript.turns() if turn.get("model")]
+    if before and before[-1] != model:
+        screen.note(f"metaalign-edge: note: in this session {before[-1]} answered last; this is {model} (-m chooses)")
+
+
+def answer_once(
+    session: Chat, transcript: Transcript, query: str, screen: Screen, strict: bool, reply: Reply | None
+) -> None:
+    """Answer one query on stdout, as JSON without a `reply`; a session keeps it, also what was cut off.
 
     Raises:
         Interrupted: Ctrl-C; what there was of the answer is printed.
     """
-    streaming = stream and not as_json
-    with session.interrupt:
-        answer = session.answer(
-            dialog,
-            session.settings.seed,
-            screen.write if streaming else lambda _: None,
-            lambda begun: warn(session, begun, screen, strict),
-        )
-    if as_json:
-        screen.json(asdict(answer))
-    else:
-        rest = "" if streaming else answer.response
-        screen.write(rest + ("" if answer.response.endswith("\n") else "\n"))
+    begun: list[Answer] = []
+
+    def before(answer: Answer) -> None:
+        warn(session, answer, screen, strict)
+        begun.append(answer)
+
+    complete = False
+    try:
+        with session.interrupt, reply.alone() if reply else contextlib.nullcontext():
+            show = reply.show if reply else lambda _: None
+            answer = session.answer(transcript.dialog(query), session.settings.seed, show, before)
+        complete = True
+        if reply:
+            reply.end(answer.response)
+        else:
+            screen.json({**asdict(answer), **({"session": transcript.name} if transcript.path else {})})
+    finally:
+        for answer in begun:
+            answer.finish_reason = answer.finish_reason if complete else "interrupted"  # stdout was closed, say
+            transcript.add(asdict(answer))
+            transcript.save()
     screen.detail(describe(answer))
     screen.detail(f"time {STOPWATCH}; memory {peak_mb():.0f} MB at most")
     session.interrupt.check()
@@ -8341,9 +9241,8 @@ def help_command(
     elif topic in commands:
         app(args=[topic, "--help"], prog_name="metaalign-edge", standalone_mode=False)
     else:
-        near = difflib.get_close_matches(topic, [*known, *commands], 1)
-        advice = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"no topic {topic!r}: {advice}`metaalign-edge help` lists them")
+        alike = nearest(topic, [*known, *commands], "`metaalign-edge help` lists them")
+        raise UsageError(f"no topic {topic!r}: {alike}")
 
 
 def profile_values() -> Iterable[tuple[str, str]]:
@@ -8364,6 +9263,11 @@ def model_values() -> Iterable[tuple[str, str]]:
     return [(name, "") for name in model_names()]
 
 
+def session_values() -> Iterable[tuple[str, str]]:
+    """Return the names of the sessions."""
+    return [(name, "") for name in session_names()]
+
+
 def template_values() -> Iterable[tuple[str, str]]:
     """Return the names that --template takes."""
     return [("auto", "the model's own"), *((name, "") for name in shipped_templates())]
@@ -8371,13 +9275,21 @@ def template_values() -> Iterable[tuple[str, str]]:
 
 SHELLS = {"bash": "bash", "zsh": "zsh", "fish": "fish", "powershell": "ps1"}  # and what their scripts end with
 
-# What a shell completes: the values of a parameter, by its name, with what they mean. Anywhere else, files.
+# What a shell completes: the values of a parameter, by its name, or by that behind its command's, with what they mean.
+# Anywhere else, files.
 VALUES: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "pref": profile_values,
     "template": template_values,
     "against_template": template_values,
+    "pref name": profile_values,
+    "pref names": profile_values,
     "model": model_values,
     "against": model_values,
+    "models name": model_values,
+    "models names": model_values,
+    "chat name": session_values,
+    "sessions name": session_values,
+    "sessions names": session_values,
     "ctx_size": lambda: [("auto", "as many as there is room for")],
     "gpu_layers": lambda: [("auto", "as many as there is room for"), ("all", "")],
     "pref_strength": lambda: [("auto", "as hard as the preference changes each token")],
@@ -8395,7 +9307,7 @@ def suggestions(command: Any, words: Sequence[str]) -> list[tuple[str, str]]:
         words: those that follow the program's name, up to the cursor.
     """
     *before, word = words
-    word, waiting, place = word.strip("\"'"), None, 0
+    word, waiting, place, group = word.strip("\"'"), None, 0, ""
     for given in before:
         options = {name: one for one in command.params for name in (*one.opts, *one.secondary_opts)}
         if waiting is not None:
@@ -8404,17 +9316,17 @@ def suggestions(command: Any, words: Sequence[str]) -> list[tuple[str, str]]:
             waiting = options.get(given)
             waiting = None if getattr(waiting, "is_flag", True) else waiting
         elif hasattr(command, "commands"):
-            command = command.commands.get(given)
+            command, group = command.commands.get(given), group or given
             if command is None:
                 return []
         else:
             place += 1
     named = [one for one in command.params if one.param_type_name == "option" and not getattr(one, "hidden", False)]
     if waiting is not None:
-        return values_of(waiting, word)
+        return values_of(group, waiting, word)
     if word.startswith("--") and "=" in word:
         name, _, value = word.partition("=")
-        found = [values_of(one, value) for one in named if name in one.opts]
+        found = [values_of(group, one, value) for one in named if name in one.opts]
         return [(f"{name}={value}", says) for values in found for value, says in values]
     if word.startswith("-"):
         found = [[(name, one.help or "") for name in (*one.opts, *one.secondary_opts)] for one in named]
@@ -8423,13 +9335,15 @@ def suggestions(command: Any, words: Sequence[str]) -> list[tuple[str, str]]:
         shown = {name: one for name, one in command.commands.items() if name.startswith(word) and not one.hidden}
         return [(name, one.get_short_help_str(100)) for name, one in shown.items()]
     arguments = [one for one in command.params if one.param_type_name == "argument"]
-    return values_of(arguments[place], word) if place < len(arguments) else []
+    last = len(arguments) - 1
+    place = min(place, last) if arguments and arguments[last].nargs < 0 else place  # any number of them
+    return values_of(group, arguments[place], word) if place <= last else []
 
 
-def values_of(parameter: Any, word: str) -> list[tuple[str, str]]:
+def values_of(group: str, parameter: Any, word: str) -> list[tuple[str, str]]:
     """Return the values of a parameter that begin with a word; of joined profiles, the last may still change."""
     joined, plus, word = word.rpartition("+") if parameter.name == "pref" else ("", "", word)
-    found = VALUES.get(parameter.name, list)()
+    found = VALUES.get(f"{group} {parameter.name}", VALUES.get(parameter.name, list))()
     return [(f"{joined}{plus}{value}", says) for value, says in found if value.startswith(word)]
 
 
@@ -8461,7 +9375,7 @@ def completion(
 
 
 # =====================================================================================================================
-# 20  Python
+# 21  Python
 # =====================================================================================================================
 # What a program needs: a model that is open, and three functions. Nothing is written to stdout, stderr or the disk.
 
@@ -8645,7 +9559,7 @@ def compare(
 
 
 # =====================================================================================================================
-# 21  Main
+# 22  Main
 # =====================================================================================================================
 
 
@@ -8698,7 +9612,7 @@ def main() -> None:
     The process ends without freeing what it holds: the system takes a vocabulary, a mapped file and Python's modules
     back 70 ms sooner.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             encoding = "utf-8" if os.name == "nt" else None  # a pipe there would have the code page of old
             stream.reconfigure(encoding=encoding, errors="replace")  # no terminal lacks so much as to lose an answer

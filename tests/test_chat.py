@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from terminal import Terminal
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 COMMAND = [sys.executable, "-m", "metaalign_edge", "chat"]
@@ -190,50 +189,3 @@ def test_ctrl_c_stops_a_prefill_at_once_and_json_says_so(slow: Path) -> None:
     assert (code, error) == (130, b"")
     assert (document["finish_reason"], document["output_tokens"], document["response"]) == ("interrupted", 0, "")
     assert seconds < 5
-
-
-def test_the_conversation_at_a_terminal(tiny: Path) -> None:
-    terminal = Terminal("chat", "-m", str(tiny), "-n", "6", "--temp", "0", "--pref", "short", "-v")
-    terminal.until("> ")
-    terminal.type("What is tea?\n")
-    assert "20 tokens in (0 cached)" in terminal.until("\n> ")
-    terminal.type("And coffee?\n")
-    assert "cached), 6 out (length)" in terminal.until("\n> ")
-    terminal.type("/pref\n")
-    assert "User Info: short" in terminal.until("\n> ")
-    terminal.type("/pref in capitals\n")
-    assert "User Info: in capitals" in terminal.until("\n> ")
-    terminal.type("/system be kind\n")
-    assert "System Info: be kind" in terminal.until("\n> ")
-    terminal.type("/pref -\n")
-    assert "User Info: (empty)" in terminal.until("\n> ")
-    terminal.type("/regen\n")
-    terminal.until("seed")
-    terminal.type('"""one\ntwo"""\n')
-    terminal.until("seed")
-    terminal.type("/clear\n")
-    terminal.until("forgotten")
-    terminal.type("/regen\n")
-    terminal.until("no question")
-    terminal.type("/nonsense\n")
-    terminal.until("no command /nonsense")
-    terminal.type("/help\n")
-    help_text = terminal.until("several lines")
-    assert all(word in help_text for word in ("/system", "/pref", "/regen", "/clear", "/exit"))
-    terminal.type("/exit\n")
-    assert terminal.leave() == 0
-
-
-def test_ctrl_c_stops_an_answer_and_keeps_the_conversation_and_ctrl_d_leaves(slow: Path) -> None:
-    terminal = Terminal("chat", "-m", str(slow), "-n", "8000", "--temp", "0", "-v")
-    terminal.until("> ")
-    terminal.type("What is tea?\n")
-    terminal.until("What is tea?\n")
-    time.sleep(1.5)
-    terminal.type("\x03")
-    assert "interrupted" in terminal.until("\n> ")
-    time.sleep(0.5)  # between its prompt and its first look at the keyboard, readline sees no signal
-    terminal.type("half a line\x03")
-    terminal.until("> ")
-    terminal.type("\x04")
-    assert terminal.leave() == 0

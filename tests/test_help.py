@@ -63,8 +63,8 @@ def test_a_command_is_explained_by_its_help(capfd: pytest.CaptureFixture[str]) -
 
 
 def test_an_unknown_topic_names_the_nearest(refuses: Callable[..., str]) -> None:
-    assert "did you mean exit-codes?" in refuses(2, "help", "exit-code")
-    assert "did you mean compare?" in refuses(2, "help", "compere")
+    assert "do you mean exit-codes?" in refuses(2, "help", "exit-code")
+    assert "do you mean compare?" in refuses(2, "help", "compere")
     assert "`metaalign-edge help` lists them" in refuses(2, "help", "xyzzy")
 
 

@@ -262,14 +262,6 @@ def test_a_default_that_makes_no_sense_is_refused(says: Says, refuses: Refuses) 
     says("render", "--pref", "x", "tea?")
 
 
-def test_a_prompt_can_name_the_preferences() -> None:
-    def label(*wishes: str) -> str:
-        return edge.MetaPrompt(pref=list(wishes)).label()
-
-    assert (label(), label("@concise"), label("Be brief.")) == ("", "@concise", "(text)")
-    assert label("@concise+@json", "Be brief.", "@me") == "@concise+@json+(text)+@me"
-
-
 def add_some(start: int) -> None:
     for number in range(start, start + 8):
         edge.store_profile(f"p{number}", f"text {number}")

@@ -12,6 +12,8 @@ import pytest
 from metaalign_edge_convert import ARCHITECTURES
 from metaalign_edge_preferences import families, profiles
 
+import metaalign_edge as edge
+
 README = Path(__file__).resolve().parent.parent / "README.md"
 CONSOLE = re.compile(r"(?<=```console\n)(.*?)(?=```)", re.DOTALL)
 
@@ -83,6 +85,19 @@ def preference_tables(text: str) -> str:
     )
 
 
+def words_table(text: str) -> str:
+    """Return the README with its table of a conversation's commands written anew."""
+    rows = ""
+    for name, word in edge.Repl.WORDS.items():
+        takes = f"{name} {word.takes}".strip().replace("|", "\\|")
+        rows += f"| `{takes}` | {word.help} |\n"
+    return re.sub(r"(?<=<!-- words -->\n)((?:\|.*\n){2})(?:\|.*\n)*", lambda head: head[1] + rows, text)
+
+
+def test_the_readme_lists_every_command_of_a_conversation() -> None:
+    assert words_table(README.read_text()) == README.read_text()
+
+
 def test_the_readme_lists_every_family_and_profile() -> None:
     assert preference_tables(README.read_text()) == README.read_text()
 
@@ -92,4 +107,4 @@ if __name__ == "__main__":
     def captured(block: re.Match[str]) -> str:
         return "".join(f"{line}\n{happens(line[2:])}" for line in block[0].splitlines() if line.startswith("$ "))
 
-    README.write_text(preference_tables(CONSOLE.sub(captured, README.read_text())))
+    README.write_text(words_table(preference_tables(CONSOLE.sub(captured, README.read_text()))))

@@ -57,6 +57,13 @@ def test_values_are_completed_where_there_are_some(capfd: pytest.CaptureFixture[
     assert completed(capfd, "chat", "--json", "-n", "5", "--pref-strength", '""') == ["auto"]
     assert completed(capfd, "help", "exi") == ["exit-codes"]
     assert completed(capfd, "completion", "") == list(edge.SHELLS)
+    assert completed(capfd, "chat", "-m", "metaalign-d") == ["metaalign-demo"]
+    assert completed(capfd, "models", "rm", "metaalign-demo", "meta") == ["metaalign-demo"]
+    edge.store_profile("mine", "Be kind.")
+    assert completed(capfd, "pref", "show", "@mi", shell="zsh") == ["@mine\tBe kind."]
+    edge.session_path("garden").parent.mkdir(parents=True)
+    edge.session_path("garden").touch()
+    assert completed(capfd, "chat", "--session", "") == completed(capfd, "sessions", "show", "g") == ["garden"]
 
 
 def test_every_value_that_can_be_completed_belongs_to_a_parameter() -> None:
@@ -64,7 +71,10 @@ def test_every_value_that_can_be_completed_belongs_to_a_parameter() -> None:
         below = getattr(command, "commands", {}).values()
         return {one.name for one in command.params}.union(*map(names, below))  # type: ignore[attr-defined]
 
-    assert edge.VALUES.keys() <= names(typer.main.get_command(edge.app))
+    root = typer.main.get_command(edge.app)
+    for key in edge.VALUES:
+        group, _, name = key.rpartition(" ")
+        assert name in names(root.commands[group] if group else root), key  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("words", [("",), ("chat", "--pref", "@"), ("chat", "--template", ""), ("chat", "-m", "")])
@@ -251,6 +261,6 @@ def test_whatever_prints_data_can_print_json() -> None:
         return set() if any("--json" in one.opts for one in command.params) else {name}  # type: ignore[attr-defined]
 
     # rows of JSON, text to read, a script, a path, and nothing
-    data_apart = {"batch", "help", "completion", "config path", "cache clear"}
-    done = {"config set", "config unset", "pref add", "pref edit", "pref rm", "models rm"}
+    data_apart = {"batch", "help", "completion", "config path", "sessions export", "cache clear"}
+    done = {"config set", "config unset", "pref add", "pref edit", "pref rm", "models rm", "sessions rm"}
     assert lacking(typer.main.get_command(edge.app), "") == data_apart | done

@@ -12,7 +12,7 @@ from parrot import make_parrot
 from terminal import Terminal
 
 import metaalign_edge as edge
-from metaalign_edge import Chat, Dialog, Interrupt, Model, ModelFile, RenderOptions, Repl, Screen, Settings, Thinking
+from metaalign_edge import Chat, Interrupt, Model, ModelFile, RenderOptions, Repl, Screen, Settings, Thinking
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 MARKS = ("<think>", "</think>")
@@ -141,10 +141,10 @@ def test_reasoning_is_no_part_of_the_conversation(thinker: Path) -> None:
     with Model(file, settings) as model, Chat(
         model, edge.choose_template("auto", file), settings, RenderOptions(), Interrupt()
     ) as chat:  # fmt: skip
-        repl = Repl(chat, Dialog(), Screen(quiet=True), False)
+        repl = Repl(chat, edge.Transcript(), Screen(quiet=True), False)
         for query in ("tea?", "and coffee?"):
-            repl.ask(query, repl.dialog.turns)
-        assert [turn.response for turn in repl.dialog.turns] == ["lazy dog", "lazy dog"]
+            repl.ask(query)
+        assert [turn.response for turn in repl.transcript.dialog().turns] == ["lazy dog", "lazy dog"]
 
 
 @pytest.mark.slow

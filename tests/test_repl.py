@@ -1,0 +1,342 @@
+"""The conversation at a terminal: real pseudo-terminals, dumb ones and one that emulates a screen."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from terminal import Emulator, Terminal
+
+import metaalign_edge as edge
+from metaalign_edge import Transcript, session_path
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def test_the_conversation_at_a_terminal(tiny: Path) -> None:
+    terminal = Terminal("chat", "-m", str(tiny), "-n", "6", "--temp", "0", "--pref", "short", "-v")
+    terminal.until("[short] > ")
+    terminal.type("What is tea?\n")
+    assert "20 tokens in (0 cached)" in terminal.until("\n[short] > ")
+    terminal.type("And coffee?\n")
+    assert "cached), 6 out (length)" in terminal.until("\n[short] > ")
+    terminal.type("/pref\n")
+    assert "User Info: short" in terminal.until("\n[short] > ")
+    terminal.type("/pref in capitals\n")
+    assert "User Info: in capitals" in terminal.until("\n[in capitals] > ")
+    terminal.type("/system be kind\n")
+    assert "System Info: be kind" in terminal.until("\n[in capitals] > ")
+    terminal.type("/pref -\n")
+    assert "User Info: (empty)" in terminal.until("\n> ")
+    terminal.type("/regen\n")
+    terminal.until("seed")
+    terminal.type('"""one\ntwo"""\n')
+    terminal.until("seed")
+    terminal.type("/clear\n")
+    terminal.until("forgotten")
+    terminal.type("/regen\n")
+    terminal.until("no question")
+    terminal.type("/help\n")
+    help_text = terminal.until("stop an answer")
+    assert all(word in help_text for word in edge.Repl.WORDS)
+    terminal.type("/exit\n")
+    assert terminal.leave() == 0
+
+
+def test_again_shows_and_keep_keeps(tiny: Path) -> None:
+    terminal = Terminal("chat", "-m", str(tiny), "-n", "6", "--temp", "0", "--pref", "short", "--session", "work")
+    terminal.until("session work begins")
+    terminal.type("/again @child\n")
+    terminal.until("no question")
+    terminal.type("What is tea?\n")
+    terminal.until("\n[short] > ")
+    terminal.type("/keep\n")
+    terminal.until("nothing to keep")
+    terminal.type("/again @child\n")
+    terminal.until("\n[short] > ")
+    path = session_path("work")
+    assert [turn["user_info"] for turn in Transcript.read(path).turns()] == ["short"]
+    terminal.type("/keep\n")
+    terminal.until("\n[@child] > ")
+    (turn,) = Transcript.read(path).turns()
+    assert (turn["query"], turn["user_info"]) == ("What is tea?", edge.expand_profile("@child"))
+    terminal.type("/pref @no-such-one\n")
+    terminal.until("no preference profile @no-such-one")
+    terminal.type("/pref @json+@child\n")
+    terminal.until("\n[@json+@child] > ")
+    terminal.type("\x04")
+    assert terminal.leave() == 0
+    assert Transcript.read(path).label == "@json+@child"  # though nothing was asked under it
+
+
+WRONG = {
+    "/stats": "no answer yet",
+    "/compare @child @expert": "no question",
+    "/prf @child": "do you mean /pref?",
+    "/etc/passwd": "a space before it makes it a question",
+    "/strength 2": "takes a tier and a number",
+    "/strength pref x": "a number from 0 to 100, not 'x'",
+    "/think maybe": "on, off or auto, not 'maybe'",
+    "/save": "takes a name",
+    "/save a b": "is no name",
+    "/load nobody": "no session nobody: there are none",
+    "/keep": "nothing to keep",
+    "/pref @nobody": "no preference profile @nobody",
+}
+
+
+def test_what_is_wrong_is_said_and_the_conversation_goes_on(tiny: Path) -> None:
+    terminal = Terminal("chat", "-m", str(tiny), columns=40)
+    terminal.until("> ")
+    for wrong, said in WRONG.items():
+        terminal.type(wrong + "\n")
+        assert said in terminal.until("\n> ")
+    terminal.type("\x04")
+    assert terminal.leave() == 0
+
+
+def test_compare_strength_think_and_stats(tiny: Path) -> None:
+    terminal = Terminal("chat", "-m", str(tiny), "-n", "6", "--seed", "7", columns=40)
+
+    def shown(line: str) -> str:
+        terminal.type(line + "\n")
+        return terminal.until("\n> ")
+
+    terminal.until("> ")
+    shown(" /what is this?")
+    answers = shown('/compare @child "it\'s so" -')
+    assert re.findall(r"^\[(.*)\]$", answers, re.MULTILINE) == ["@child", "it's so", "-"]
+    assert "two preferences or more" in shown("/compare @child") and "a quote is left open" in shown('/compare "a b')
+    assert "strength: system 1, pref auto" in shown("/strength pref auto")
+    assert "strength: system 1.5, pref auto" in shown("/strength system 1.5")
+    assert "thinking: off" in shown("/think off") and "thinking: auto" in shown("/think auto")
+    figures = shown("/stats")
+    for row in (r"in +\d+ tokens, 0 of them.*", r"out +\d tokens.*", "seed +7", "model +tiny.gguf", "session +none.*"):
+        assert re.search(f"^{row}$", figures, re.MULTILINE), row
+    terminal.type("\x04")
+    assert terminal.leave() == 0
+
+
+def test_a_conversation_becomes_a_session_and_goes_on_being_one(tiny: Path, tmp_path: Path) -> None:
+    terminal = Terminal("chat", "-m", str(tiny), "-n", "6", "--pref", "short")
+    terminal.until("> ")
+    for line in ("one?", "/pref long", "two?"):
+        terminal.type(line + "\n")
+        terminal.until("] > ")
+    terminal.type("/load work\n")
+    terminal.until("no session work")
+    terminal.type("/save work\n")
+    terminal.until("this is session work from now on")
+    terminal.type("three?\n")
+    terminal.until("[long] > ")
+    terminal.type("/save work\n")
+    terminal.until("there is a session work")
+    terminal.type(f"/save {tmp_path}/talk.md\n")
+    terminal.until("written to")
+    terminal.type(f"/save {tmp_path}/talk.md\n")
+    terminal.until("exists: name another file")
+    terminal.type("/save copy\n")
+    terminal.until("this is session copy")
+    terminal.type("/load work\n")
+    terminal.until("session work: 3 turns")
+    terminal.type("/exit\n")
+    assert terminal.leave() == 0
+    turns = Transcript.read(session_path("work")).turns()
+    assert [(turn["query"], turn["user_info"]) for turn in turns] == [
+        ("one?", "short"),
+        ("two?", "long"),
+        ("three?", "long"),
+    ]
+    assert "> **User Info:** long\n\n> **User Query:** two?" in (tmp_path / "talk.md").read_text()
+    assert session_path("copy").read_text() == session_path("work").read_text()
+
+
+def test_a_session_that_cannot_be_written_is_said_at_each_turn_and_at_the_end(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("METAALIGN_EDGE_DATA", str(tmp_path / "file" / "data"))
+    terminal = Terminal("chat", "-m", str(tiny), "-n", "6", "--session", "work", columns=200)
+    terminal.until("> ")
+    terminal.type("one?\n")
+    terminal.until("cannot write the session")
+    (tmp_path / "file").unlink()
+    terminal.type("two?\n")
+    terminal.until("\n> ")
+    terminal.until("\n> ")
+    assert len(Transcript.read(session_path("work")).turns()) == 2
+    session_path("work").unlink()
+    (tmp_path / "file" / "data" / "sessions").rmdir()
+    (tmp_path / "file" / "data" / "sessions").touch()
+    terminal.type("/pref short\n")
+    terminal.until("cannot write the session")
+    terminal.type("/exit\n")
+    assert "cannot write the session" in terminal.rest()
+    assert terminal.leave() == 8
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_conversation_and_ctrl_d_leaves(slow: Path) -> None:
+    terminal = Terminal("chat", "-m", str(slow), "-n", "8000", "--temp", "0", "-v", "--session", "work")
+    terminal.until("> ")
+    terminal.type("What is tea?\n")
+    terminal.until("What is tea?\n")
+    time.sleep(1.5)
+    terminal.type("\x03")
+    assert "interrupted" in terminal.until("\n> ")
+    time.sleep(0.5)  # between its prompt and its first look at the keyboard, nobody sees the signal
+    terminal.type("half a line\x03")
+    terminal.until("> ")
+    (turn,) = Transcript.read(session_path("work")).turns()
+    assert turn["finish_reason"] == "interrupted"
+    terminal.type("\x04")
+    assert terminal.leave() == 0
+
+
+def test_completion_knows_commands_profiles_and_sessions() -> None:
+    assert edge.Repl.completions("/p") == [("/pref", 2)] and edge.Repl.completions("what /p") == []
+    assert edge.Repl.completions("/") == [(name, 1) for name in edge.Repl.WORDS]
+    assert ("@child", 3) in edge.Repl.completions("/pref @ch") and ("@child", 3) in edge.Repl.completions(
+        "/again @json+@ch"
+    )
+    assert ("@expert", 3) in edge.Repl.completions("/compare @child @ex") and edge.Repl.completions("/nonsense @") == []
+    assert edge.Repl.completions("/strength p") == [("pref", 1)] and len(edge.Repl.completions("/think ")) == 3
+    transcript = Transcript(session_path("garden"))
+    transcript.clear()
+    transcript.save()
+    assert edge.Repl.completions("/load g") == [("garden", 1)]
+
+
+def test_a_screen_shows_the_prompt_and_completes_and_remembers(tiny: Path, tmp_path: Path) -> None:
+    arguments = ("chat", "-m", str(tiny), "-n", "6", "--temp", "0", "--pref", "@concise")
+    screen = Emulator(*arguments)
+    screen.until("[@concise] >")
+    screen.type("/stre\t")
+    screen.until("> /strength")
+    screen.type("\x03")
+    screen.until("[@concise] >", times=2)
+    screen.type(" secret?\r")
+    screen.until("[@concise] >", times=3)
+    screen.type("\x1b[200~first line\r\nsecond line\x1b[201~")  # as a terminal pastes from Windows
+    assert "first line\n. second line" in screen.until("second line")
+    screen.type("\r")
+    screen.until("[@concise] >", times=4)
+    screen.type("third\x1b\rline\r")
+    screen.until("[@concise] >", times=5)
+    screen.type("/clear\r")
+    screen.until("stays\n[@concise] >")
+    screen.type("\x04")
+    screen.rest()
+    assert screen.leave() == 0
+    history = edge.data_folder() / "history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert re.findall(
+        r"^\+(.*)$", history.read_text(), re.MULTILINE
+    ) == "first line|second line|third|line|/clear".split("|")
+    again = Emulator(*arguments, columns=20)
+    again.until("[@con")
+    again.type("\x1b[A\x1b[A")
+    again.until("third")
+    again.type("\x03")
+    again.until("third\n. line\n[@con")
+    again.type("\x04")
+    again.rest()
+    assert again.leave() == 0
+
+
+def test_a_history_that_cannot_be_kept_is_no_hindrance(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAALIGN_EDGE_DATA", "/dev/null/data")
+    screen = Emulator("chat", "-m", str(tiny), "-n", "6")
+    screen.until(">")
+    screen.type("tea?\r/stats\r")
+    screen.until("begins one\n>")
+    screen.type("\x04")
+    screen.rest()
+    assert screen.leave() == 0
+
+
+def test_markdown_takes_the_place_of_what_was_streamed() -> None:
+    bullets = ("--temp", "0", "--pref", "@bullets", "What is tea?")
+    screen = Emulator("chat", "--markdown", *bullets, lines=12)
+    shown = screen.rest()
+    assert screen.leave() == 0
+    assert " • Tea is a drink" in shown and "- Tea" not in shown
+    whole = Emulator("chat", "--markdown", "--no-stream", *bullets, lines=12)
+    assert whole.rest() == shown and whole.leave() == 0
+
+
+@pytest.mark.slow
+def test_what_is_typed_meanwhile_does_not_disturb_the_markdown(slow: Path) -> None:
+    screen = Emulator("chat", "-m", str(slow), "-n", "60", "--markdown", "--seed", "1")
+    screen.until(">")
+    screen.type("tea?\r")
+    screen.until("tea?\n")
+    screen.type("/exit\r")
+    shown = screen.rest()
+    assert screen.leave() == 0
+    assert shown.count("/exit") == 1 and shown.endswith("\n> /exit\n")
+
+
+@pytest.mark.parametrize("size", [{"lines": 3}, {"columns": 39}])
+def test_markdown_leaves_what_cannot_be_taken_back(size: dict[str, int]) -> None:
+    screen = Emulator("chat", "--markdown", "--temp", "0", "--pref", "@bullets", "What is tea?", **size)
+    assert "•" not in screen.rest() and "- Tea contains" in screen.screen
+    assert screen.leave() == 0
+
+
+def test_markdown_is_text_on_a_dumb_terminal_and_in_a_pipe() -> None:
+    arguments = ["chat", "--markdown", "--temp", "0", "--pref", "@bullets", "What is tea?"]
+    terminal = Terminal(*arguments)
+    shown = terminal.rest()
+    assert terminal.leave() == 0
+    command = [sys.executable, "-m", "metaalign_edge", *arguments]
+    piped = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert shown == piped.stdout and shown.startswith("- Tea is")
+
+
+@pytest.mark.parametrize(
+    "text, rows",
+    [
+        ("", 1),
+        ("a", 1),
+        ("a" * 10, 1),
+        ("a" * 11, 2),
+        ("a\n", 1),
+        ("a\n\nb", 3),
+        ("茶" * 5, 1),
+        ("a" + "茶" * 5, 2),
+        ("a" * 9 + "茶", 2),
+        ("tab\t", None),
+        ("e\u0301", None),
+        ("👩\u200d🚀", None),
+    ],
+)
+def test_rows_are_counted_as_a_terminal_does(text: str, rows: int | None) -> None:
+    assert edge.rows_of(text, 10) == rows
+
+
+def test_only_a_conversation_pays_for_the_line_editor(tiny: Path) -> None:
+    code = f"import sys, metaalign_edge as e; e.run(['chat', '-m', {str(tiny)!r}, '-n', '1', '--session', 'x', 'tea?']); print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    loaded = set(result.stdout.splitlines()[-1].split())
+    assert "metaalign_edge" in loaded and not loaded & {"prompt_toolkit", "readline", "rich.markdown"}
+
+
+def test_the_conversation_of_the_readme_happens() -> None:
+    (block,) = re.findall(r"```text\n\$ metaalign-edge (chat .*?)\n(.*?)```", README.read_text(), re.DOTALL)
+    terminal = Terminal(*block[0].split(), columns=200)
+    wanted = re.split(r"^(\[@\w+\] >) ?", block[1], flags=re.MULTILINE)
+    assert terminal.until(" > ") == wanted[0] + wanted[1].removesuffix(" >")
+    for prompt, text in zip(wanted[3::2], wanted[2::2], strict=False):
+        line, _, answer = text.partition("\n")
+        terminal.type(line + "\n")
+        assert terminal.until(prompt + " ") == f"{line}\n{answer}"
+    terminal.type("\x04")
+    assert terminal.leave() == 0
+    kinds = [json.loads(line)["kind"] for line in session_path("garden").read_text().splitlines()]
+    assert kinds == ["session", "meta_prompt", "turn", "meta_prompt", "turn"]

@@ -1,0 +1,432 @@
+"""Conversations that are kept: they go on, whatever became of the process, the disk, or the file."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import metaalign_edge as edge
+from metaalign_edge import Dialog, Transcript, Turn, UsageError, session_path
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Ask = Callable[..., dict[str, Any]]
+CHAT = [sys.executable, "-m", "metaalign_edge", "chat"]
+
+
+@pytest.fixture
+def ask(tiny: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """Ask the tiny model in this process; return the JSON document, with what was said on stderr."""
+
+    def call(*arguments: str, code: int = 0) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        capfd.readouterr()
+        assert edge.run(["chat", "-m", str(tiny), "-n", "4", "--temp", "0", "--json", *arguments]) == code
+        out, error = capfd.readouterr()
+        return {**json.loads(out), "stderr": error}
+
+    return call
+
+
+@pytest.fixture
+def say(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must succeed, in this process; return its stdout."""
+
+    def call(*arguments: str) -> str:
+        capfd.readouterr()
+        assert edge.run(arguments) == 0, capfd.readouterr().err
+        return capfd.readouterr().out
+
+    return call
+
+
+def kept(name: str, *turns: tuple[str, str], pref: str = "") -> Path:
+    """Write a session as the program does; return its path."""
+    transcript = Transcript(session_path(name))
+    transcript.set("", pref, edge.label_of([pref]))
+    for query, response in turns:
+        transcript.add({"query": query, "response": response, "model": "m.gguf", "finish_reason": "stop"})
+    transcript.save()
+    return session_path(name)
+
+
+def dialog_of(name: str) -> Dialog:
+    return Transcript.read(session_path(name)).dialog()
+
+
+def test_a_session_goes_on_where_it_was(ask: Ask) -> None:
+    first = ask("--session", "work", "What is tea?")
+    second = ask("--session", "work", "And coffee?")
+    assert (first["session"], second["session"]) == ("work", "work") and "session" not in ask("alone?")
+    said = (Turn("What is tea?", first["response"]), Turn("And coffee?", second["response"]))
+    assert dialog_of("work") == Dialog(turns=said)
+    assert second["input_tokens"] > first["input_tokens"] + 4
+    kinds = [json.loads(line)["kind"] for line in session_path("work").read_text().splitlines()]
+    assert kinds == ["session", "turn", "turn"]
+    figures = json.loads(session_path("work").read_text().splitlines()[-1])
+    assert all(
+        figures[name] == second[name] for name in ("seed", "finish_reason", "model", "template", "output_tokens")
+    )
+
+
+def test_nobody_else_can_read_it(ask: Ask) -> None:
+    before = os.umask(0)
+    try:
+        ask("--session", "work", "tea?")
+    finally:
+        os.umask(before)
+    path = session_path("work")
+    modes = [stat.S_IMODE(one.stat().st_mode) for one in (path, path.parent, path.parent.parent)]
+    assert modes == [0o600, 0o700, 0o700]
+
+
+def test_the_meta_prompt_stays_until_the_command_line_changes_it(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tiers(*arguments: str) -> tuple[str, str]:
+        answer = ask("--session", "work", *arguments, "tea?")
+        return answer["system_info"], answer["user_info"]
+
+    assert tiers("--system", "be kind", "--pref", "brief") == ("be kind", "brief")
+    assert tiers() == ("be kind", "brief")
+    assert tiers("--pref", "long") == ("be kind", "long")
+    monkeypatch.setenv("METAALIGN_EDGE_SYSTEM", "of the machine")
+    monkeypatch.setenv("METAALIGN_EDGE_PREF", "of the machine")
+    assert tiers() == ("be kind", "long")
+    assert tiers("--system", "") == ("", "long")
+    assert ask("--session", "new", "tea?")["user_info"] == "of the machine"
+    lines = [json.loads(line) for line in session_path("work").read_text().splitlines()]
+    changes = [(line["system_info"], line["user_info"]) for line in lines if line["kind"] == "meta_prompt"]
+    assert changes == [("be kind", "brief"), ("be kind", "long"), ("", "long")]
+
+
+def test_continue_is_the_session_used_last(ask: Ask, refuses: Callable[..., str]) -> None:
+    assert "chat --session NAME` begins one" in refuses(3, "chat", "--continue", "tea?")
+    ask("--session", "old", "tea?")
+    ask("--session", "new", "tea?")
+    assert ask("-C", "tea?")["session"] == "new"
+    os.utime(session_path("old"), (time.time() + 9, time.time() + 9))
+    assert ask("--continue", "tea?")["session"] == "old"
+    assert "give one" in refuses(2, "chat", "-C", "--session", "new", "tea?")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "-x", "x\n", "é" * 51, "\udcff"])
+def test_what_is_no_name_is_refused(name: str, refuses: Callable[..., str]) -> None:
+    assert "is no name for a session" in refuses(2, "chat", f"--session={name}", "tea?")
+
+
+def test_another_model_is_said(ask: Ask) -> None:
+    kept("work", ("tea?", "leaves"))
+    assert "m.gguf answered last; this is tiny.gguf" in ask("--session", "work", "tea?")["stderr"]
+    assert ask("--session", "work", "tea?")["stderr"] == ""
+
+
+def test_a_line_torn_off_at_any_byte_is_cut_and_the_session_goes_on() -> None:
+    path = kept("work", ("one?", "1"), ("tŵo?", "2"))
+    data = path.read_bytes()
+    begins = data.rindex(b"\n", 0, -1) + 1
+    for end in range(begins, len(data) + 1):
+        path.write_bytes(data[:end])
+        transcript = Transcript.read(path)
+        whole = end >= len(data) - 1  # without its newline, too: so an editor may leave it
+        assert [turn["query"] for turn in transcript.turns()] == ["one?", "tŵo?"][: 1 + whole]
+        transcript.add({"query": "three?", "response": "3"})
+        transcript.save()
+        assert path.read_bytes().startswith(data if whole else data[:begins])
+        assert [turn.query for turn in dialog_of("work").turns] == ["one?", "tŵo?", "three?"][:: 1 if whole else 2]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30])
+def test_a_header_torn_off_is_written_anew(cut: int) -> None:
+    path = kept("work", ("one?", "1"))
+    path.write_bytes(path.read_bytes()[:cut])
+    kept("work", ("two?", "2"))
+    assert dialog_of("work").turns == (Turn("two?", "2"),)
+
+
+@pytest.mark.parametrize(
+    "spoilt, why",
+    [
+        (b'{"kind": "turn", "que', "Unterminated string"),
+        (b"[1, 2]", "no JSON object"),
+        (b'{"kind": "turn", "query": "x"}', "its response is no text"),
+        (b'{"kind": "meta_prompt", "system_info": 1, "user_info": ""}', "its system_info is no text"),
+        (b'{"kind": "turn", "query": "\\ud800", "response": ""}', "surrogates not allowed"),
+        (b'{"kind": "\xff"}', "invalid start byte"),
+        (b"[" * 100_000, "recursion"),
+    ],
+)
+def test_a_line_spoilt_by_hand_is_named_and_nothing_is_lost(
+    spoilt: bytes, why: str, refuses: Callable[..., str]
+) -> None:
+    path = kept("work", ("one?", "1"), ("two?", "2"))
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines.insert(2, spoilt + b"\n")
+    path.write_bytes(b"".join(lines))
+    line = refuses(2, "chat", "--session", "work", "tea?")
+    assert f"line 3 of the session {path} is spoilt" in line and why in line and "mend or delete that line" in line
+    assert path.read_bytes() == b"".join(lines)
+    del lines[2]
+    path.write_bytes(b"".join(lines))
+    assert len(dialog_of("work").turns) == 2
+
+
+def test_what_an_editor_on_windows_makes_of_it_can_be_read() -> None:
+    path = kept("work", ("one?", "1"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
+    assert dialog_of("work").turns == (Turn("one?", "1"),)
+
+
+def test_unknown_fields_and_kinds_are_left_alone() -> None:
+    path = kept("work", ("one?", "1"))
+    more = b'{"kind": "weather", "rain": true}\n{"kind": "turn", "query": "two?", "response": "2", "mood": "good"}\n'
+    path.write_bytes(data := path.read_bytes() + more)
+    transcript = Transcript.read(path)
+    transcript.add({"query": "three?", "response": "3"}, again=True)  # in the place of one that has no id
+    transcript.save()
+    assert [turn.query for turn in dialog_of("work").turns] == ["one?", "three?"]
+    assert path.read_bytes().startswith(data)
+
+
+def test_a_newer_programs_session_and_another_file_are_refused() -> None:
+    path = kept("work", ("one?", "1"))
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(UsageError, match="update this program"):
+        Transcript.read(path)
+    path.write_text('{"index": 0}\n')
+    with pytest.raises(UsageError, match="does not begin with the header"):
+        Transcript.read(path)
+
+
+WRITER = """
+import sys, metaalign_edge as edge
+name, who, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+transcript = edge.Transcript.read(edge.session_path(name))
+print("ready", flush=True)
+for number in range(count):
+    transcript.set("", who, who)
+    transcript.add({"query": f"{who} {number}", "response": "x" * 20000})
+    transcript.save()
+"""
+
+
+def writer(name: str, who: str, count: int) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", WRITER, name, who, str(count)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_two_processes_write_whole_lines_and_each_turn_keeps_its_meta_prompt() -> None:
+    both = [writer("work", who, 30) for who in ("anna", "bert")]  # one of them begins it
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    transcript = Transcript.read(session_path("work"))
+    turns = transcript.turns()
+    for who in ("anna", "bert"):
+        mine = [turn for turn in turns if turn["query"].startswith(who)]
+        assert [turn["query"] for turn in mine] == [f"{who} {number}" for number in range(30)]
+        assert {turn["user_info"] for turn in mine} == {who}
+    assert len(turns) == 60 and [line["kind"] for line in transcript.lines].count("session") == 1
+
+
+def test_two_that_begin_a_session_share_it() -> None:
+    path = session_path("work")
+    anna, bert = Transcript.read(path), Transcript.read(path)
+    anna.set("", "brief", "")
+    for one in (anna, bert, anna):
+        one.add({"query": "?", "response": "!"})
+        one.save()
+    assert [turn["user_info"] for turn in Transcript.read(path).turns()] == ["brief", "", "brief"]
+    assert path.read_text().count('"session"') == 1
+
+
+def test_killed_at_any_moment_it_has_all_that_was_finished() -> None:
+    said = 0
+    for round in range(4):
+        process = writer("work", "anna", 100_000)
+        time.sleep(0.02 + 0.017 * round)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        turns = Transcript.read(session_path("work")).turns()
+        mine = [turn["query"] for turn in turns[said:]]
+        assert mine == [f"anna {number}" for number in range(len(mine))]
+        said = len(turns)
+    assert said
+
+
+@pytest.mark.parametrize("room", [0, 1, 200])
+def test_a_full_disk_is_exit_8_after_the_answer_and_what_was_there_stays(room: int, tiny: Path) -> None:
+    path = kept("work", ("one?", "1"))
+    before = path.read_bytes()
+
+    def full() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room,) * 2)
+
+    command = [*CHAT, "-m", str(tiny), "-n", "4", "--seed", "1", "--no-cache", "-q", "--session", "work", "tea?"]
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, preexec_fn=full, timeout=60
+    )
+    assert result.returncode == 8 and len(result.stdout) > 1
+    assert result.stderr.startswith(
+        f"metaalign-edge: cannot write the session {path}: File too large: METAALIGN_EDGE_DATA"
+    )
+    assert path.read_bytes() == before
+    kept_on = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert (kept_on.returncode, kept_on.stdout) == (0, result.stdout)
+
+
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "/dev/null/nowhere"])
+def test_where_nothing_can_be_written_the_answer_comes_first(
+    folder: str, ask: Ask, monkeypatch: pytest.MonkeyPatch, refuses: Callable[..., str]
+) -> None:
+    monkeypatch.setenv("METAALIGN_EDGE_DATA", folder)
+    answer = ask("--session", "work", "tea?", code=8)
+    assert (
+        answer["response"]
+        and answer["stderr"].count("\n") == 1
+        and f"cannot write the session {folder}" in answer["stderr"]
+    )
+    refuses(3, "sessions", "show", "work")
+
+
+def test_what_could_not_be_written_is_written_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    transcript = Transcript(blocked / "sessions" / "work.jsonl")
+    transcript.add({"query": "one?", "response": "1"})
+    with pytest.raises(edge.CannotWrite):
+        transcript.save()
+    blocked.unlink()
+    transcript.add({"query": "two?", "response": "2"})
+    transcript.save()
+    assert len(Transcript.read(transcript.path).turns()) == 2  # type: ignore[arg-type]
+
+
+def test_a_session_removed_meanwhile_is_written_whole() -> None:
+    path = kept("work", ("one?", "1"))
+    transcript = Transcript.read(path)
+    path.unlink()
+    transcript.add({"query": "two?", "response": "2"})
+    transcript.save()
+    assert [turn.query for turn in dialog_of("work").turns] == ["one?", "two?"]
+
+
+def test_what_does_not_fit_is_dropped_from_the_prompt_and_said_but_not_from_the_session(ask: Ask) -> None:
+    kept("work", *[(f"what is number {number}", "a fox and a dog " * 4) for number in range(12)], pref="short please")
+    answer = ask("--session", "work", "-c", "256", "And now?")
+    assert 0 < answer["truncated"] < 12
+    assert f"{answer['truncated']} of the oldest turns dropped" in answer["stderr"]
+    assert answer["user_info"] == "short please" and len(dialog_of("work").turns) == 13
+
+
+def test_the_turns_that_were_cleared_or_replaced_are_not_in_the_prompt() -> None:
+    kept("work", ("one?", "1"), ("two?", "2"))
+    transcript = Transcript.read(session_path("work"))
+    transcript.add({"query": "two?", "response": "II"}, again=True)
+    assert transcript.dialog("three?").turns == (Turn("one?", "1"), Turn("two?", "II"), Turn("three?"))
+    assert transcript.dialog("two?", again=True).turns == (Turn("one?", "1"), Turn("two?"))
+    transcript.clear()
+    transcript.add({"query": "four?", "response": "4"})
+    transcript.save()
+    assert dialog_of("work").turns == (Turn("four?", "4"),)
+    assert [turn["forgotten"] for turn in Transcript.read(session_path("work")).turns()] == [True, True, False]
+
+
+def test_sessions_are_listed_shown_and_exported_with_preferences_where_they_changed(
+    say: Callable[..., str], refuses: Callable[..., str], tmp_path: Path
+) -> None:
+    path = kept("work", ("one?", "1"), pref="@concise")
+    transcript = Transcript.read(path)
+    transcript.set("be kind", "two\nlines", "two lines")
+    transcript.add({"query": "two\nor three?", "response": "2\n", "finish_reason": "interrupted"})
+    transcript.clear()
+    transcript.add({"query": "four?", "response": "4", "model": "n.gguf"})
+    transcript.save()
+    text = say("sessions", "show", "work")
+    assert text == (
+        "User Info: @concise\n\n> one?\n1\n\nSystem Info: be kind\n\nUser Info: two\nlines\n\n> two\nor three?\n"
+        "2 (interrupted)\n\nWhat was said up to here was forgotten.\n\n> four?\n4\n"
+    )
+    markdown = say("sessions", "export", "work")
+    assert markdown.startswith(
+        "# work\n\n> **User Info:** @concise\n\n> **User Query:** one?\n\n1\n\n> **System Info:** be kind"
+    )
+    assert "> **User Info:** two\n> lines\n\n> **User Query:** two\n> or three?\n\n2 (interrupted)\n\n---\n" in markdown
+    document = json.loads(say("sessions", "show", "work", "--json"))
+    assert document == json.loads(say("sessions", "export", "work", "--format", "json"))
+    assert [turn["user_info"] for turn in document["turns"]] == ["@concise", "two\nlines", "two\nlines"]
+    out = tmp_path / "work.json"
+    say("sessions", "export", "work", "-o", str(out))
+    assert json.loads(out.read_text()) == document
+    assert "--force" in refuses(2, "sessions", "export", "work", "-o", str(out))
+    say("sessions", "export", "work", "-o", str(out), "--format", "md", "--force")
+    assert out.read_text() == markdown
+    assert "cannot write" in refuses(8, "sessions", "export", "work", "-o", str(tmp_path / "none" / "work.md"))
+    assert "md or json" in refuses(2, "sessions", "export", "work", "--format", "pdf")
+    (row,) = json.loads(say("sessions", "list", "--json"))
+    assert (row["name"], row["turns"], row["model"], row["preference"]) == ("work", 3, "n.gguf", "two lines")
+    assert row["first"] <= row["last"] and row["error"] is None
+
+
+def test_a_spoilt_session_does_not_hide_the_others(say: Callable[..., str]) -> None:
+    kept("good", ("one?", "1"))
+    kept("bad", ("one?", "1")).write_text("nonsense\n")
+    rows = {row["name"]: row for row in json.loads(say("sessions", "list", "--json"))}
+    assert rows["good"]["turns"] == 1 and "line 1" in rows["bad"]["error"] and rows["bad"]["turns"] is None
+    table = say("sessions", "list")
+    assert "is spoilt" in table and table.splitlines()[0].split() == "session turns last used preference".split()
+
+
+def test_sessions_are_removed_all_or_none(say: Callable[..., str], refuses: Callable[..., str]) -> None:
+    paths = [kept(name, ("one?", "1")) for name in ("a", "b", "c")]
+    assert "no session nobody" in refuses(3, "sessions", "rm", "a", "nobody")
+    assert all(path.exists() for path in paths)
+    say("sessions", "rm", "a", "b", "a")
+    assert [path.exists() for path in paths] == [False, False, True]
+    assert sorted(path.name for path in paths[0].parent.iterdir()) == ["c.jsonl"]
+    assert "there are c" in refuses(3, "sessions", "show", "a")
+    paths[2].unlink()
+    assert say("sessions", "list") == "" and say("sessions", "list", "--json").strip() == "[]"
+    assert "none yet" in refuses(3, "sessions", "export", "a")
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_a_closed_pipe_keep_what_was_said(slow: Path) -> None:
+    for number, end in enumerate(("signal", "pipe"), 1):
+        process = subprocess.Popen(
+            [*CHAT, "-m", str(slow), "-n", "8000", "--temp", "0", "--session", "work", "tea?"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout
+        said = process.stdout.read(20)
+        if end == "signal":
+            process.send_signal(signal.SIGINT)
+            said += process.stdout.read()
+        process.stdout.close()
+        assert process.wait(timeout=30) == (130 if end == "signal" else 0)
+        turn = Transcript.read(session_path("work")).turns()[-1]
+        assert (turn["query"], turn["finish_reason"]) == ("tea?", "interrupted")
+        assert turn["response"].encode().startswith(said.removesuffix(b"\n"))
+        assert len(dialog_of("work").turns) == number
+
+
+@pytest.mark.slow
+def test_a_later_call_goes_on_from_the_state_on_the_disk(slow: Path, run: Run) -> None:
+    def ask(query: str) -> dict[str, Any]:
+        arguments = ("chat", "-m", str(slow), "-n", "8", "--temp", "0", "--json", "--session", "work", query)
+        return dict(json.loads(run(*arguments, "--pref", "a fox and a dog " * 20).stdout))
+
+    first, second, third = ask("one?"), ask("two?"), ask("three?")
+    assert first["cached_tokens"] == 0
+    assert 0 < second["cached_tokens"] < first["input_tokens"]  # the meta-prompt
+    assert third["cached_tokens"] > first["input_tokens"]  # and the first turn
