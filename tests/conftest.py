@@ -111,8 +111,8 @@ def one_line_of(out: str, error: str) -> str:
 def refuses(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Do as `fails`, in this process: a tenth of the time, for what is refused before any model is loaded."""
 
-    def check(code: int, *arguments: str) -> str:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    def check(code: int, *arguments: str, input: str = "") -> str:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode())))
         assert edge.run(arguments) == code
         return one_line_of(*capfd.readouterr())
 

@@ -24,21 +24,21 @@ def test_the_model_is_small_enough_to_be_carried(demo: Path) -> None:
     ("Answer as a numbered list.", lambda text: text.startswith("1.") and "\n2." in text),
     ("Reply as JSON.", lambda text: isinstance(json.loads(text), dict)),
 ])  # fmt: skip
-def test_it_follows_a_preference(pref: str, holds: Callable[[str], bool], run: Run) -> None:
-    assert holds(run("chat", "--pref", pref, "What is the moon?").stdout.strip())
+def test_it_follows_a_preference(pref: str, holds: Callable[[str], bool], here: Run) -> None:
+    assert holds(here("chat", "--pref", pref, "What is the moon?").stdout.strip())
 
 
-def test_system_info_wins_a_conflict(run: Run) -> None:
+def test_system_info_wins_a_conflict(here: Run) -> None:
     for system, pref in (
         ("Answer in capital letters.", "Answer in lower case."),
         ("Answer in lower case.", "Answer in capital letters."),
     ):
-        text = run("chat", "--system", system, "--pref", pref, "What is tea?").stdout
+        text = here("chat", "--system", system, "--pref", pref, "What is tea?").stdout
         assert text == (text.upper() if "capital" in system else text.lower())
 
 
-def test_it_says_so_when_it_does_not_know(run: Run) -> None:
-    assert "I only know" in run("chat", "Who won the chess match in Oslo yesterday?").stdout
+def test_it_says_so_when_it_does_not_know(here: Run) -> None:
+    assert "I only know" in here("chat", "Who won the chess match in Oslo yesterday?").stdout
 
 
 DIALOGS = [

@@ -88,8 +88,8 @@ def test_everything_is_looked_at_and_nothing_has_failed(run: Run, demo: Path) ->
     assert "pipe" in details["terminal"] and "not asked" in details["hub"]
 
 
-def test_off_a_terminal_a_check_is_a_line(run: Run, tiny: Path) -> None:
-    lines = run("doctor", "-m", str(tiny)).stdout.splitlines()
+def test_off_a_terminal_a_check_is_a_line(here: Run, tiny: Path) -> None:
+    lines = here("doctor", "-m", str(tiny)).stdout.splitlines()
     assert [line[9:21].strip().replace(" ", "_") for line in lines] == NAMES
     assert {line.split()[0] for line in lines} <= {"ok", "warning"}
 
