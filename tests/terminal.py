@@ -33,14 +33,19 @@ class Terminal:
         """Read until a text appears, so many times; return what came with the first and forget it."""
         deadline = time.monotonic() + seconds
         while self.screen.count(text) < times:
-            ready, _, _ = select.select([self.process[1]], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, self.screen
+            assert self.look(max(0.0, deadline - time.monotonic())), self.screen
+        seen, _, self.screen = self.screen.partition(text)
+        return seen
+
+    def look(self, seconds: float = 30) -> bool:
+        """Take what is shown next; tell whether anything was within this time."""
+        ready, _, _ = select.select([self.process[1]], [], [], seconds)
+        if ready:
             try:
                 self.take(os.read(self.process[1], 65536))
             except OSError:
                 raise AssertionError(f"it ended: {self.screen}") from None
-        seen, _, self.screen = self.screen.partition(text)
-        return seen
+        return bool(ready)
 
     def take(self, data: bytes) -> None:
         self.screen += data.decode("utf-8", "replace").replace("\r\n", "\n")

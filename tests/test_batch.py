@@ -146,6 +146,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", rows(400)), tmp_path / "out.jsonl"
     process = subprocess.Popen([*COMMAND, str(source), "-o", str(out), "-t", "1"], stderr=subprocess.PIPE, text=True)
     while not out.exists() or out.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
@@ -174,6 +175,7 @@ def test_two_processes_do_not_write_the_same_file(tmp_path: Path, refuses: Calla
     source, out = write(tmp_path / "in.jsonl", rows(400)), tmp_path / "out.jsonl"
     process = subprocess.Popen([*COMMAND, str(source), "-o", str(out), "-q"])
     while not out.exists() or out.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
         time.sleep(0.01)
     assert "another process" in refuses(2, "batch", str(source), "-o", str(out))
     process.kill()
