@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,19 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 def obey_ctrl_c() -> None:
     """Undo what a shell does to its background jobs: a child of them would ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nobody(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the settings of the machine's user from what is made once for all tests, before they are at home."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("METAALIGN_EDGE_")]:
+            if not name.endswith("_REFERENCE"):
+                patch.delenv(name)
+        for kind in ("CACHE", "CONFIG", "DATA"):
+            patch.setenv(f"METAALIGN_EDGE_{kind}", str(tmp_path_factory.getbasetemp() / "nobody" / kind.lower()))
+        patch.setenv("METAALIGN_EDGE_PROJECT", "0")
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +94,7 @@ def run() -> Run:
     """Run the installed command in a process of its own; `input` is its stdin, empty by default."""
 
     def start(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-        options = {"input": "", "capture_output": True, "text": True, "timeout": 60, **options}
+        options = {"input": "", "capture_output": True, "text": True, "timeout": 120, **options}
         return subprocess.run([sys.executable, "-m", "metaalign_edge", *arguments], **options)  # type: ignore[call-overload]
 
     return start

@@ -67,9 +67,10 @@ def test_the_same_seed_gives_the_same_text_and_none_gives_another(here: Run, tin
     assert first["seed"] != other["seed"]
 
 
-def test_a_pipe_is_the_query_less_one_final_newline_and_goes_before_the_argument(run: Run, tiny: Path) -> None:
-    def query(*arguments: str, **options: object) -> str:
-        return str(json.loads(run("chat", "-m", str(tiny), "-n", "1", "--json", *arguments, **options).stdout)["query"])
+def test_a_pipe_is_the_query_less_one_final_newline_and_goes_before_the_argument(here: Run, tiny: Path) -> None:
+    def query(*arguments: str, input: str = "") -> str:
+        said = here("chat", "-m", str(tiny), "-n", "1", "--json", *arguments, input=input).stdout
+        return str(json.loads(said)["query"])
 
     assert query(input="What is tea?\n") == "What is tea?"
     assert query(input="two lines\n\n") == "two lines\n"

@@ -213,7 +213,9 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, run: Run) 
         status, detail = Doctor.folder(folder, "METAALIGN_EDGE_CACHE")
         assert status == "warning" and "METAALIGN_EDGE_CACHE names another" in detail
     without = {name: value for name, value in os.environ.items() if name != "HOME"} | {
-        "METAALIGN_EDGE_DATA": "/dev/null/x"
+        "METAALIGN_EDGE_DATA": "/dev/null/x",
+        "METAALIGN_EDGE_CACHE": str(tmp_path / "cache"),  # not those of the machine's user
+        "METAALIGN_EDGE_CONFIG": str(tmp_path / "config"),
     }
     checks = found(run("doctor", "--json", env=without).stdout)
     assert checks["data"][0] == "warning" and "/dev/null/x" in checks["data"][1]

@@ -115,7 +115,8 @@ def test_parallel_keeps_the_order(place: Path) -> None:
 
 def test_the_nightly_job_needs_no_home_and_goes_on_where_it_was(place: Path) -> None:
     (place / "questions.jsonl").write_text('{"query": "What is tea?", "pref": "@caps"}\n')
-    cron = {"PATH": os.environ["PATH"]}
+    folders = {f"METAALIGN_EDGE_{kind}": str(place / f".{kind}") for kind in ("CACHE", "CONFIG", "DATA")}
+    cron = {"PATH": os.environ["PATH"], **folders}  # not those of the machine's user
     for _ in range(2):
         quiet = recipe("nightly", "questions.jsonl", env=cron)
         assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
