@@ -18,6 +18,11 @@ import pytest
 
 import metaalign_edge as edge
 
+TASTES = ("EDITOR", "VISUAL", "NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS")  # typer takes the last for a terminal
+for name in list(os.environ):  # of the machine's user; libraries read some of them once, when they are imported
+    if name in TASTES or (name.startswith(("METAALIGN_EDGE_", "HF_")) and not name.endswith("_REFERENCE")):
+        del os.environ[name]
+
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -32,9 +37,6 @@ def obey_ctrl_c() -> None:
 def nobody(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the settings of the machine's user from what is made once for all tests, before they are at home."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("METAALIGN_EDGE_")]:
-            if not name.endswith("_REFERENCE"):
-                patch.delenv(name)
         for kind in ("CACHE", "CONFIG", "DATA"):
             patch.setenv(f"METAALIGN_EDGE_{kind}", str(tmp_path_factory.getbasetemp() / "nobody" / kind.lower()))
         patch.setenv("METAALIGN_EDGE_PROJECT", "0")
