@@ -37,6 +37,7 @@ import array
 import bisect
 import codecs
 import contextlib
+import copy
 import ctypes
 import errno
 import functools
@@ -2079,13 +2080,19 @@ class ModelFile:
         if self._at > len(self._data):
             raise struct.error
 
+    def _reading(self, at: int) -> ModelFile:
+        """Return a reader with a place of its own: one thread loads the model while another asks for its tokens."""
+        reader = copy.copy(self)
+        reader._at = at
+        return reader
+
     def items(self, key: str) -> Iterator[Any]:
         """Yield the items of an array of strings or numbers; nothing if the key is not there."""
         array = self.metadata.get(key)
         if isinstance(array, GGUFArray):
-            self._at = array.offset
+            reader = self._reading(array.offset)
             for _ in range(array.length):
-                yield self._value(array.kind)
+                yield reader._value(array.kind)
 
     def token(self, name: str) -> str:
         """Return the text of a special token such as `bos`; an empty string if the model names none."""
@@ -2093,9 +2100,9 @@ class ModelFile:
         tokens = self.metadata.get("tokenizer.ggml.tokens")
         if index is None or not isinstance(tokens, GGUFArray) or not 0 <= index < tokens.length:
             return ""
-        self._at = tokens.offset
-        self._skip(tokens.kind, index)
-        return str(self._value(tokens.kind))
+        reader = self._reading(tokens.offset)
+        reader._skip(tokens.kind, index)
+        return str(reader._value(tokens.kind))
 
     def number(self, key: str, default: int = 0) -> int:
         """Return a whole number of the architecture's; where it has one for each layer, the largest."""
@@ -2130,12 +2137,13 @@ class ModelFile:
         Raises:
             LoadError: it is damaged there.
         """
-        self._at = self._infos
+        reader = self._reading(self._infos)
         try:
             for _ in range(self.tensor_count):
-                name, dimensions = self._string(), self._scalar("<I")
-                shape = tuple(self._scalar("<Q") for _ in range(dimensions))
-                yield TensorInfo(name, shape, self._scalar("<I"), self._scalar("<Q"))
+                name, dimensions = reader._string(), reader._scalar("<I")
+                shape = tuple(reader._scalar("<Q") for _ in range(dimensions))
+                yield TensorInfo(name, shape, reader._scalar("<I"), reader._scalar("<Q"))
+            self._weights = reader._at  # where they begin, but for their alignment
         except (struct.error, UnicodeDecodeError, OverflowError):
             raise LoadError(f"{self.path} is truncated or damaged in its list of tensors: download it again") from None
 
@@ -2148,7 +2156,7 @@ class ModelFile:
         infos = sorted(self.tensor_infos(), key=lambda info: info.offset)
         unit = self.metadata.get("general.alignment")
         unit = unit if isinstance(unit, int) and unit > 0 else 32
-        ends = [*(info.offset for info in infos[1:]), len(self._data) - -(-self._at // unit) * unit]
+        ends = [*(info.offset for info in infos[1:]), len(self._data) - -(-self._weights // unit) * unit]
         return {info.name: max(0, end - info.offset) for info, end in zip(infos, ends, strict=False)}
 
     def files(self) -> list[ModelFile]:
@@ -2186,7 +2194,7 @@ class ModelFile:
                 block, size = sizes.get(tensor.kind, (1, 0))  # a type of tomorrow
                 end = max(end, tensor.offset + math.prod(tensor.shape) // block * size)
             alignment = max(1, int(file.metadata.get("general.alignment", 32)))
-            if -(-file._at // alignment) * alignment + end > len(file._data):
+            if -(-file._weights // alignment) * alignment + end > len(file._data):
                 raise LoadError(f"{file.path} ends before its weights do: download it again")
 
     @property

@@ -236,6 +236,16 @@ def test_convert_refuses_pickles_and_unknown_architectures_and_types(
     assert "safetensors" in refuses(5, "convert", str(copy), "-o", str(tmp_path / "x.gguf"))
 
 
+def test_several_may_read_a_model_file_at_a_time(tiny: Path) -> None:
+    file = ModelFile(tiny)
+    names = [info.name for info in file.tensor_infos()]
+    pairs = zip(file.tensor_infos(), file.items("tokenizer.ggml.tokens"), file.tensor_infos(), strict=False)
+    read = [(info.name, token, file.token("eos"), again.name) for info, token, again in pairs]
+    tokens = list(file.items("tokenizer.ggml.tokens"))
+    assert read == [(name, token, "<|endoftext|>", name) for name, token in zip(names, tokens, strict=False)]
+    assert len(read) == len(names)
+
+
 def test_a_model_file_is_read_without_llama_cpp(tiny: Path) -> None:
     file = ModelFile(tiny)
     assert (file.architecture, file.context, file.token("eos")) == ("llama", 512, "<|endoftext|>")
