@@ -235,6 +235,13 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def digest(document: Any) -> str:
+    """Return 32 hexadecimal digits that stand for a JSON document."""
+    import hashlib  # four milliseconds
+
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
+
+
 # =====================================================================================================================
 #  3  Dialog
 # =====================================================================================================================
@@ -1448,13 +1455,6 @@ def read_text(path: Path, what: str) -> str:
         raise NotFound(f"cannot read {what} {path}: {error.strerror}") from None
 
 
-def digest(document: Any) -> str:
-    """Return 32 hexadecimal digits that stand for a JSON document."""
-    import hashlib  # four milliseconds
-
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
-
-
 Value = str | int | float | bool | list[str]  # of a setting in a file
 PROJECT_KEYS = ("system", "pref", "model")  # nothing that runs code or reads another file
 
@@ -1552,6 +1552,20 @@ def write_text(path: Path, text: str) -> None:
             shutil.copymode(path, part)
 
 
+def write_whole(path: Path, data: bytes | None) -> None:
+    """Write a file that is there whole or not at all; None only tries.
+
+    Raises:
+        CannotWrite: it cannot be written.
+    """
+    try:
+        with replacing(path, keep=data is not None) as part:
+            if data is not None or part != path:  # a pipe would wait for its reader
+                part.write_bytes(data or b"")
+    except OSError as error:
+        raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
+
+
 def setting(key: str) -> Any:
     """Return what the user's file says; None if it says nothing.
 
@@ -1613,6 +1627,11 @@ def own_profiles() -> list[str]:
     return []
 
 
+def known_profiles() -> list[str]:
+    """List the names of all profiles, the user's own and the built-in ones."""
+    return sorted({*own_profiles(), *built_in_profiles()})
+
+
 def own_profile(name: str) -> str | None:
     """Return the text of a profile of the user's own; None if there is none.
 
@@ -1633,7 +1652,7 @@ def profile_text(name: str) -> str:
     if text is None:
         built_in = built_in_profiles()
         if name not in built_in:
-            alike = nearest(f"@{name}", [f"@{one}" for one in (*own_profiles(), *built_in)], "`pref list` shows all")
+            alike = nearest(f"@{name}", [f"@{one}" for one in known_profiles()], "`pref list` shows all")
             raise NotFound(f"no preference profile @{name}: {alike}")
         text = built_in[name]
     if not text:
@@ -1667,7 +1686,7 @@ def store_profile(name: str, text: str, before: str | None = None, force: bool =
         raise UsageError(f"the text of @{name} is empty: say what you prefer")
     with changing(profiles_folder()):
         profiles_folder().mkdir(mode=0o700, exist_ok=True)
-        for other in (*own_profiles(), *built_in_profiles()):
+        for other in known_profiles():
             if other != name and other.casefold() == name.casefold():
                 raise UsageError(f"there is @{other}, which is the same file on some systems: choose another name")
         if not force and own_profile(name) != before:
@@ -4462,6 +4481,17 @@ class Parallel(Session):
             cast(Engine, self.engine).cut(lane.sequence, len(lane.prompt))
 
 
+def parallel_for(session: Session, dialogs: Sequence[Dialog]) -> Parallel:
+    """Return a context, made as a session's, in which these dialogs can be answered together.
+
+    Raises:
+        ContextOverflow: one does not fit. LoadError: there is no memory for it.
+    """
+    need = max(session.outline(dialog).context for dialog in dialogs)
+    made = (session.model, session.template, session.settings, session.options, session.interrupt)
+    return Parallel(*made, len(dialogs), need, session.states)
+
+
 def place(engine: Engine, prompt: list[int], busy: Mapping[int, Lane]) -> Lane:
     """Give a prompt the free sequence that shares most with it, or the beginning of a busy one.
 
@@ -4490,6 +4520,49 @@ def place(engine: Engine, prompt: list[int], busy: Mapping[int, Lane]) -> Lane:
 CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])  # what could steer a terminal
 
 
+def aligned(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Return lines with the columns aligned: the first and the last to the left, figures to the right."""
+    cells = [heads, *rows]
+    widths = [max(len(row[place]) for row in cells if len(row) > place + 1) for place in range(len(heads) - 1)]
+    lines = []
+    for first, *figures in cells:
+        middle = "".join(f"  {cell:>{width}}" for cell, width in zip(figures[:-1], widths[1:], strict=False))
+        lines.append(f"{first:<{widths[0]}}{middle}  {figures[-1] if figures else ''}".rstrip())
+    return lines
+
+
+def rich_table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a table for this terminal, without colours; the last column only if it has room.
+
+    Where there is none for a table, its columns are only aligned.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    width = shutil.get_terminal_size().columns
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    taken = [max(len(row[place]) for row in (heads, *rows) if len(row) > place) for place in range(len(heads) - 1)]
+    if width < sum(taken[1:]) + 3 * len(taken) + 16:
+        return aligned(heads, rows)
+    if width < sum(taken) + 3 * len(taken) + 24:
+        heads, rows = [*heads[:-1], ""], [row[: len(heads) - 1] for row in rows]
+    for place, head in enumerate(heads):
+        figures = 0 < place < len(heads) - 1
+        table.add_column(Text(head), justify="right" if figures else "left", no_wrap=figures)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, color_system=None).print(table)
+    return [line.rstrip() for line in buffer.getvalue().splitlines() if line.strip()]
+
+
+def at_terminal(stream: TextIO | None) -> bool:
+    """Tell whether a stream, which may be closed, is a terminal."""
+    return stream is not None and stream.isatty()
+
+
 class OutputClosed(Exception):
     """Whoever read stdout has gone; that is no error."""
 
@@ -4499,7 +4572,7 @@ class Screen:
 
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
         self.quiet, self.verbose = quiet, verbose
-        self.terminal = bool(sys.stdout and sys.stdout.isatty())
+        self.terminal = at_terminal(sys.stdout)
 
     def write(self, text: str) -> None:
         """Write to stdout at once.
@@ -4521,18 +4594,27 @@ class Screen:
         """Write one JSON document to stdout."""
         self.write(json.dumps(document, ensure_ascii=False, indent=2 if self.terminal else None) + "\n")
 
+    def lay_out(self, heads: list[str], rows: list[list[str]]) -> list[str]:
+        """Return the lines of a table: drawn on a terminal, else with the columns aligned."""
+        return (rich_table if self.terminal else aligned)(heads, rows)
+
+    def lines(self, lines: Iterable[str]) -> None:
+        """Write lines to stdout."""
+        self.write("".join(f"{line}\n" for line in lines))
+
     def note(self, text: str) -> None:
         """Say something on stderr, unless -q."""
         if not self.quiet:
-            self._say(text)
+            self.say(text)
 
     def detail(self, text: str) -> None:
         """Say something on stderr with -v only."""
         if self.verbose:
-            self._say(text)
+            self.say(text)
 
     @staticmethod
-    def _say(text: str) -> None:
+    def say(text: str) -> None:
+        """Say something on stderr, also with -q."""
         with contextlib.suppress(OSError, AttributeError):  # a closed stderr loses words, not the answer
             sys.stderr.write(text.translate(CONTROLS) + "\n")
             sys.stderr.flush()
@@ -4542,7 +4624,7 @@ class Aside:
     """A model's reasoning on stderr: dim on a terminal, plain elsewhere and with -v only, never with -q."""
 
     def __init__(self, screen: Screen) -> None:
-        terminal = bool(sys.stderr and sys.stderr.isatty())
+        terminal = at_terminal(sys.stderr)
         plain = not terminal or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
         self._dim, self._usual = ("", "") if plain else ("\x1b[2m", "\x1b[22m")
         self._shown = (terminal or screen.verbose) and not screen.quiet
@@ -4553,6 +4635,52 @@ class Aside:
             with contextlib.suppress(OSError):
                 sys.stderr.write(f"{self._dim}{text.translate(CONTROLS)}{self._usual}")
                 sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Show a progress bar on stderr if that is a terminal; yield what is to be told of progress."""
+    if screen.quiet or not at_terminal(sys.stderr):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def answers_bar(screen: Screen, name: str, done: int, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal's stderr how many answers are done, how fast, and the time left; yield what counts more."""
+    if screen.quiet or not at_terminal(sys.stderr):
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    speed = TextColumn("{task.fields[speed]:.1f} answers/s")
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), speed)
+    started = time.monotonic()
+    bar = (*columns, TimeRemainingColumn())
+    with Progress(*bar, console=Console(stderr=True), transient=True, redirect_stdout=False) as bars:
+        task = bars.add_task(name, total=total, completed=done, speed=0.0)
+        mine = 0
+
+        def tell(more: int) -> None:
+            nonlocal mine
+            mine += more
+            bars.update(task, advance=more, speed=mine / max(0.001, time.monotonic() - started))
+
+        yield tell
 
 
 def check_answer(answer: Answer, schema: Schema | None, screen: Screen, whose: str = "the answer") -> None:
@@ -4583,6 +4711,38 @@ def describe(answer: Answer) -> str:
         f"({answer.finish_reason}), first after {answer.first_token_ms:.0f} ms, "
         f"{answer.tokens_per_second:.1f} tokens/s, loaded in {answer.load_ms:.0f} ms, seed {answer.seed}"
     )
+
+
+def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Screen) -> None:
+    """Say with -v what was chosen, and why."""
+    device = (
+        "the GPU"
+        if model.gpu_layers
+        else "the CPU (this build of llama.cpp has no GPU)"
+        if settings.gpu_layers != "0" and not gpus()
+        else "the CPU"
+    )
+    plan = cast(Plan, model.plan)
+    every = model.gpu_layers == len(plan.places)
+    layers = "all layers" if every else f"{model.gpu_layers} layers" if model.gpu_layers else "everything"
+    if plan.crawls:
+        main = plan.needs[0]
+        screen.note(
+            f"metaalign-edge: warning: {in_bytes(sum(main))} are needed for {model.file.path.name}, and "
+            f"{in_bytes(plan.free[0])} are free: its weights are read from the disk again and again, at a crawl; "
+            "take a smaller quantisation"
+        )
+    screen.detail(f"model {model.file.path}: {model.file.architecture}, loaded in {model.load_ms:.0f} ms")
+    screen.detail(f"template {chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}")
+    screen.detail(f"memory for {plan}")
+    screen.detail(f"{layers} on {device}, {threads_for(model, settings)} threads, seed {settings.seed}")
+    if settings.adapters:
+        screen.detail(f"adapters {name_adapters(settings.adapters)}")
+    if settings.schema and settings.schema.left:
+        left = ", ".join(settings.schema.left)
+        screen.note(f"metaalign-edge: note: the answer is held to the schema but for {left}, seen at the end only")
+    if (settings.system_strength, settings.pref_strength) != (1.0, 1.0):
+        screen.detail(f"guided: System Info {settings.system_strength:g}, User Info {settings.pref_strength}")
 
 
 def token_table(tokens: Sequence[Token]) -> str:
@@ -4659,17 +4819,6 @@ class Columns:
             self._at += 1
             if self._at < len(self._heads):
                 self._head(self._at)
-
-
-def parallel_for(session: Session, dialogs: Sequence[Dialog]) -> Parallel:
-    """Return a context, made as a session's, in which these dialogs can be answered together.
-
-    Raises:
-        ContextOverflow: one does not fit. LoadError: there is no memory for it.
-    """
-    need = max(session.outline(dialog).context for dialog in dialogs)
-    made = (session.model, session.template, session.settings, session.options, session.interrupt)
-    return Parallel(*made, len(dialogs), need, session.states)
 
 
 def answer_together(
@@ -5010,7 +5159,7 @@ class Batch:
             self.answered += 1
         else:
             self.failed += 1
-            self._screen._say(f"metaalign-edge: {self._name}, {error}")
+            self._screen.say(f"metaalign-edge: {self._name}, {error}")
         if self._ledger:
             self._ledger.add(document, row.asked)
         else:
@@ -5174,69 +5323,6 @@ def case_dialog(case: Any, said: Sequence[str]) -> Dialog:
     return Dialog(system_info, user_info, (*turns, Turn(case.queries[len(said)])))
 
 
-@contextlib.contextmanager
-def answers_bar(screen: Screen, name: str, done: int, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show on a terminal's stderr how many answers are done, how fast, and the time left; yield what counts more."""
-    if screen.quiet or not (sys.stderr and sys.stderr.isatty()):
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    speed = TextColumn("{task.fields[speed]:.1f} answers/s")
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), speed)
-    started = time.monotonic()
-    bar = (*columns, TimeRemainingColumn())
-    with Progress(*bar, console=Console(stderr=True), transient=True, redirect_stdout=False) as bars:
-        task = bars.add_task(name, total=total, completed=done, speed=0.0)
-        mine = 0
-
-        def tell(more: int) -> None:
-            nonlocal mine
-            mine += more
-            bars.update(task, advance=more, speed=mine / max(0.001, time.monotonic() - started))
-
-        yield tell
-
-
-def aligned(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Return lines with the columns aligned: the first and the last to the left, figures to the right."""
-    cells = [heads, *rows]
-    widths = [max(len(row[place]) for row in cells if len(row) > place + 1) for place in range(len(heads) - 1)]
-    lines = []
-    for first, *figures in cells:
-        middle = "".join(f"  {cell:>{width}}" for cell, width in zip(figures[:-1], widths[1:], strict=False))
-        lines.append(f"{first:<{widths[0]}}{middle}  {figures[-1] if figures else ''}".rstrip())
-    return lines
-
-
-def rich_table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the lines of a table for this terminal, without colours; the last column only if it has room.
-
-    Where there is none for a table, its columns are only aligned.
-    """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    width = shutil.get_terminal_size().columns
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    taken = [max(len(row[place]) for row in (heads, *rows) if len(row) > place) for place in range(len(heads) - 1)]
-    if width < sum(taken[1:]) + 3 * len(taken) + 16:
-        return aligned(heads, rows)
-    if width < sum(taken) + 3 * len(taken) + 24:
-        heads, rows = [*heads[:-1], ""], [row[: len(heads) - 1] for row in rows]
-    for place, head in enumerate(heads):
-        figures = 0 < place < len(heads) - 1
-        table.add_column(Text(head), justify="right" if figures else "left", no_wrap=figures)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    buffer = io.StringIO()
-    Console(file=buffer, width=width, color_system=None).print(table)
-    return [line.rstrip() for line in buffer.getvalue().splitlines() if line.strip()]
-
-
 def check_outputs(report: Path | None, chart: Path | None) -> None:
     """Make sure, before the hours of answers, that what shall be written can be.
 
@@ -5249,20 +5335,6 @@ def check_outputs(report: Path | None, chart: Path | None) -> None:
         raise UsageError('--chart draws with matplotlib: pip install "metaalign-edge[eval]"')
     for path in filter(None, (report, chart)):
         write_whole(path, None)
-
-
-def write_whole(path: Path, data: bytes | None) -> None:
-    """Write a file that is there whole or not at all; None only tries.
-
-    Raises:
-        CannotWrite: it cannot be written.
-    """
-    try:
-        with replacing(path, keep=data is not None) as part:
-            if data is not None or part != path:  # a pipe would wait for its reader
-                part.write_bytes(data or b"")
-    except OSError as error:
-        raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
 
 
 def write_outputs(found: Any, report: Path | None, chart: Path | None) -> None:
@@ -5482,7 +5554,7 @@ def hub() -> Any:
         importlib.import_module(f"huggingface_hub.{module}")
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # it would ask for a list of programs to look out for
     huggingface_hub.utils.logging.set_verbosity_error()
-    if not (sys.stderr and sys.stderr.isatty()):
+    if not at_terminal(sys.stderr):
         huggingface_hub.utils.disable_progress_bars()
     return huggingface_hub
 
@@ -5845,27 +5917,6 @@ def find_checkpoint(source: str, screen: Screen, offline: bool = False) -> Path:
         raise hub_error(error, source) from error
 
 
-@contextlib.contextmanager
-def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Show a progress bar on stderr if that is a terminal; yield what is to be told of progress."""
-    if screen.quiet or not (sys.stderr and sys.stderr.isatty()):
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("", total=None)
-        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
-
-
 # =====================================================================================================================
 # 18  Doctor
 # =====================================================================================================================
@@ -6179,7 +6230,7 @@ class Doctor:
 
         encoding = (sys.stdout.encoding or "unknown") if sys.stdout else "none"
         place = "none: stdout is a pipe or a file"
-        if sys.stdout and sys.stdout.isatty():
+        if at_terminal(sys.stdout):
             depth = {None: "no", "standard": "16", "256": "256"}
             colours = f"{depth.get(Console().color_system, 'all')} colours"
             place = f"{os.environ.get('TERM', 'no TERM')}, {shutil.get_terminal_size().columns} columns, {colours}"
@@ -6189,10 +6240,9 @@ class Doctor:
 
     def hub(self) -> Finding:
         """Look whether the hub can be reached, if that may be asked."""
-        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        if is_offline(False):
             return "ok", "offline, as HF_HUB_OFFLINE says: nothing is fetched"
-        return ask_hub(endpoint) if self.network else ("ok", f"{endpoint}, not asked (--network asks)")
+        return ask_hub(hub_address()) if self.network else ("ok", f"{hub_address()}, not asked (--network asks)")
 
 
 def ask_hub(endpoint: str) -> Finding:
@@ -6513,7 +6563,7 @@ class Word(NamedTuple):
 
 def profile_words() -> list[str]:
     """List the profiles as they are written."""
-    return [f"@{name}" for name in sorted({*own_profiles(), *built_in_profiles()})]
+    return [f"@{name}" for name in known_profiles()]
 
 
 class Repl:
@@ -6545,13 +6595,9 @@ class Repl:
             except KeyboardInterrupt:
                 continue
             except EdgeError as error:
-                self.say(f"metaalign-edge: {one_line(error)}")
+                self.screen.say(f"metaalign-edge: {one_line(error)}")
         if self.transcript.turns():
             self.transcript.save()
-
-    def say(self, text: str) -> None:
-        """Say what was asked for, also with -q."""
-        self.screen._say(text)
 
     def prompt(self) -> str:
         """Return the prompt, with the preference in force as far as there is room."""
@@ -6617,13 +6663,13 @@ class Repl:
         """Show or set User Info."""
         if text:
             self.change(user_info=wish_text(text), label="" if text == "-" else label_of([text]))
-        self.say(f"User Info: {self.transcript.meta_prompt['user_info'] or '(empty)'}")
+        self.screen.say(f"User Info: {self.transcript.meta_prompt['user_info'] or '(empty)'}")
 
     def system(self, text: str) -> None:
         """Show or set System Info."""
         if text:
             self.change(system_info="" if text == "-" else text)
-        self.say(f"System Info: {self.transcript.meta_prompt['system_info'] or '(empty)'}")
+        self.screen.say(f"System Info: {self.transcript.meta_prompt['system_info'] or '(empty)'}")
 
     def again(self, text: str) -> None:
         """Answer the last question under another preference."""
@@ -6640,7 +6686,7 @@ class Repl:
         (label, answer), self.aside = self.aside, None
         self.transcript.set(answer.system_info, answer.user_info, label)
         self.remember(answer, again=True)
-        self.say("the answer takes the last one's place, and its preference stays")
+        self.screen.say("the answer takes the last one's place, and its preference stays")
 
     def regen(self, _: str) -> None:
         """Answer the last question again."""
@@ -6676,7 +6722,7 @@ class Repl:
             auto = tier == "pref" and number.strip() == "auto"
             value: Any = "auto" if auto else checked_strength(f"/strength {tier}", number.strip())
             settings = self.chat.settings = replace(settings, **{f"{tier}_strength": value})
-        self.say(f"strength: system {settings.system_strength:g}, pref {shown_strength(settings)}")
+        self.screen.say(f"strength: system {settings.system_strength:g}, pref {shown_strength(settings)}")
 
     def think(self, text: str) -> None:
         """Show or set whether the model is to think."""
@@ -6686,13 +6732,13 @@ class Repl:
         if text:
             self.chat.options = self.chat.options._replace(think=states[text])
         (state,) = (name for name, value in states.items() if value is self.chat.options.think)
-        self.say(f"thinking: {state}" + (" (as the template does)" if state == "auto" else ""))
+        self.screen.say(f"thinking: {state}" + (" (as the template does)" if state == "auto" else ""))
 
     def lora(self, text: str) -> None:
         """Show or set the adapters that are laid over the model."""
         if text:
             self.chat.adapt(() if text == "-" else find_adapters([text]))
-        self.say(f"adapters: {name_adapters(self.chat.settings.adapters) or '(none)'}")
+        self.screen.say(f"adapters: {name_adapters(self.chat.settings.adapters) or '(none)'}")
 
     def stats(self, _: str) -> None:
         """Show the figures of the latest answer."""
@@ -6710,7 +6756,7 @@ class Repl:
             "template": answer.template,
             "session": self.transcript.name or "none: /save NAME begins one",
         }
-        self.say("\n".join(f"{name:<9} {value}" for name, value in rows.items()))
+        self.screen.say("\n".join(f"{name:<9} {value}" for name, value in rows.items()))
 
     def store(self, text: str) -> None:
         """Keep the conversation as a session, or export it."""
@@ -6721,7 +6767,7 @@ class Repl:
             if path.exists():
                 raise UsageError(f"{path} exists: name another file")
             write_whole(path, exported(self.transcript, path.suffix[1:]).encode("utf-8", "replace"))
-            self.say(f"written to {path}")
+            self.screen.say(f"written to {path}")
             return
         path = session_path(text)
         if path.exists():
@@ -6730,7 +6776,7 @@ class Repl:
         copy.lines = self.transcript.lines
         copy.save()
         self.transcript = copy
-        self.say(f"this is session {text} from now on: metaalign-edge chat --session {text}")
+        self.screen.say(f"this is session {text} from now on: metaalign-edge chat --session {text}")
 
     def load(self, text: str) -> None:
         """Go on with a session."""
@@ -6740,7 +6786,7 @@ class Repl:
         if self.transcript.path is None and self.transcript.turns():
             raise UsageError("this conversation is not kept anywhere: /save it first, or /clear it")
         self.transcript, self.aside = Transcript.read(path), None
-        self.say(describe_session(self.transcript))
+        self.screen.say(describe_session(self.transcript))
 
     def clear(self, _: str) -> None:
         """Forget the turns."""
@@ -6748,7 +6794,7 @@ class Repl:
         if self.transcript.dialog().turns:
             self.transcript.clear()
             self.transcript.save()
-        self.say("the conversation is forgotten; the meta-prompt stays")
+        self.screen.say("the conversation is forgotten; the meta-prompt stays")
 
     def help(self, _: str) -> None:
         """List the commands."""
@@ -6762,7 +6808,7 @@ class Repl:
         ]:
             first = f"{head:<{margin}}" if columns > 60 else f"{head}\n{' ' * margin}"
             rows.append(first + f"\n{' ' * margin}".join(textwrap.wrap(help, max(12, columns - margin - 1))))
-        self.say("\n".join(rows))
+        self.screen.say("\n".join(rows))
 
     def leave(self, _: str) -> None:
         """End the conversation."""
@@ -7484,8 +7530,7 @@ def compare_command(
     if len(wishes) < 2:
         raise UsageError("compare needs two preferences or more: give each with --pref (a lone - is none)")
     asked = Turn(cast(str, read_query(query, no_stdin, repl=False)))
-    infos = ["" if wish == "-" else expand_profile(wish) for wish in wishes]
-    dialogs = [Dialog(meta_prompt.system_info(), info, (asked,)) for info in infos]
+    dialogs = [Dialog(meta_prompt.system_info(), wish_text(wish), (asked,)) for wish in wishes]
     settings = gathered(loaded, sampling, strengths, talk)
     interrupt, options = Interrupt(), rendered.options()
     model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen, len(dialogs))
@@ -7874,7 +7919,7 @@ def show_plan(plan: Any, target: Path, as_json: bool, screen: Screen) -> None:
         f"  memory  about {memory:,.0f} MB, and more for the checks, unless --no-check",
         *(f"  note    {line}" for line in plan.checks),
     ]
-    screen.write("\n".join(rows) + "\n")
+    screen.lines(rows)
 
 
 def report_conversion(result: Any, as_json: bool, screen: Screen) -> None:
@@ -7961,7 +8006,7 @@ def cache_show(as_json: JsonOption = False) -> None:
     ]
     lines = aligned(heads, rows) if rows else []
     total = f"{len(files)} states, {size / 1e6:,.1f} of {states.most / 1e6:,.0f} MB, {states.folder}"
-    screen.write("\n".join([*lines, total]) + "\n")
+    screen.lines([*lines, total])
 
 
 @cache.command("clear")
@@ -8025,7 +8070,7 @@ def pref_list(context: typer.Context, as_json: JsonOption = False) -> None:
     screen, built_in = Screen(), built_in_profiles()
     own, stands = own_profiles(), standing_profiles(context)
     found: list[dict[str, Any]] = []
-    for name in sorted({*own, *built_in}):
+    for name in known_profiles():
         try:
             text = profile_text(name)
         except EdgeError as error:
@@ -8045,7 +8090,7 @@ def pref_list(context: typer.Context, as_json: JsonOption = False) -> None:
         for one in found
     ]
     wide = screen.terminal and shutil.get_terminal_size().columns >= 60  # narrower, a table would cut the names
-    screen.write("\n".join((rich_table if wide else aligned)(["  profile", "kind", "text"], rows)) + "\n")
+    screen.lines((rich_table if wide else aligned)(["  profile", "kind", "text"], rows))
 
 
 @pref.command("show")
@@ -8096,7 +8141,7 @@ def edited(text: str, name: str) -> Iterator[str]:
 
     windows = os.name == "nt"
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
-    if not editor and not (sys.stdin and sys.stdin.isatty()):
+    if not editor and not at_terminal(sys.stdin):
         raise UsageError("no terminal for an editor: set VISUAL or EDITOR, or use `pref add --force`")
     editor = editor or ("notepad" if windows else "vi")
     draft = Path(tempfile.mkdtemp(prefix="metaalign-edge-")) / name
@@ -8168,7 +8213,7 @@ def pref_default(
     if as_json:
         screen.json(wishes)
     elif wishes:
-        screen.write("".join(f"{wish}\n" for wish in wishes))
+        screen.lines(wishes)
         screen.note(f"from {cast(Setting, setting).origin}")
     else:
         screen.note("no preference stands: `pref default NAME` sets one")
@@ -8264,9 +8309,7 @@ def config_show(context: typer.Context, as_json: JsonOption = False) -> None:
         [key, one_line(written(one.value)) if written(one.value) else "-", one.origin] for key, one in values.items()
     ]
     widths = [max(len(row[place]) for row in rows) for place in (0, 1)]
-    screen.write(
-        "".join(f"{key:<{widths[0]}}  {value:<{min(widths[1], 40)}}  {origin}\n" for key, value, origin in rows)
-    )
+    screen.lines(f"{key:<{widths[0]}}  {value:<{min(widths[1], 40)}}  {origin}" for key, value, origin in rows)
 
 
 @config.command("path")
@@ -8354,8 +8397,6 @@ def paths(as_json: JsonOption = False) -> None:
 
         metaalign-edge paths --json
     """
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     screen, project = Screen(), find_project()
     places = {
         "settings": config_file(),
@@ -8364,7 +8405,7 @@ def paths(as_json: JsonOption = False) -> None:
         "states": cache_folder() / "states",
         "answers": cache_folder() / "answers",
         "data": data_folder(),
-        "hub": Path(HF_HUB_CACHE),
+        "hub": hub_folder(),
     }
     sizes = {name: folder_bytes(cast(Path, places[name])) for name in ("states", "answers")}
     if as_json:
@@ -8461,7 +8502,7 @@ def show_choices(repository: str, wanted: str, as_json: bool, screen: Screen) ->
         for row in rows
     ]
     cells = [[choice.tag, in_bytes(choice.bytes), note] for choice, note in zip(choices, notes, strict=True)]
-    screen.write("\n".join((rich_table if screen.terminal else aligned)(["model", "size", ""], cells)) + "\n")
+    screen.lines(screen.lay_out(["model", "size", ""], cells))
 
 
 models = typer.Typer(no_args_is_help=True, help="The models on this machine.")
@@ -8546,8 +8587,7 @@ def models_list(as_json: JsonOption = False) -> None:
         for row in rows
     ]
     heads = ["model", "size", "architecture", "parameters", "quantisation", "context", "template"]
-    lines = (rich_table if screen.terminal else aligned)(heads, cells)
-    screen.write("\n".join(lines) + "\n")
+    screen.lines(screen.lay_out(heads, cells))
     if left := unfinished_downloads():
         size = in_bytes(sum(path.stat().st_size for path in left))
         screen.note(f"unfinished downloads: {size}; `pull` goes on with them, `models rm --unfinished` removes them")
@@ -8594,7 +8634,7 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
         "words": " ".join(words) or "none",
         "licence": document["licence"] or "the file does not say",
     }
-    screen.write("".join(f"{head:<14}{text}\n" for head, text in rows.items()))
+    screen.lines(f"{head:<14}{text}" for head, text in rows.items())
 
 
 def split_markers(file: ModelFile) -> tuple[list[str], list[str]]:
@@ -8749,7 +8789,7 @@ def sessions_list(as_json: JsonOption = False) -> None:
         ]
         for row in found
     ]
-    screen.write("\n".join(aligned(["session", "turns", "last used", "preference"], rows)) + "\n")
+    screen.lines(aligned(["session", "turns", "last used", "preference"], rows))
 
 
 def summary(path: Path) -> dict[str, Any]:
@@ -8901,10 +8941,8 @@ def bench(
     if chart:
         title = f"{found.model}: what this machine makes of it"
         write_whole(chart, preferences("report").draw(found.charts(), title, chart.suffix[1:].lower()))
-    lay_out = rich_table if screen.terminal else aligned
-    screen.json(asdict(found)) if as_json else screen.write(
-        "\n".join(lay_out(["", found.model, "", ""], found.rows())) + "\n"
-    )
+    heads = ["", found.model, "", ""]
+    screen.json(asdict(found)) if as_json else screen.lines(screen.lay_out(heads, found.rows()))
 
 
 NetworkOption = Annotated[bool, option("--network", help="Ask the hub, too, whether it can be reached.")]
@@ -8997,7 +9035,7 @@ def eval_command(
     runs, findings = [candidate.run for candidate in candidates], preferences("findings")
     found = findings.Sweep(asked, runs, tier, grid) if grid else findings.Findings(asked, runs)
     write_outputs(found, report, chart)
-    screen.json(found.document()) if as_json else screen.write(found.text(rich_table if screen.terminal else aligned))
+    screen.json(found.document()) if as_json else screen.write(found.text(screen.lay_out))
 
 
 def rival(
@@ -9059,12 +9097,11 @@ def read_query(argument: str | None, no_stdin: bool, repl: bool) -> str | None:
     Raises:
         UsageError: there is no query, or stdin is not text.
     """
-    terminal = sys.stdin is not None and sys.stdin.isatty()
     piped = "" if no_stdin else read_stdin()
     query = "\n\n".join(text for text in (piped, argument or "") if text.strip())
     if query:
         return query
-    if repl and argument is None and terminal and not no_stdin and sys.stdout is not None and sys.stdout.isatty():
+    if repl and argument is None and not no_stdin and at_terminal(sys.stdin) and at_terminal(sys.stdout):
         return None
     raise UsageError("no query: give it as an argument or pipe it in")
 
@@ -9110,38 +9147,6 @@ def load_model(
         with STOPWATCH("template"):
             chosen = choose_template(rendered.template, file)
         return loading.take(), chosen, settings
-
-
-def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Screen) -> None:
-    """Say with -v what was chosen, and why."""
-    device = (
-        "the GPU"
-        if model.gpu_layers
-        else "the CPU (this build of llama.cpp has no GPU)"
-        if settings.gpu_layers != "0" and not gpus()
-        else "the CPU"
-    )
-    plan = cast(Plan, model.plan)
-    every = model.gpu_layers == len(plan.places)
-    layers = "all layers" if every else f"{model.gpu_layers} layers" if model.gpu_layers else "everything"
-    if plan.crawls:
-        main = plan.needs[0]
-        screen.note(
-            f"metaalign-edge: warning: {in_bytes(sum(main))} are needed for {model.file.path.name}, and "
-            f"{in_bytes(plan.free[0])} are free: its weights are read from the disk again and again, at a crawl; "
-            "take a smaller quantisation"
-        )
-    screen.detail(f"model {model.file.path}: {model.file.architecture}, loaded in {model.load_ms:.0f} ms")
-    screen.detail(f"template {chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}")
-    screen.detail(f"memory for {plan}")
-    screen.detail(f"{layers} on {device}, {threads_for(model, settings)} threads, seed {settings.seed}")
-    if settings.adapters:
-        screen.detail(f"adapters {name_adapters(settings.adapters)}")
-    if settings.schema and settings.schema.left:
-        left = ", ".join(settings.schema.left)
-        screen.note(f"metaalign-edge: note: the answer is held to the schema but for {left}, seen at the end only")
-    if (settings.system_strength, settings.pref_strength) != (1.0, 1.0):
-        screen.detail(f"guided: System Info {settings.system_strength:g}, User Info {settings.pref_strength}")
 
 
 def introduce(transcript: Transcript, model: str, screen: Screen, talking: bool) -> None:
@@ -9228,7 +9233,7 @@ def help_command(
     commands = cast(Any, context.find_root().command).commands
     if topic is None:
         width = max(map(len, known))
-        screen.write("".join(f"{name:<{width}}  {heading}\n" for name, (heading, _) in known.items()))
+        screen.lines(f"{name:<{width}}  {heading}" for name, (heading, _) in known.items())
     elif topic in known:
         heading, text = known[topic]
         if screen.terminal:
@@ -9370,8 +9375,7 @@ def completion(
         Screen().write(read_text(path, "the completion"))
         return
     found = suggestions(context.find_root().command, words)
-    lines = [value if shell == "bash" or not says else f"{value}\t{one_line(says)}" for value, says in found]
-    Screen().write("".join(f"{line}\n" for line in lines))
+    Screen().lines(value if shell == "bash" or not says else f"{value}\t{one_line(says)}" for value, says in found)
 
 
 # =====================================================================================================================
@@ -9599,7 +9603,7 @@ def run(arguments: Sequence[str] | None = None, leaving: bool = False) -> int:
         if code is None:
             text = f"unexpected {type(error).__name__}: {error}: please report it with the command"
         if text:  # Typer shows the help where there are no arguments, and says no more
-            Screen._say(f"metaalign-edge: {one_line(text)}")
+            Screen.say(f"metaalign-edge: {one_line(text)}")
         return 1 if code is None else code
     finally:
         if not leaving or drives_gpu():  # a driver wants back what it gave
