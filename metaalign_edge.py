@@ -37,6 +37,7 @@ import array
 import bisect
 import codecs
 import contextlib
+import copy
 import ctypes
 import errno
 import functools
@@ -78,10 +79,11 @@ from typing import (
 )
 
 import typer
+import typer.main
 
 if TYPE_CHECKING:
     import jinja2
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 # What a program needs; see Python
 __all__ = [
@@ -142,6 +144,19 @@ class Stopwatch:
 
 
 STOPWATCH = Stopwatch()
+
+
+class Closing:
+    """What is closed, at the latest at the end of a `with`."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def peak_mb() -> float:
@@ -233,6 +248,12 @@ class Interrupted(EdgeError):
 def one_line(error: object) -> str:
     """Squeeze the text of an exception into one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def shortened(text: object, most: int) -> str:
+    """Return a text in one line, cut where it has more than so many characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def digest(document: Any) -> str:
@@ -1327,6 +1348,12 @@ def sweep(folder: Path, pattern: str) -> None:
                 left.unlink()
 
 
+def room_at(folder: Path) -> tuple[Path, int]:
+    """Return a folder, or the nearest one above it that exists, and how many bytes are free there."""
+    there = next((one for one in (folder, *folder.parents) if one.exists()), Path(os.sep))
+    return there, shutil.disk_usage(there).free
+
+
 STATE_MAGIC = b"MAEKV\x00\x00\x01"  # of a file that holds a state, with the version of its layout
 STATE_HEAD = struct.Struct("<8sQ32s")  # magic, hits, digest of what follows
 STATES_BYTES = 1 << 30  # of all files together; the least recently used go first
@@ -1469,11 +1496,6 @@ def profiles_folder() -> Path:
     return config_folder() / "preferences"
 
 
-def tidy(text: str) -> str:
-    """Return a text without what editors put around it: a byte order mark, carriage returns, empty lines."""
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").strip()
-
-
 def nearest(word: str, words: Iterable[str], otherwise: str) -> str:
     """Ask whether one of the words was meant that are most like one that does not exist; else say something else."""
     import difflib
@@ -1492,7 +1514,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     if not os.path.isfile(path):  # Path.is_file raises in a closed folder
         return {}
-    text = read_text(path, "the settings").removeprefix("\ufeff")
+    text = read_text(path, "the settings")
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -1588,7 +1610,7 @@ def store_setting(key: str, value: Value | None) -> None:
         document = tomlkit.document()
         read_toml(path)  # says what is wrong with it, and where
         if os.path.isfile(path):
-            document = tomlkit.parse(read_text(path, "the settings").removeprefix("\ufeff"))
+            document = tomlkit.parse(read_text(path, "the settings"))
         if value is not None:
             document[key] = value
         elif key in document:
@@ -1598,19 +1620,27 @@ def store_setting(key: str, value: Value | None) -> None:
         write_text(path, tomlkit.dumps(document))
 
 
-def profile_name(name: str) -> str:
-    """Return the name of a profile that is given as `name` or `@name`.
+def file_name(name: str, what: str) -> str:
+    """Return a name that the user gives to something which is kept in a file.
 
     Raises:
         UsageError: a file could not have that name on every system.
     """
-    bare = name.removeprefix("@")
-    if not re.fullmatch(r"\w[\w.-]{,49}", bare):
+    if not re.fullmatch(r"\w[\w.-]{,49}", name):
         rule = "letters, digits, _ . and -, 50 at most, neither a dot nor a dash first"
-        raise UsageError(f"{name!r} cannot name a profile: {rule}")
-    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", bare, re.IGNORECASE):
-        raise UsageError(f"{name!r} cannot name a profile: Windows keeps that name for a device; choose another")
-    return bare
+        raise UsageError(f"{name!r} cannot name a {what}: {rule}")
+    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE):
+        raise UsageError(f"{name!r} cannot name a {what}: Windows keeps that name for a device; choose another")
+    return name
+
+
+def profile_name(name: str) -> str:
+    """Return the name of a profile that is given as `name` or `@name`.
+
+    Raises:
+        UsageError: it is none.
+    """
+    return file_name(name.removeprefix("@"), "profile")
 
 
 @functools.cache
@@ -1639,7 +1669,7 @@ def own_profile(name: str) -> str | None:
         UsageError: it is not UTF-8. NotFound: it cannot be read.
     """
     path = profiles_folder() / f"{name}.txt"
-    return tidy(read_text(path, "the profile")) if os.path.isfile(path) else None
+    return read_text(path, "the profile").strip() if os.path.isfile(path) else None
 
 
 def profile_text(name: str) -> str:
@@ -1681,7 +1711,7 @@ def store_profile(name: str, text: str, before: str | None = None, force: bool =
     Raises:
         UsageError: the text is empty or not UTF-8, or another one stands there. CannotWrite: it cannot be written.
     """
-    text = tidy(Dialog(user_info=text).user_info)
+    text = Dialog(user_info=text).user_info.replace("\r\n", "\n").strip()
     if not text:
         raise UsageError(f"the text of @{name} is empty: say what you prefer")
     with changing(profiles_folder()):
@@ -1778,9 +1808,7 @@ def session_path(name: str) -> Path:
     Raises:
         UsageError: it is no name.
     """
-    if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode("utf-8", "replace")) > 100:
-        raise UsageError(f"{name!r} is no name for a session: take letters, digits, _ . - (a hundred at most)")
-    return data_folder() / "sessions" / f"{name}.jsonl"
+    return data_folder() / "sessions" / f"{file_name(name, 'session')}.jsonl"
 
 
 def session_paths() -> list[Path]:
@@ -1790,6 +1818,24 @@ def session_paths() -> list[Path]:
         with contextlib.suppress(OSError):
             used[path] = path.stat().st_mtime_ns
     return sorted(used, key=lambda path: (-used[path], path))
+
+
+def session_names() -> list[str]:
+    """List the sessions, the one that was used last first."""
+    return [path.stem for path in session_paths()]
+
+
+def existing_session(name: str) -> Path:
+    """Return where the session of this name lies.
+
+    Raises:
+        UsageError: it is no name. NotFound: there is none.
+    """
+    path, names = session_path(name), session_names()
+    if not path.is_file():
+        hint = nearest(name, names, f"there are {', '.join(names) or 'none yet'}")
+        raise NotFound(f"no session {name}: {hint}")
+    return path
 
 
 def session_line(text: bytes) -> Line:
@@ -1996,27 +2042,76 @@ class TensorInfo(NamedTuple):
     offset: int  # from where the weights begin
 
 
+def is_gguf(path: Path) -> bool:
+    """Tell by its first bytes whether a file is a GGUF."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+class GGUFReader:
+    """Reads a GGUF's metadata from some place on. Each reading has its own: threads may share a file.
+
+    Raises:
+        struct.error, UnicodeDecodeError, KeyError, OverflowError: the file is damaged.
+    """
+
+    SCALARS: Mapping[int, str] = dict(
+        zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), map("<{}".format, "BbHhIif?Qqd"), strict=True)
+    )
+    STRING, ARRAY = 8, 9
+
+    def __init__(self, data: mmap.mmap, at: int) -> None:
+        self._data, self.at = data, at
+
+    def scalar(self, form: str) -> Any:
+        """Read a number."""
+        (value,) = struct.unpack_from(form, self._data, self.at)
+        self.at += struct.calcsize(form)
+        return value
+
+    def string(self) -> str:
+        """Read a text."""
+        length = self.scalar("<Q")
+        if self.at + length > len(self._data):
+            raise struct.error
+        self.at += length
+        return self._data[self.at - length : self.at].decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        """Read a value of a kind; of an array, where it lies."""
+        if kind == self.STRING:
+            return self.string()
+        if kind != self.ARRAY:
+            return self.scalar(self.SCALARS[kind])
+        inner, length = self.scalar("<I"), self.scalar("<Q")
+        array = GGUFArray(inner, length, self.at)
+        self.skip(inner, length)
+        return array
+
+    def skip(self, kind: int, length: int) -> None:
+        """Pass over some values of a kind."""
+        if kind in self.SCALARS:
+            self.at += struct.calcsize(self.SCALARS[kind]) * length
+        else:
+            if kind == self.ARRAY:
+                raise KeyError(kind)
+            at, data, size_at = self.at, self._data, struct.Struct("<Q").unpack_from  # for 300,000 strings
+            for _ in range(length):
+                at += 8 + size_at(data, at)[0]
+            self.at = at
+        if self.at > len(self._data):
+            raise struct.error
+
+
 class ModelFile:
     """The metadata of a GGUF file, or of one in several parts, read without llama.cpp.
 
     Raises:
         NotFound: there is no such file. LoadError: it is empty, truncated or no GGUF, or a part is missing.
     """
-
-    SCALARS: Mapping[int, str] = {
-        0: "<B",
-        1: "<b",
-        2: "<H",
-        3: "<h",
-        4: "<I",
-        5: "<i",
-        6: "<f",
-        7: "<?",
-        10: "<Q",
-        11: "<q",
-        12: "<d",
-    }
-    STRING, ARRAY = 8, 9
 
     def __init__(self, path: Path, number: int = 0) -> None:
         self.path, self.paths = path, [path]
@@ -2051,60 +2146,25 @@ class ModelFile:
             raise LoadError(f"{self.path} lacks its part {', '.join(missing)}: download it again")
 
     def _read(self) -> dict[str, Any]:
-        self._at = 4
-        version = self._scalar("<I")
+        reader = GGUFReader(self._data, 4)
+        version = reader.scalar("<I")
         if version not in (2, 3):
             raise LoadError(f"{self.path} is GGUF version {version}; 2 and 3 can be read (a big-endian file cannot)")
-        self.tensor_count, keys = self._scalar("<Q"), self._scalar("<Q")
+        self.tensor_count, keys = reader.scalar("<Q"), reader.scalar("<Q")
         metadata: dict[str, Any] = {}
         for _ in range(keys):
-            key = self._string()
-            metadata[key] = self._value(self._scalar("<I"))
-        self._infos = self._at
+            key = reader.string()
+            metadata[key] = reader.value(reader.scalar("<I"))
+        self._infos = reader.at
         return metadata
-
-    def _scalar(self, form: str) -> Any:
-        (value,) = struct.unpack_from(form, self._data, self._at)
-        self._at += struct.calcsize(form)
-        return value
-
-    def _string(self) -> str:
-        length = self._scalar("<Q")
-        if self._at + length > len(self._data):
-            raise struct.error
-        self._at += length
-        return self._data[self._at - length : self._at].decode("utf-8")
-
-    def _value(self, kind: int) -> Any:
-        if kind == self.STRING:
-            return self._string()
-        if kind != self.ARRAY:
-            return self._scalar(self.SCALARS[kind])
-        inner, length = self._scalar("<I"), self._scalar("<Q")
-        array = GGUFArray(inner, length, self._at)
-        self._skip(inner, length)
-        return array
-
-    def _skip(self, kind: int, length: int) -> None:
-        if kind in self.SCALARS:
-            self._at += struct.calcsize(self.SCALARS[kind]) * length
-        else:
-            if kind == self.ARRAY:
-                raise KeyError(kind)
-            at, data, size_at = self._at, self._data, struct.Struct("<Q").unpack_from  # for 300,000 strings
-            for _ in range(length):
-                at += 8 + size_at(data, at)[0]
-            self._at = at
-        if self._at > len(self._data):
-            raise struct.error
 
     def items(self, key: str) -> Iterator[Any]:
         """Yield the items of an array of strings or numbers; nothing if the key is not there."""
         array = self.metadata.get(key)
         if isinstance(array, GGUFArray):
-            self._at = array.offset
+            reader = GGUFReader(self._data, array.offset)
             for _ in range(array.length):
-                yield self._value(array.kind)
+                yield reader.value(array.kind)
 
     def token(self, name: str) -> str:
         """Return the text of a special token such as `bos`; an empty string if the model names none."""
@@ -2112,9 +2172,9 @@ class ModelFile:
         tokens = self.metadata.get("tokenizer.ggml.tokens")
         if index is None or not isinstance(tokens, GGUFArray) or not 0 <= index < tokens.length:
             return ""
-        self._at = tokens.offset
-        self._skip(tokens.kind, index)
-        return str(self._value(tokens.kind))
+        reader = GGUFReader(self._data, tokens.offset)
+        reader.skip(tokens.kind, index)
+        return str(reader.value(tokens.kind))
 
     def number(self, key: str, default: int = 0) -> int:
         """Return a whole number of the architecture's; where it has one for each layer, the largest."""
@@ -2149,14 +2209,21 @@ class ModelFile:
         Raises:
             LoadError: it is damaged there.
         """
-        self._at = self._infos
+        reader = GGUFReader(self._data, self._infos)
         try:
             for _ in range(self.tensor_count):
-                name, dimensions = self._string(), self._scalar("<I")
-                shape = tuple(self._scalar("<Q") for _ in range(dimensions))
-                yield TensorInfo(name, shape, self._scalar("<I"), self._scalar("<Q"))
+                name, dimensions = reader.string(), reader.scalar("<I")
+                shape = tuple(reader.scalar("<Q") for _ in range(dimensions))
+                yield TensorInfo(name, shape, reader.scalar("<I"), reader.scalar("<Q"))
+            self._infos_end = reader.at
         except (struct.error, UnicodeDecodeError, OverflowError):
             raise LoadError(f"{self.path} is truncated or damaged in its list of tensors: download it again") from None
+
+    def _weights(self) -> int:
+        """Return where the weights begin, behind the list of tensors, which has just been read."""
+        unit = self.metadata.get("general.alignment")
+        unit = unit if isinstance(unit, int) and unit > 0 else 32
+        return -(-self._infos_end // unit) * unit
 
     def tensors(self) -> dict[str, int]:
         """Return how many bytes each tensor of this part takes, by its name: as far as the next one, or the end.
@@ -2165,9 +2232,7 @@ class ModelFile:
             LoadError: their list is damaged.
         """
         infos = sorted(self.tensor_infos(), key=lambda info: info.offset)
-        unit = self.metadata.get("general.alignment")
-        unit = unit if isinstance(unit, int) and unit > 0 else 32
-        ends = [*(info.offset for info in infos[1:]), len(self._data) - -(-self._at // unit) * unit]
+        ends = [*(info.offset for info in infos[1:]), len(self._data) - self._weights()]
         return {info.name: max(0, end - info.offset) for info, end in zip(infos, ends, strict=False)}
 
     def files(self) -> list[ModelFile]:
@@ -2204,8 +2269,7 @@ class ModelFile:
             for tensor in file.tensor_infos():
                 block, size = sizes.get(tensor.kind, (1, 0))  # a type of tomorrow
                 end = max(end, tensor.offset + math.prod(tensor.shape) // block * size)
-            alignment = max(1, int(file.metadata.get("general.alignment", 32)))
-            if -(-file._at // alignment) * alignment + end > len(file._data):
+            if file._weights() + end > len(file._data):
                 raise LoadError(f"{file.path} ends before its weights do: download it again")
 
     @property
@@ -2368,9 +2432,9 @@ def resolve_model(name: str | None) -> Path | None:
         chosen = setting("model")
         return resolve_model(chosen) if chosen else embedded_model()
     path, repository = Path(name).expanduser(), REPOSITORY.fullmatch(name)
-    if path.is_file():
+    if os.path.isfile(path):  # Path.is_file raises if the name is too long, or its folder closed
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         raise NotFound(
             f"{name} is a folder: convert a checkpoint with `metaalign-edge convert {name}`, or give a GGUF file"
         )
@@ -2449,13 +2513,25 @@ def read_schema(text: str) -> Schema:
     file = not inline and (looks_like_path(text, ".json") if not re.search(r"[\s,]", text) else text.endswith(".json"))
     if not (inline or file):
         return expand_schema(text)
-    where = f"the schema {text}" if file else "the schema"
+    if file:
+        return parse_schema(read_text(Path(text).expanduser(), "the schema"), f"the schema {text}")
+    return parse_schema(text)
+
+
+def parse_schema(text: str, where: str = "the schema") -> Schema:
+    """Read a schema that is JSON.
+
+    Raises:
+        UsageError: it is none, or no schema that an answer can fit.
+    """
     try:
-        document = json.loads(read_text(Path(text).expanduser(), "the schema") if file else text)
+        document = json.loads(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"{where} is no JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
     except RecursionError:
         raise UsageError(f"{where} nests too deep") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UsageError(f"{where} cannot be used: {one_line(error)}") from None
     return make_schema(document, where)
 
 
@@ -2489,7 +2565,7 @@ def make_schema(document: Any, where: str = "the schema") -> Schema:
 
 def looks_like_path(name: str, suffix: str) -> bool:
     """Tell whether a name is meant as a path."""
-    return "/" in name or os.sep in name or name.startswith((".", "~")) or name.endswith(suffix) or Path(name).is_file()
+    return "/" in name or os.sep in name or name.startswith((".", "~")) or name.endswith(suffix) or os.path.isfile(name)
 
 
 # =====================================================================================================================
@@ -2787,12 +2863,17 @@ def memory_limits() -> dict[str, float]:
     return found
 
 
+def physical_memory() -> float:
+    """Return how many bytes of main memory there are; infinity where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
 def free_memory() -> float:
     """Return how many bytes can still be taken, swap apart; where no one says, all there are, or infinity."""
-    limits = memory_limits()
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        limits = limits or {"all": float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))}
-    return min(limits.values(), default=math.inf)
+    return min(memory_limits().values(), default=physical_memory())
 
 
 # =====================================================================================================================
@@ -2845,16 +2926,15 @@ def find_adapters(names: Sequence[str]) -> tuple[Adapter, ...]:
             raise LoadError(f"the adapter {path} is a folder: {way} makes a GGUF of it")
         if not place.is_file():
             raise NotFound(f"no adapter {path}: give the path of a GGUF file, with a scale behind a colon or without")
-        with place.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                way = "metaalign-edge convert BASE --lora DIR --lora-only"
-                raise LoadError(f"the adapter {path} is not a GGUF file: {way} makes one")
-        metadata = ModelFile(place)
-        if metadata.metadata.get("general.type") != "adapter":
+        if os.access(place, os.R_OK) and not is_gguf(place):
+            way = "metaalign-edge convert BASE --lora DIR --lora-only"
+            raise LoadError(f"the adapter {path} is not a GGUF file: {way} makes one")
+        file = ModelFile(place)
+        if file.purpose != "adapter":
             raise LoadError(f"{path} is a model, not an adapter: give it with -m, or an adapter with --lora")
-        if any(one.identity == metadata.identity for one in found):
+        if any(one.identity == file.identity for one in found):
             raise UsageError(f"the adapter {path} is given twice: give it once, with the sum of the scales")
-        found.append(Adapter(str(place), scale, metadata.identity))
+        found.append(Adapter(str(place), scale, file.identity))
     return tuple(found)
 
 
@@ -2995,7 +3075,7 @@ def physical_cores() -> int:
     return len(cores)
 
 
-class Model:
+class Model(Closing):
     """A GGUF loaded by llama.cpp, or only its vocabulary. Close it, or use it in a `with`.
 
     A program opens one with `Model.open`, and hands it to `generate`, `stream` and `compare`.
@@ -3037,7 +3117,7 @@ class Model:
             self.vocabulary = LlamaVocabulary(llama.llama_model_get_vocab(self.pointer), file)
             for adapter in () if vocab_only else settings.adapters:
                 self.adapter(adapter)
-        except LoadError:
+        except EdgeError:
             self.close()
             raise
 
@@ -3080,12 +3160,6 @@ class Model:
             raise KeyboardInterrupt from None
         model.chat_template = chosen
         return model
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def adapter(self, adapter: Adapter) -> Any:
         """Load an adapter's weights, once; llama.cpp frees them with the model.
@@ -3374,7 +3448,7 @@ def build() -> str:
     return f"{library}, {library.stat().st_mtime_ns}, {llama.llama_print_system_info().decode('utf-8', 'replace')}"
 
 
-class Engine:
+class Engine(Closing):
     """A llama.cpp context with room for some sequences. Close it, or use it in a `with`.
 
     Raises:
@@ -3421,12 +3495,6 @@ class Engine:
         lists = (ctypes.c_void_p * room)(*range(first, first + 4 * room, 4))
         owners, ones = ctypes.cast(lists, ctypes.POINTER(ctypes.POINTER(integer))), (integer * room)(*[1] * room)
         self._batch = self._llama.llama_batch(0, self._tokens, None, self._positions, ones, owners, self._asked)
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the context; again is harmless."""
@@ -3567,7 +3635,7 @@ def in_common(ours: Sequence[int], theirs: Sequence[int]) -> int:
 NO_TOKEN = -1  # what is drawn where nothing may follow
 
 
-class Sampler:
+class Sampler(Closing):
     """llama.cpp's sampler chain. Close it, or use it in a `with`."""
 
     def __init__(self, file: ModelFile, settings: Settings) -> None:
@@ -3597,12 +3665,6 @@ class Sampler:
             ]
         for sampler in chain:
             llama.llama_sampler_chain_add(self.pointer, sampler)
-
-    def __enter__(self) -> Sampler:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the chain; again is harmless."""
@@ -4115,7 +4177,7 @@ class Running:
         return any(lane.after or len(lane.pending) > 1 for lane in self.lanes)
 
 
-class Session:
+class Session(Closing):
     """A model, its template and a context of some sequences: dialogs become prompts that fit, and prompts answers.
 
     A job takes a sequence for each context of its guidance. What any sequence knows, or is about to read, is not read
@@ -4152,9 +4214,6 @@ class Session:
         for key, data in self._unsaved:
             cast(States, self.states).save(key, data)
         self._unsaved.clear()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def limit(self) -> int:
@@ -4382,9 +4441,6 @@ class Chat(Session):
 
     think: Callable[[str], None] = staticmethod(lambda _: None)
 
-    def __enter__(self) -> Chat:
-        return self
-
     def prepare(self, outline: Outline) -> Engine:
         """Return the context, made anew if the dialog needs more of it; its time is this answer's."""
         engine, sequences = self.engine, len(outline.prompts)
@@ -4418,7 +4474,6 @@ class Chat(Session):
             RuntimeError: the context is closed.
         """
         pieces: list[str] = []
-        self.interrupt.raised = False
         with self.interrupt:
             running = self._begin(replace(job, show=pieces.append), [], lambda _: None)
         try:
@@ -4465,9 +4520,6 @@ class Parallel(Session):
         super().__init__(model, chat_template, replace(settings, context=context), options, interrupt, parallel, states)
         lanes = len(self.guidance(Dialog("both", "tiers")).dialogs)
         self._load_ms = self.open(context, parallel * lanes)  # the first answer's
-
-    def __enter__(self) -> Parallel:
-        return self
 
     def prepare(self, outline: Outline) -> Engine:
         """Return the context."""
@@ -4638,10 +4690,10 @@ class Aside:
 
 
 @contextlib.contextmanager
-def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None] | None]:
+def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None]]:
     """Show a progress bar on stderr if that is a terminal; yield what is to be told of progress."""
     if screen.quiet or not at_terminal(sys.stderr):
-        yield None
+        yield lambda _what, _done, _total: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -4912,7 +4964,7 @@ def read_rows(lines: Iterable[bytes], standing: Dialog, seed: int, unknown: set[
             job, error = None, f"it is not UTF-8 (byte {wrong.start})"
         except json.JSONDecodeError as wrong:
             job, error = None, f"it is no JSON ({wrong.msg}, column {wrong.colno})"
-        except (BadRow, EdgeError, RecursionError) as wrong:
+        except (ValueError, EdgeError, RecursionError) as wrong:  # a BadRow, or a number of thousands of digits
             job, error = None, one_line(wrong)
         known = found if isinstance(found, dict) else {}
         own = [known.get(key) for key in ("seed", "json_schema") if key == "seed" or key in known]
@@ -4981,12 +5033,10 @@ def row_schema(text: str) -> Schema:
     Raises:
         UsageError: it is none.
     """
-    if not text.lstrip().startswith("{"):
-        return expand_schema(text)
-    return make_schema(json.loads(text))
+    return parse_schema(text) if text.lstrip().startswith("{") else expand_schema(text)
 
 
-class Ledger:
+class Ledger(Closing):
     """What a batch has finished: rows appended to a file as they end, and put in order when all are there.
 
     Raises:
@@ -5012,10 +5062,8 @@ class Ledger:
             self._file.close()
             raise
 
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the file."""
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -5037,7 +5085,7 @@ class Ledger:
             try:
                 row = json.loads(line)
                 index, run, asked = row["index"], row["run"], row["asked"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UsageError(f"{self.path} holds something else than a batch's rows: --force replaces it") from None
             if run != self.run:
                 raise UsageError(
@@ -5077,23 +5125,19 @@ class Ledger:
         Raises:
             CannotWrite: the disk is full; the rows stay as they are.
         """
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            with temporary.open("wb") as ordered:
-                for index in range(count):
-                    self._file.seek(self._places[index][0])
-                    ordered.write(self._file.readline())
-                ordered.flush()
-                os.fsync(ordered.fileno())
-            shutil.copymode(self.path, temporary)
-            if os.name == "nt":  # where what is open cannot be replaced
-                self._file.close()
-            os.replace(temporary, self.path)
+            with replacing(self.path) as part:
+                with part.open("wb") as ordered:
+                    for index in range(count):
+                        self._file.seek(self._places[index][0])
+                        ordered.write(self._file.readline())
+                    ordered.flush()
+                    os.fsync(ordered.fileno())
+                shutil.copymode(self.path, part)
+                if os.name == "nt":  # where what is open cannot be replaced
+                    self._file.close()
         except OSError as error:
             raise CannotWrite(f"cannot write {self.path}: {error.strerror}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
 class InOrder:
@@ -5411,7 +5455,7 @@ class Speeds:
         return found
 
 
-class Bench:
+class Bench(Closing):
     """A loaded model's speeds. Use it in a `with`.
 
     Raises:
@@ -5427,10 +5471,8 @@ class Bench:
         usual = [token for token in range(vocabulary.size) if vocabulary.attributes(token) & ATTR_NORMAL]
         self._prompt = random.Random(0).choices(usual, k=BENCH_PROMPT)
 
-    def __enter__(self) -> Bench:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Free the context."""
         self._engine.close()
 
     def _begin(self, count: int, length: int) -> list[SequenceState]:
@@ -5855,8 +5897,7 @@ def download_model(repository: str, wanted: str, screen: Screen) -> Path:
     have = sum(download.have for download in downloads)
     going_on = f", of which {in_bytes(have)} are here" if have else ""
     screen.note(f"downloading {repository}:{choice.tag}, {in_bytes(choice.bytes)}{going_on}, to {hub_folder()}")
-    place = next((one for one in [hub_folder(), *hub_folder().parents] if one.is_dir()), Path("."))
-    free = shutil.disk_usage(place).free
+    place, free = room_at(hub_folder())
     if choice.bytes - have > free:
         raise CannotWrite(
             f"{repository}:{choice.tag} needs {in_bytes(choice.bytes - have)} on the disk, and {place} has "
@@ -5865,20 +5906,17 @@ def download_model(repository: str, wanted: str, screen: Screen) -> Path:
     paths, before = [], 0
     try:
         with progress_bar(screen) as bar:
+
+            def tell(before: int, have: int) -> None:
+                bar(choice.tag, before + have, choice.bytes)
+
             for download in downloads:
-                shown = functools.partial(show_download, bar, choice, before)
-                paths.append(fetch(download, repository, commit, shown))
+                paths.append(fetch(download, repository, commit, functools.partial(tell, before)))
                 before += download.file.bytes
     except KeyboardInterrupt:
         screen.note("interrupted: the same command goes on from there")
         raise
     return paths[0]
-
-
-def show_download(bar: Callable[[str, int, int], None] | None, choice: Choice, before: int, have: int) -> None:
-    """Move the bar, if there is one, to the bytes that all parts have by now."""
-    if bar:
-        bar(choice.tag, before + have, choice.bytes)
 
 
 def find_model(name: str | None, offline: bool, screen: Screen) -> ModelFile:
@@ -6148,8 +6186,7 @@ class Doctor:
         """Look at the main memory."""
         limits = memory_limits()
         said = [f"{in_bytes(count)} {what}" for what, count in limits.items()]
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            said.append(f"{in_bytes(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} in all")
+        said += [f"{in_bytes(physical_memory())} in all"] if physical_memory() < math.inf else []
         return "ok", ", ".join(said) or "this system does not say"
 
     def metadata(self) -> Finding:
@@ -6215,13 +6252,13 @@ class Doctor:
         """Look whether a folder can be written, or made."""
         import tempfile
 
-        there = next((one for one in (folder, *folder.parents) if one.exists()), Path(os.sep))
+        there, free = room_at(folder)
         try:
             tempfile.TemporaryFile(dir=there).close()
         except OSError as error:
             return "warning", f"{folder}: {error.strerror}: nothing is kept there; {variable} names another"
-        free = in_bytes(shutil.disk_usage(there).free)
-        return "ok", f"{folder}, {free} free" if there == folder else f"{folder}, to be made; {free} free"
+        size = f"{in_bytes(free)} free"
+        return "ok", f"{folder}, {size}" if there == folder else f"{folder}, to be made; {size}"
 
     @staticmethod
     def terminal() -> Finding:
@@ -6307,8 +6344,7 @@ NARROW = 40  # columns; below, nothing is rendered
 
 def label_of(wishes: Sequence[str]) -> str:
     """Return a short form of preferences: the names of profiles, or a text's beginning."""
-    label = one_line("+".join(wishes)) if any(wishes) else ""
-    return label if len(label) <= LABEL else label[: LABEL - 1] + "…"
+    return shortened("+".join(wishes), LABEL)
 
 
 class Reply:
@@ -6453,12 +6489,17 @@ def exported(transcript: Transcript, form: str) -> str:
     return json.dumps(as_document(transcript), ensure_ascii=False, indent=2) + "\n"
 
 
+def on_clock(when: float) -> str:
+    """Return a time, in seconds since 1970, as a clock here shows it."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
+
+
 def local_time(stamp: str) -> str:
     """Return a session's time as a clock here shows it; what is no time, as it is."""
     import calendar
 
     try:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(calendar.timegm(time.strptime(stamp, STAMP))))
+        return on_clock(calendar.timegm(time.strptime(stamp, STAMP)))
     except ValueError:
         return stamp
 
@@ -6471,11 +6512,6 @@ def shown_strength(settings: Settings) -> str:
 def wish_text(wish: str) -> str:
     """Return the text of a preference or of a profile; a lone dash is none."""
     return "" if wish == "-" else expand_profile(wish)
-
-
-def session_names() -> list[str]:
-    """List the sessions, the one that was used last first."""
-    return [path.stem for path in session_paths()]
 
 
 def describe_session(transcript: Transcript) -> str:
@@ -6601,8 +6637,8 @@ class Repl:
 
     def prompt(self) -> str:
         """Return the prompt, with the preference in force as far as there is room."""
-        label, room = self.transcript.label.translate(CONTROLS), max(4, shutil.get_terminal_size().columns // 3)
-        label = label if len(label) <= room else label[: room - 1] + "…"
+        room = max(4, shutil.get_terminal_size().columns // 3)
+        label = shortened(self.transcript.label.translate(CONTROLS), room)
         return f"[{label}] > " if label else "> "
 
     def obey(self, line: str) -> None:
@@ -6772,17 +6808,15 @@ class Repl:
         path = session_path(text)
         if path.exists():
             raise UsageError(f"there is a session {text}: choose another name, or `metaalign-edge sessions rm {text}`")
-        copy = Transcript(path)
-        copy.lines = self.transcript.lines
-        copy.save()
-        self.transcript = copy
+        kept = Transcript(path)
+        kept.lines = self.transcript.lines
+        kept.save()
+        self.transcript = kept
         self.screen.say(f"this is session {text} from now on: metaalign-edge chat --session {text}")
 
     def load(self, text: str) -> None:
         """Go on with a session."""
-        path = session_path(text)
-        if not path.exists():
-            raise NotFound(f"no session {text}: there are {', '.join(session_names()) or 'none'}")
+        path = existing_session(text)
         if self.transcript.path is None and self.transcript.turns():
             raise UsageError("this conversation is not kept anywhere: /save it first, or /clear it")
         self.transcript, self.aside = Transcript.read(path), None
@@ -6909,6 +6943,7 @@ ASIDE: Mapping[str, tuple[str, ...]] = {  # settings that a command leaves aside
     "compare": ("pref",),  # its columns are those that are asked for
     "eval": ("max_tokens", "temp", "seed", "remind", "think", "system_strength", "pref_strength"),  # it measures
 }
+SHOWN = 60  # characters of a setting that are shown where it takes effect
 REPLACED_BY = {"system": ("system_file",), "pref": ("pref_file", "no_pref")}  # flags of another name
 
 
@@ -6942,8 +6977,7 @@ class Setting:
 
     def __str__(self) -> str:
         """Return the value for people."""
-        parts = self.value if isinstance(self.value, list) else [self.value]
-        return ", ".join(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)
+        return ", ".join(written(self.value))
 
     def check(self) -> None:
         """Make sure of what an option's type does not know.
@@ -6978,29 +7012,46 @@ def settable(command: Any) -> dict[str, Any]:
     return found
 
 
-def standing(known: Mapping[str, Any]) -> dict[str, Setting]:
+def written(value: Any) -> list[str]:
+    """Return a setting's value for people and scripts: a line for each text."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    return [str(part).lower() if isinstance(part, bool) else str(part) for part in parts if part is not None]
+
+
+@functools.cache
+def all_commands() -> Any:
+    """Build Click's commands, every one of them."""
+    return typer.main.get_command(app)
+
+
+def called_command(name: str) -> Any:
+    """Build the command of a name with what stands around it, as that is all a call needs; all if it is none."""
+    one = copy.copy(app)
+    one.registered_commands = [
+        it for it in app.registered_commands if name == (it.name or getattr(it.callback, "__name__", ""))
+    ]
+    one.registered_groups = [group for group in app.registered_groups if group.name == name]
+    return typer.main.get_command(one) if one.registered_commands or one.registered_groups else all_commands()
+
+
+def standing() -> dict[str, Setting]:
     """Return what stands in files, by name: the user's, then the project's, then the environment's preference.
 
     Raises:
         UsageError, NotFound: a file is damaged, or has a key that means nothing.
     """
-    path = config_file()
+    path, project, pref = config_file(), find_project(), os.environ.get("METAALIGN_EDGE_PREF")
+    if not (project or pref or os.path.isfile(path)):
+        return {}
+    known = settable(all_commands())
     found = {key: Setting(known[key], value, str(path)) for key, value in read_settings(path, known).items()}
-    if project := find_project():
-        for key, value in project.settings.items():
-            found[key] = Setting(known[key], value, str(project.path), project)
-    if pref := os.environ.get("METAALIGN_EDGE_PREF"):  # Click would split it at its spaces
+    if project:
+        found |= {
+            key: Setting(known[key], value, str(project.path), project) for key, value in project.settings.items()
+        }
+    if pref:  # Click would split it at its spaces
         found["pref"] = Setting(known["pref"], pref, "METAALIGN_EDGE_PREF")
     return found
-
-
-def standing_here(context: typer.Context) -> dict[str, Setting]:
-    """Do the same for any command.
-
-    Raises:
-        UsageError, NotFound: as above.
-    """
-    return standing(settable(context.find_root().command))
 
 
 def take_settings(context: typer.Context) -> None:
@@ -7011,7 +7062,7 @@ def take_settings(context: typer.Context) -> None:
     if hasattr(called, "commands") or taken.keys() <= {"quiet", "verbose"}:
         return
     try:
-        found = standing(settable(root))
+        found = standing()
         defaults: dict[str, Any] = {key: replace(found[key], option=taken[key]) for key in found if key in taken}
     except EdgeError as error:
         damage = error  # raised only now, so that --help helps
@@ -7041,21 +7092,15 @@ def obey_settings(context: typer.Context, given: dict[str, Any]) -> None:
     if project := next((setting.project for setting in settings if setting.project), None):
         announce(project, screen)
     for setting in settings:
-        screen.detail(f"{setting.option.name}: {shortened(setting)} (from {setting.origin})")
-
-
-def shortened(value: object) -> str:
-    """Return the beginning of a text, or of several, in one line."""
-    text = one_line(", ".join(map(str, value)) if isinstance(value, list) else value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
+        screen.detail(f"{setting.option.name}: {shortened(setting, SHOWN)} (from {setting.origin})")
 
 
 def announce(project: Project, screen: Screen) -> None:
     """Say what a project sets, at its first use; of another user's, at every use."""
     if screen.quiet or project.is_known():
         return
-    texts = {key: json.dumps(shortened(value), ensure_ascii=False) for key, value in project.settings.items()}
-    sets = ", ".join(f"{key} {text}" for key, text in texts.items())
+    texts = {key: shortened(", ".join(written(value)), SHOWN) for key, value in project.settings.items()}
+    sets = ", ".join(f"{key} {json.dumps(text, ensure_ascii=False)}" for key, text in texts.items())
     whose = "" if project.owner is None else f", another user's file (uid {project.owner}),"
     screen.note(f"metaalign-edge: note: {project.path}{whose} sets {sets} (METAALIGN_EDGE_PROJECT=0 ignores it)")
     project.remember()
@@ -7832,7 +7877,7 @@ def convert(
     options = converter.Options(imatrix, leave_output, *types, pure)
     if lora_only and (len(lora or []) != 1 or dry_run or options):
         raise UsageError("--lora-only writes one adapter: name it with one --lora, without --dry-run or quantisation")
-    if is_gguf(source):
+    if is_gguf(Path(source).expanduser()):
         if pre is not None or lora or template not in ("auto", "keep"):
             raise UsageError(
                 f"--pre, --lora and --template are for checkpoints: {source} is a GGUF file and keeps what it has"
@@ -7868,15 +7913,6 @@ def open_lora(name: str, checkpoint: Any, offline: bool, screen: Screen) -> Any:
     """Open the LoRA adapter `name`, a folder or a hub id, with `:SCALE` behind it or without."""
     folder, scale = split_scale(name)
     return part("convert").open_adapter(find_checkpoint(folder, screen, offline), checkpoint, scale)
-
-
-def is_gguf(source: str) -> bool:
-    """Say whether the source of a conversion is a GGUF file, by its first bytes."""
-    try:
-        with Path(source).expanduser().open("rb") as file:
-            return file.read(4) == b"GGUF"
-    except OSError:
-        return False
 
 
 def stem_of(source: str) -> str:
@@ -7995,15 +8031,7 @@ def cache_show(as_json: JsonOption = False) -> None:
         screen.json(document)
         return
     heads = ["state", "MB", "hits", "last used"]
-    rows = [
-        [
-            file.path.stem[:12],
-            f"{file.bytes / 1e6:.1f}",
-            str(file.hits),
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used)),
-        ]
-        for file in files
-    ]
+    rows = [[file.path.stem[:12], f"{file.bytes / 1e6:.1f}", str(file.hits), on_clock(file.used)] for file in files]
     lines = aligned(heads, rows) if rows else []
     total = f"{len(files)} states, {size / 1e6:,.1f} of {states.most / 1e6:,.0f} MB, {states.folder}"
     screen.lines([*lines, total])
@@ -8058,7 +8086,7 @@ def pref_add(
 
 
 @pref.command("list")
-def pref_list(context: typer.Context, as_json: JsonOption = False) -> None:
+def pref_list(as_json: JsonOption = False) -> None:
     """List the profiles: your own, the built-in ones, and with a * those that stand.
 
     Examples:
@@ -8068,7 +8096,7 @@ def pref_list(context: typer.Context, as_json: JsonOption = False) -> None:
         metaalign-edge pref list --json
     """
     screen, built_in = Screen(), built_in_profiles()
-    own, stands = own_profiles(), standing_profiles(context)
+    own, stands = own_profiles(), standing_profiles()
     found: list[dict[str, Any]] = []
     for name in known_profiles():
         try:
@@ -8094,7 +8122,7 @@ def pref_list(context: typer.Context, as_json: JsonOption = False) -> None:
 
 
 @pref.command("show")
-def pref_show(context: typer.Context, name: ProfileArgument, as_json: JsonOption = False) -> None:
+def pref_show(name: ProfileArgument, as_json: JsonOption = False) -> None:
     """Print the text of a profile.
 
     Examples:
@@ -8103,7 +8131,7 @@ def pref_show(context: typer.Context, name: ProfileArgument, as_json: JsonOption
     """
     name, screen = profile_name(name), Screen()
     text, own, built_in = profile_text(name), name in own_profiles(), name in built_in_profiles()
-    kind = {"own": own, "built_in": built_in, "default": name in standing_profiles(context)}
+    kind = {"own": own, "built_in": built_in, "default": name in standing_profiles()}
     screen.json({"name": name, "text": text, **kind}) if as_json else screen.write(f"{text}\n")
 
 
@@ -8154,14 +8182,14 @@ def edited(text: str, name: str) -> Iterator[str]:
     try:
         if status:
             raise EdgeError(f"the editor {editor!r} ended with {status}, so nothing is changed")
-        yield tidy(read_text(draft, "the draft"))
+        yield read_text(draft, "the draft").strip()
     except EdgeError as error:
         raise type(error)(f"{error}; what you wrote is in {draft}") from None
     shutil.rmtree(draft.parent, ignore_errors=True)
 
 
 @pref.command("rm")
-def pref_rm(context: typer.Context, names: ProfilesArgument = None, quiet: QuietOption = False) -> None:
+def pref_rm(names: ProfilesArgument = None, quiet: QuietOption = False) -> None:
     """Remove profiles of your own.
 
     Examples:
@@ -8172,7 +8200,7 @@ def pref_rm(context: typer.Context, names: ProfilesArgument = None, quiet: Quiet
         raise UsageError("name the profiles to remove: `pref list` shows them")
     bare = list(dict.fromkeys(map(profile_name, names)))
     gone = set(bare) - built_in_profiles().keys()
-    if lost := gone & set(standing_profiles(context)):
+    if lost := gone & set(standing_profiles()):
         first = min(lost)
         raise UsageError(f"@{first} stands by default: change that first, with `pref default NAME` or --none")
     remove_profiles(bare)
@@ -8206,9 +8234,9 @@ def pref_default(
     elif none:
         store_setting("pref", None)
     if none or names:
-        note_nearer(settable_key(context, "pref"), context, screen)
+        note_nearer(settable_key("pref"), context, screen)
         return
-    setting = standing_here(context).get("pref")
+    setting = standing().get("pref")
     wishes = [] if setting is None else setting()
     if as_json:
         screen.json(wishes)
@@ -8219,13 +8247,13 @@ def pref_default(
         screen.note("no preference stands: `pref default NAME` sets one")
 
 
-def standing_profiles(context: typer.Context) -> list[str]:
+def standing_profiles() -> list[str]:
     """List the profiles that stand here, by name.
 
     Raises:
         UsageError, NotFound: a file of settings makes no sense.
     """
-    setting = standing_here(context).get("pref")
+    setting = standing().get("pref")
     return [name for wish in setting() for name in profile_names(wish)] if setting else []
 
 
@@ -8249,8 +8277,7 @@ def in_force(context: typer.Context) -> dict[str, InForce]:
     Raises:
         UsageError, NotFound: a file of settings makes no sense.
     """
-    known = settable(context.find_root().command)
-    found = standing(known)
+    known, found = settable(all_commands()), standing()
     values: dict[str, InForce] = {}
     for name, option in known.items():
         if (given := option.value_from_envvar(context)) is not None:
@@ -8262,13 +8289,13 @@ def in_force(context: typer.Context) -> dict[str, InForce]:
     return values
 
 
-def settable_key(context: typer.Context, key: str) -> Any:
+def settable_key(key: str) -> Any:
     """Return the option that a setting is named after.
 
     Raises:
         UsageError: there is none.
     """
-    known = settable(context.find_root().command)
+    known = settable(all_commands())
     name = key.removeprefix("--").replace("-", "_")
     if name not in known:
         raise UsageError(f"no setting {key!r}: {nearest(name, known, '`config show` lists all')}")
@@ -8279,16 +8306,10 @@ def note_nearer(option: Any, context: typer.Context, screen: Screen) -> None:
     """Say what comes before the user's file here, if anything does, for a setting that was just changed there."""
     nearer = option.envvar if option.value_from_envvar(context) is not None else None
     with contextlib.suppress(EdgeError):  # of another setting, which is not what was asked for
-        found = standing_here(context).get(option.name)
+        found = standing().get(option.name)
         nearer = nearer or (found and found.origin)
     if nearer and nearer != str(config_file()):
         screen.note(f"metaalign-edge: note: here {nearer} comes before it")
-
-
-def written(value: Any) -> str:
-    """Return a setting's value for people and scripts: a line for each text."""
-    lines = value if isinstance(value, list | tuple) else [value]
-    return "\n".join(str(line).lower() if isinstance(line, bool) else str(line) for line in lines if line is not None)
 
 
 @config.command("show")
@@ -8305,9 +8326,7 @@ def config_show(context: typer.Context, as_json: JsonOption = False) -> None:
     if as_json:
         screen.json({key: one._asdict() for key, one in values.items()})
         return
-    rows = [
-        [key, one_line(written(one.value)) if written(one.value) else "-", one.origin] for key, one in values.items()
-    ]
+    rows = [[key, one_line(" ".join(written(one.value)) or "-"), one.origin] for key, one in values.items()]
     widths = [max(len(row[place]) for row in rows) for place in (0, 1)]
     screen.lines(f"{key:<{widths[0]}}  {value:<{min(widths[1], 40)}}  {origin}" for key, value, origin in rows)
 
@@ -8331,14 +8350,14 @@ def config_get(context: typer.Context, key: KeyArgument, as_json: JsonOption = F
 
         metaalign-edge config get model
     """
-    name, screen = settable_key(context, key).name, Screen()
+    name, screen = settable_key(key).name, Screen()
     value = in_force(context)[name].value
     if as_json:
         screen.json(value)
     elif value is None:
         raise NotFound(f"{name} is not set: set it with `config set {name} VALUE`")
     else:
-        screen.write(f"{written(value)}\n")
+        screen.lines(written(value))
 
 
 @config.command("set")
@@ -8358,7 +8377,7 @@ def config_set(
 
         metaalign-edge config set pref @concise "I live in Rome."
     """
-    taken = settable_key(context, key)
+    taken = settable_key(key)
     if len(values) > 1 and not taken.multiple:
         raise UsageError(f"{taken.name} takes one value, not {len(values)}: put a text in quotes")
     try:
@@ -8376,14 +8395,14 @@ def config_set(
 
 
 @config.command("unset")
-def config_unset(context: typer.Context, key: KeyArgument) -> None:
+def config_unset(key: KeyArgument) -> None:
     """Remove a setting, also one that means nothing.
 
     Examples:
 
         metaalign-edge config unset max_tokens
     """
-    name = key if key in read_toml(config_file()) else settable_key(context, key).name
+    name = key if key in read_toml(config_file()) else settable_key(key).name
     store_setting(name, None)
 
 
@@ -8751,19 +8770,6 @@ FormatOption = Annotated[
 ExportOption = Annotated[Path | None, option("-o", "--output", help="Write to this file. Default: stdout.")]
 
 
-def find_session(name: str) -> Transcript:
-    """Read the session of a name.
-
-    Raises:
-        UsageError: it is no name, or the session is spoilt. NotFound: there is none.
-    """
-    path = session_path(name)
-    if not path.is_file():
-        known = ", ".join(session_names())
-        raise NotFound(f"no session {name}: there are {known}" if known else f"no session {name}: there are none yet")
-    return Transcript.read(path)
-
-
 @sessions.command("list")
 def sessions_list(as_json: JsonOption = False) -> None:
     """List the sessions, the one that was used last first.
@@ -8821,7 +8827,7 @@ def sessions_show(name: SessionArgument, as_json: JsonOption = False) -> None:
 
         metaalign-edge sessions show garden
     """
-    screen, transcript = Screen(), find_session(name)
+    screen, transcript = Screen(), Transcript.read(existing_session(name))
     if as_json:
         screen.json(as_document(transcript))
     else:
@@ -8836,10 +8842,7 @@ def sessions_rm(names: SessionArguments, quiet: QuietOption = False) -> None:
 
         metaalign-edge sessions rm garden kitchen
     """
-    paths = [session_path(name) for name in dict.fromkeys(names)]
-    for path in paths:
-        if not path.exists():
-            raise NotFound(f"no session {path.stem}: `metaalign-edge sessions list` shows them; none was removed")
+    paths = [existing_session(name) for name in dict.fromkeys(names)]
     try:
         with locked(paths[0].parent):
             for path in paths:
@@ -8867,7 +8870,7 @@ def sessions_export(
     form = form or ("json" if output and output.suffix.lower() == ".json" else "md")
     if form not in ("md", "json"):
         raise UsageError(f"--format takes md or json, not {form!r}")
-    text = exported(find_session(name), form)
+    text = exported(Transcript.read(existing_session(name)), form)
     if output is None:
         Screen().write(text)
         return
@@ -9218,7 +9221,6 @@ def topics() -> dict[str, tuple[str, str]]:
 
 @app.command("help")
 def help_command(
-    context: typer.Context,
     topic: Annotated[str | None, typer.Argument(help="A topic, or a command.", show_default=False)] = None,
 ) -> None:
     """Explain a topic or a command; without one, list the topics.
@@ -9229,8 +9231,7 @@ def help_command(
 
         metaalign-edge help chat
     """
-    screen, known = Screen(), topics()
-    commands = cast(Any, context.find_root().command).commands
+    screen, known, commands = Screen(), topics(), all_commands().commands
     if topic is None:
         width = max(map(len, known))
         screen.lines(f"{name:<{width}}  {heading}" for name, (heading, _) in known.items())
@@ -9244,45 +9245,41 @@ def help_command(
         else:
             screen.write(f"{heading}\n\n{text}\n")
     elif topic in commands:
-        app(args=[topic, "--help"], prog_name="metaalign-edge", standalone_mode=False)
+        all_commands()(args=[topic, "--help"], prog_name="metaalign-edge", standalone_mode=False)
     else:
         alike = nearest(topic, [*known, *commands], "`metaalign-edge help` lists them")
         raise UsageError(f"no topic {topic!r}: {alike}")
 
 
-def profile_values() -> Iterable[tuple[str, str]]:
+def profile_values() -> dict[str, str]:
     """Return the profiles and what they say."""
-    built_in = built_in_profiles()
-    return [(f"@{name}", own_text(name) or built_in.get(name, "")) for name in sorted({*own_profiles(), *built_in})]
+    found = dict.fromkeys(profile_words(), "")
+    for word in found:
+        with contextlib.suppress(EdgeError):  # it cannot be read
+            found[word] = profile_text(word[1:])
+    return found
 
 
-def own_text(name: str) -> str:
-    """Return the text of a profile of the user's own, nothing if it cannot be read."""
-    with contextlib.suppress(EdgeError):
-        return own_profile(name) or ""
-    return ""
-
-
-def model_values() -> Iterable[tuple[str, str]]:
+def model_values() -> dict[str, str]:
     """Return the names of the models on this machine."""
-    return [(name, "") for name in model_names()]
+    return dict.fromkeys(model_names(), "")
 
 
-def session_values() -> Iterable[tuple[str, str]]:
+def session_values() -> dict[str, str]:
     """Return the names of the sessions."""
-    return [(name, "") for name in session_names()]
+    return dict.fromkeys(session_names(), "")
 
 
-def template_values() -> Iterable[tuple[str, str]]:
+def template_values() -> dict[str, str]:
     """Return the names that --template takes."""
-    return [("auto", "the model's own"), *((name, "") for name in shipped_templates())]
+    return {"auto": "the model's own", **dict.fromkeys(shipped_templates(), "")}
 
 
 SHELLS = {"bash": "bash", "zsh": "zsh", "fish": "fish", "powershell": "ps1"}  # and what their scripts end with
 
 # What a shell completes: the values of a parameter, by its name, or by that behind its command's, with what they mean.
 # Anywhere else, files.
-VALUES: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
+VALUES: dict[str, Callable[[], dict[str, str]]] = {
     "pref": profile_values,
     "template": template_values,
     "against_template": template_values,
@@ -9295,12 +9292,12 @@ VALUES: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "chat name": session_values,
     "sessions name": session_values,
     "sessions names": session_values,
-    "ctx_size": lambda: [("auto", "as many as there is room for")],
-    "gpu_layers": lambda: [("auto", "as many as there is room for"), ("all", "")],
-    "pref_strength": lambda: [("auto", "as hard as the preference changes each token")],
-    "ifeval_tier": lambda: [("system", ""), ("user", ""), ("query", "as published")],
-    "topic": lambda: [(name, heading) for name, (heading, _) in topics().items()],
-    "shell": lambda: [(shell, "") for shell in SHELLS],
+    "ctx_size": lambda: {"auto": "as many as there is room for"},
+    "gpu_layers": lambda: {"auto": "as many as there is room for", "all": ""},
+    "pref_strength": lambda: {"auto": "as hard as the preference changes each token"},
+    "ifeval_tier": lambda: {"system": "", "user": "", "query": "as published"},
+    "topic": lambda: {name: heading for name, (heading, _) in topics().items()},
+    "shell": lambda: dict.fromkeys(SHELLS, ""),
 }
 
 
@@ -9348,13 +9345,12 @@ def suggestions(command: Any, words: Sequence[str]) -> list[tuple[str, str]]:
 def values_of(group: str, parameter: Any, word: str) -> list[tuple[str, str]]:
     """Return the values of a parameter that begin with a word; of joined profiles, the last may still change."""
     joined, plus, word = word.rpartition("+") if parameter.name == "pref" else ("", "", word)
-    found = VALUES.get(f"{group} {parameter.name}", VALUES.get(parameter.name, list))()
-    return [(f"{joined}{plus}{value}", says) for value, says in found if value.startswith(word)]
+    found = VALUES.get(f"{group} {parameter.name}", VALUES.get(parameter.name, dict))()
+    return [(f"{joined}{plus}{value}", says) for value, says in found.items() if value.startswith(word)]
 
 
 @app.command()
 def completion(
-    context: typer.Context,
     shell: Annotated[str, typer.Argument(help=f"{', '.join(SHELLS)}.", show_default=False)],
     words: Annotated[
         list[str] | None, typer.Argument(help="What the script asks: what could the last of these be?")
@@ -9374,7 +9370,7 @@ def completion(
         path = part_folder("completion") / f"metaalign-edge.{SHELLS[shell]}"
         Screen().write(read_text(path, "the completion"))
         return
-    found = suggestions(context.find_root().command, words)
+    found = suggestions(all_commands(), words)
     Screen().lines(value if shell == "bash" or not says else f"{value}\t{one_line(says)}" for value, says in found)
 
 
@@ -9420,7 +9416,7 @@ class Shared(Chat):
         if self._writer == threading.get_ident():
             raise RuntimeError("an answer is still being written: read its stream to the end, or close it")
         with self._free:
-            self._writer = threading.get_ident()
+            self._writer, self.interrupt.raised = threading.get_ident(), False
             try:
                 yield
             except Interrupted:
@@ -9551,9 +9547,7 @@ def compare(
         raise UsageError("compare needs a preference: an empty one is the answer without any")
     with session.turn(), session.interrupt:
         seed = session.take(options)
-        need = max(session.outline(one).context for one in dialogs)
-        how = (model, session.template, session.settings, session.options, session.interrupt)
-        with Parallel(*how, len(dialogs), need) as together:
+        with parallel_for(session, dialogs) as together:
             answers = dict(together.run(Job(one, seed, at) for at, one in enumerate(dialogs)))
     failed = next((one for one in answers.values() if isinstance(one, EdgeError)), None)
     if failed:
@@ -9588,7 +9582,9 @@ def run(arguments: Sequence[str] | None = None, leaving: bool = False) -> int:
     With `leaving` the process ends next: what is open goes with it.
     """
     try:
-        status = app(args=arguments, prog_name="metaalign-edge", standalone_mode=False)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        command = called_command(arguments[0] if arguments else "")
+        status = command(args=arguments, prog_name="metaalign-edge", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except OutputClosed:
         sys.stdout = cast(TextIO, open(os.devnull, "w"))  # noqa: SIM115  so that the flush at exit finds no closed pipe
