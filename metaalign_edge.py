@@ -448,19 +448,13 @@ class TierText(str):
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[TierText]:  # type: ignore[override]
         """Split from the left."""
-        return (
-            self._cut(str.split(self, sep, maxsplit))
-            if sep is None
-            else self._cut_at(str.split(self, sep, maxsplit), sep)
-        )
+        pieces = str.split(self, sep, maxsplit)
+        return self._cut(pieces) if sep is None else self._cut_at(pieces, sep)
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[TierText]:  # type: ignore[override]
         """Split from the right."""
-        return (
-            self._cut(str.rsplit(self, sep, maxsplit))
-            if sep is None
-            else self._cut_at(str.rsplit(self, sep, maxsplit), sep)
-        )
+        pieces = str.rsplit(self, sep, maxsplit)
+        return self._cut(pieces) if sep is None else self._cut_at(pieces, sep)
 
     def _cut_at(self, pieces: Iterable[str], sep: str) -> list[TierText]:
         found, at = [], 0
@@ -1795,10 +1789,7 @@ def find_project() -> Project | None:
 
 STAMP = "%Y-%m-%dT%H:%M:%SZ"  # of times in a session's file
 SESSION_VERSION = 1  # of the lines of a session's file
-LINE_TEXTS = {
-    "meta_prompt": ("system_info", "user_info"),
-    "turn": ("query", "response"),
-}  # what a kind of line must have
+LINE_TEXTS = {"meta_prompt": ("system_info", "user_info"), "turn": ("query", "response")}  # that such a line must have
 Line = dict[str, Any]
 
 
@@ -2467,11 +2458,8 @@ def choose_template(name: str, model: ModelFile) -> ChatTemplate:
     if name == "auto" and "default" in embedded:
         source, label, why = embedded["default"], "embedded", "the model carries it"
         if "metaalign.template" in model.metadata:
-            native, label, why = (
-                True,
-                model.metadata["metaalign.template"],
-                "the model was tuned on it (metaalign.template)",
-            )
+            native, label = True, model.metadata["metaalign.template"]
+            why = "the model was tuned on it (metaalign.template)"
     elif name == "auto":
         raise TemplateError(
             f"{model.path} carries no chat template: name the one it was tuned on: --template {choices}, or a file"
@@ -2837,9 +2825,7 @@ def make_plan(
 def usable(devices: Sequence[Device]) -> list[Device]:
     """List the devices that llama.cpp offloads layers to: those with memory of their own, else those without."""
     found = [device for device in devices if device.kind in (1, 2)]
-    found = [
-        device if device.total else device._replace(free=int(free_memory())) for device in found
-    ]  # it does not say
+    found = [one if one.total else one._replace(free=int(free_memory())) for one in found]  # it does not say
     return [device for device in found if device.kind == 1] or found
 
 
@@ -3414,9 +3400,8 @@ class LlamaVocabulary:
         for character in text:
             data = character.encode()
             try:
-                ids += (
-                    [self._letters[data]] if data in self._letters else [self._letters[bytes([byte])] for byte in data]
-                )
+                whole = self._letters.get(data)
+                ids += [self._letters[bytes([byte])] for byte in data] if whole is None else [whole]
             except KeyError:
                 raise TierViolation(
                     f"this vocabulary has no token for {character!r}: take it out of the text"
@@ -4698,13 +4683,8 @@ def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    name, size = TextColumn("{task.description}", markup=False), DownloadColumn()
+    columns = (name, BarColumn(), size, TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("", total=None)
         yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
@@ -5114,9 +5094,8 @@ class Ledger(Closing):
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise CannotWrite(
-                f"cannot write {self.path}: {error.strerror}; the same command goes on from here"
-            ) from None
+            again = "the same command goes on from here"
+            raise CannotWrite(f"cannot write {self.path}: {error.strerror}; {again}") from None
         self._places[row["index"]] = (at, asked)
 
     def finish(self, count: int) -> None:
@@ -6233,10 +6212,8 @@ class Doctor:
         detail = f"{plan}; -c auto would take {plan.largest(file.context):,}" if plan.footprint.foretold else str(plan)
         detail += f"; {plan.offloaded} of {len(plan.places)} layers on the GPU" if plan.offloaded else ""
         if plan.crawls:
-            return (
-                "warning",
-                f"{detail}: the weights are read from the disk again and again: take a smaller quantisation",
-            )
+            again = "the weights are read from the disk again and again: take a smaller quantisation"
+            return "warning", f"{detail}: {again}"
         return "ok", detail if plan.footprint.foretold else f"{detail}; what its cache takes is not foretold"
 
     def cache(self) -> Finding:
@@ -6736,9 +6713,8 @@ class Repl:
         try:
             wishes = shlex.split(text)
         except ValueError:
-            raise UsageError(
-                f"a quote is left open in {text!r}: put each preference that has spaces in quotes"
-            ) from None
+            advice = "put each preference that has spaces in quotes"
+            raise UsageError(f"a quote is left open in {text!r}: {advice}") from None
         if len(wishes) < 2:
             raise UsageError('/compare takes two preferences or more: /compare @child "in French" - (a lone - is none)')
         dialogs = [replace(self.transcript.dialog(query, again=True), user_info=wish_text(wish)) for wish in wishes]

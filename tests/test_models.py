@@ -234,6 +234,14 @@ def test_a_damaged_model_is_listed_as_such_and_the_others_too(
     assert "damaged: " in says("models", "list")
 
 
+def test_readings_of_one_file_do_not_disturb_each_other(demo: Path) -> None:
+    file, alone = edge.ModelFile(demo), edge.ModelFile(demo)  # a thread loads the model, one chooses its template
+    words, infos = file.items("tokenizer.ggml.tokens"), file.tensor_infos()
+    read = [(next(words), next(infos), file.token("eos")) for _ in range(3)]
+    assert [word for word, _, _ in read] == list(alone.items("tokenizer.ggml.tokens"))[:3]
+    assert [info for _, info, _ in read] == list(alone.tensor_infos())[:3] and read[0][2] == alone.token("eos") != ""
+
+
 def test_metadata_that_make_no_sense_are_damage(tmp_path: Path, says: Says) -> None:
     odd = {"split__count": "three", "llama__context_length": "long", "general__alignment": 32}
     write_gguf(tmp_path / "home/.lmstudio/models/some/odd/odd.gguf", **odd)
