@@ -2912,6 +2912,7 @@ class Log:
 
     def __init__(self) -> None:
         self.verbose = False
+        self.level = 0  # of the line that is being written
         self.errors: list[str] = []
         self._callback: Any = None
 
@@ -2923,9 +2924,10 @@ class Log:
 
     def _write(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace")
+        self.level = level if level != 5 else self.level  # GGML_LOG_LEVEL_CONT
         if level == 4 and line.strip():  # GGML_LOG_LEVEL_ERROR
             self.errors.append(one_line(line).removeprefix("llama_model_load: ").removeprefix("error loading model: "))
-        if self.verbose:
+        if self.verbose and self.level != 1:  # GGML_LOG_LEVEL_DEBUG: a thousand lines, in which ours would drown
             sys.stderr.write(line)
 
     def reason(self) -> str:
@@ -5809,8 +5811,10 @@ def show_download(bar: Callable[[str, int, int], None] | None, choice: Choice, b
         bar(choice.tag, before + have, choice.bytes)
 
 
-def find_model(name: str | None, offline: bool, screen: Screen) -> ModelFile:
+def find_model(name: str | None, offline: bool | None, screen: Screen) -> ModelFile:
     """Open the model that -m names; one of the hub's that is not here is downloaded, unless offline.
+
+    None: nobody asked for a download.
 
     Raises:
         NotFound: there is no such one. LoadError: the file is bad, or no model. NetworkError, CannotWrite: it cannot be
@@ -5818,6 +5822,8 @@ def find_model(name: str | None, offline: bool, screen: Screen) -> ModelFile:
     """
     path, name = resolve_model(name), name or setting("model") or ""
     if path is None:
+        if offline is None:
+            raise NotFound(f"{name} is not on this machine: `metaalign-edge pull {name}` downloads it")
         if is_offline(offline):
             raise absent(name)
         repository, _, wanted = name.partition(":")
@@ -5993,8 +5999,11 @@ def ended_by(code: int, said: str) -> str:
 class Doctor:
     """Looks at everything that an answer needs."""
 
-    def __init__(self, model: str | None, settings: Settings, network: bool) -> None:
+    def __init__(
+        self, model: str | None, settings: Settings, network: bool, check: Callable[[], None] | None = None
+    ) -> None:
         self.settings, self.network, self.model = settings, network, model
+        self.check_settings = check or (lambda: None)  # raises what is wrong with those that stand in files
         self.file: ModelFile | None = None
         self.facts: dict[str, Any] | None = None  # of llama.cpp; None while it does not load
         self.looks: dict[str, Callable[[], Finding]] = {
@@ -6008,7 +6017,7 @@ class Doctor:
             "first token": self.first_token,
             "fit": self.fit,
             "cache": self.cache,
-            "config": lambda: self.folder(config_folder(), "METAALIGN_EDGE_CONFIG"),
+            "config": self.config,
             "data": lambda: self.folder(data_folder(), "METAALIGN_EDGE_DATA"),
             "terminal": self.terminal,
             "hub": self.hub,
@@ -6103,7 +6112,7 @@ class Doctor:
 
     def metadata(self) -> Finding:
         """Look at the model's file."""
-        self.file = find_model(self.model, True, Screen(quiet=True))  # nobody asked for a download
+        self.file = find_model(self.model, None, Screen(quiet=True))
         footprint = Footprint.of(self.file)
         size = in_bytes(sum(footprint.weights) + footprint.embedding)
         known = f"{self.file.architecture}, {size} of weights, {self.file.context:,} tokens of context"
@@ -6158,6 +6167,11 @@ class Doctor:
         files = states.files()
         size, hits = sum(file.bytes for file in files), sum(file.hits for file in files)
         return status, f"{detail}; {len(files)} states, {in_bytes(size)} of {in_bytes(states.most)}, {hits} hits"
+
+    def config(self) -> Finding:
+        """Look at the settings and their folder."""
+        self.check_settings()
+        return self.folder(config_folder(), "METAALIGN_EDGE_CONFIG")
 
     @staticmethod
     def folder(folder: Path, variable: str) -> Finding:
@@ -6863,7 +6877,12 @@ ASIDE: Mapping[str, tuple[str, ...]] = {  # settings that a command leaves aside
     "compare": ("pref",),  # its columns are those that are asked for
     "eval": ("max_tokens", "temp", "seed", "remind", "think", "system_strength", "pref_strength"),  # it measures
 }
-REPLACED_BY = {"system": ("system_file",), "pref": ("pref_file", "no_pref")}  # flags of another name
+REPLACED_BY = {  # flags of another name
+    "system": ("system_file",),
+    "pref": ("pref_file", "no_pref"),
+    "quiet": ("verbose",),
+    "verbose": ("quiet",),
+}
 
 
 @dataclass(frozen=True)
@@ -6903,18 +6922,22 @@ class Setting:
         """Make sure of what an option's type does not know.
 
         Raises:
-            UsageError: no such strength or layers, an empty preference. NotFound: no such profile or file.
+            UsageError: no such context, strength or layers, an empty preference. NotFound: no such profile or file.
         """
         given, name = self(), self.option.name
         try:
             if name == "gpu_layers":
                 checked_gpu_layers(given)
+            elif name == "ctx_size":
+                checked_context(given)
             elif name in ("system_strength", "pref_strength") and given != "auto":
                 checked_strength(self.option.opts[0], given)
             elif name == "pref":
                 MetaPrompt(pref=given).dialog()
-            elif name == "model" and os.path.isabs(given):
+            elif name == "model" and (os.path.isabs(given) or "/" not in given):
                 resolve_model(given)
+            elif name == "template" and looks_like_path(given, ".jinja"):
+                read_text(Path(given).expanduser(), "the template")
         except (UsageError, NotFound) as error:
             raise self._refusal(type(error), error) from None
 
@@ -6957,6 +6980,16 @@ def standing_here(context: typer.Context) -> dict[str, Setting]:
     return standing(settable(context.find_root().command))
 
 
+def check_standing(context: typer.Context) -> None:
+    """Check everything that stands in files.
+
+    Raises:
+        UsageError, NotFound: something makes no sense.
+    """
+    for setting in standing_here(context).values():
+        setting.check()
+
+
 def take_settings(context: typer.Context) -> None:
     """Hand a command what stands in files for it; what is wrong with them is said by its options."""
     root, name = cast(Any, context.command), context.invoked_subcommand or ""
@@ -6967,7 +7000,11 @@ def take_settings(context: typer.Context) -> None:
     try:
         found = standing(settable(root))
         defaults: dict[str, Any] = {key: replace(found[key], option=taken[key]) for key in found if key in taken}
+        if name == "doctor":
+            check_standing(context)
     except EdgeError as error:
+        if name == "doctor":  # looks without them, and says what is wrong with them
+            return
         damage = error  # raised only now, so that --help helps
 
         def complain() -> None:
@@ -6985,7 +7022,8 @@ def obey_settings(context: typer.Context, given: dict[str, Any]) -> None:
     """
     source = {name: getattr(context.get_parameter_source(name), "name", "") for name in given}
     for name, flags in REPLACED_BY.items():
-        if source.get(name) != "COMMANDLINE" and any(given.get(flag) for flag in flags):
+        wanted = any(given.get(flag) and source[flag] == "COMMANDLINE" for flag in flags)
+        if wanted and source.get(name) != "COMMANDLINE":
             given[name], source[name] = None, ""
     defaults = context.default_map or {}
     settings = [defaults[name] for name in given if source[name] == "DEFAULT_MAP"]
@@ -8563,7 +8601,7 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
 
         metaalign-edge models show Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q8_0 --json
     """
-    screen, file = Screen(), find_model(name, True, Screen())
+    screen, file = Screen(), find_model(name, None, Screen())
     tokens, words = split_markers(file)
     native = choose_template("auto", file).native if file.templates else None
     by_layer = cache_bytes(file)
@@ -8678,7 +8716,9 @@ def remove_models(stored: Sequence[Stored]) -> int:
 
 
 @models.command("default")
-def models_default(name: NameArgument = None, none: NoDefaultOption = False, as_json: JsonOption = False) -> None:
+def models_default(
+    context: typer.Context, name: NameArgument = None, none: NoDefaultOption = False, as_json: JsonOption = False
+) -> None:
     """Show the model that is used without -m, or choose another one.
 
     Examples:
@@ -8690,7 +8730,7 @@ def models_default(name: NameArgument = None, none: NoDefaultOption = False, as_
     if name and none:
         raise UsageError("--none takes no name")
     if name:
-        file = find_model(name, True, Screen())
+        file = find_model(name, None, Screen())
         store_setting("model", name_of(file.path.absolute()))
     elif none:
         store_setting("model", None)
@@ -8698,6 +8738,7 @@ def models_default(name: NameArgument = None, none: NoDefaultOption = False, as_
     path = resolve_model(chosen)
     screen = Screen()
     screen.json({"name": chosen, "path": path and str(path)}) if as_json else screen.write(f"{chosen}\n")
+    note_nearer(settable_key(context, "model"), context, screen)
 
 
 sessions = typer.Typer(no_args_is_help=True, help="Conversations that are kept: chat --session NAME, chat --continue.")
@@ -8912,7 +8953,9 @@ NetworkOption = Annotated[bool, option("--network", help="Ask the hub, too, whet
 
 @app.command()
 @grouped
-def doctor(network: NetworkOption = False, as_json: JsonOption = False, *, loaded: Loaded) -> None:
+def doctor(
+    context: typer.Context, network: NetworkOption = False, as_json: JsonOption = False, *, loaded: Loaded
+) -> None:
     """Look whether all is well: llama.cpp, devices, memory, the model and whether it fits, folders, terminal, hub.
 
     Each check is ok, a warning, or failed. The exit code is 0 if none failed, else 1.
@@ -8923,7 +8966,8 @@ def doctor(network: NetworkOption = False, as_json: JsonOption = False, *, loade
 
         metaalign-edge doctor -m model.gguf -c 8192 --json
     """
-    screen, patient = Screen(), Doctor(loaded.model, loaded.settings(), network)
+    screen = Screen()
+    patient = Doctor(loaded.model, loaded.settings(), network, functools.partial(check_standing, context))
     columns = shutil.get_terminal_size().columns if screen.terminal else None
     checks = []
     for check in patient.checks():
@@ -9134,7 +9178,7 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
     screen.detail(f"model {model.file.path}: {model.file.architecture}, loaded in {model.load_ms:.0f} ms")
     screen.detail(f"template {chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}")
     screen.detail(f"memory for {plan}")
-    screen.detail(f"{layers} on {device}, {threads_for(model, settings)} threads, seed {settings.seed}")
+    screen.detail(f"{layers} on {device}, threads: {threads_for(model, settings)}, seed {settings.seed}")
     if settings.adapters:
         screen.detail(f"adapters {name_adapters(settings.adapters)}")
     if settings.schema and settings.schema.left:
@@ -9214,7 +9258,9 @@ def topics() -> dict[str, tuple[str, str]]:
 @app.command("help")
 def help_command(
     context: typer.Context,
-    topic: Annotated[str | None, typer.Argument(help="A topic, or a command.", show_default=False)] = None,
+    topic: Annotated[
+        list[str] | None, typer.Argument(metavar="TOPIC", help="A topic, or a command.", show_default=False)
+    ] = None,
 ) -> None:
     """Explain a topic or a command; without one, list the topics.
 
@@ -9223,14 +9269,17 @@ def help_command(
         metaalign-edge help exit-codes
 
         metaalign-edge help chat
+
+        metaalign-edge help models show
     """
     screen, known = Screen(), topics()
+    first, *more = topic or [""]
     commands = cast(Any, context.find_root().command).commands
-    if topic is None:
+    if not first:
         width = max(map(len, known))
         screen.write("".join(f"{name:<{width}}  {heading}\n" for name, (heading, _) in known.items()))
-    elif topic in known:
-        heading, text = known[topic]
+    elif first in known and not more:
+        heading, text = known[first]
         if screen.terminal:
             from rich.console import Console
             from rich.markdown import Markdown
@@ -9238,11 +9287,11 @@ def help_command(
             Console().print(Markdown(f"# {heading}\n\n{text}"))
         else:
             screen.write(f"{heading}\n\n{text}\n")
-    elif topic in commands:
-        app(args=[topic, "--help"], prog_name="metaalign-edge", standalone_mode=False)
+    elif first in commands:
+        app(args=[first, *more, "--help"], prog_name="metaalign-edge", standalone_mode=False)
     else:
-        alike = nearest(topic, [*known, *commands], "`metaalign-edge help` lists them")
-        raise UsageError(f"no topic {topic!r}: {alike}")
+        alike = nearest(first, [*known, *commands], "`metaalign-edge help` lists them")
+        raise UsageError(f"no topic {' '.join([first, *more])!r}: {alike}")
 
 
 def profile_values() -> Iterable[tuple[str, str]]:
@@ -9586,7 +9635,7 @@ def run(arguments: Sequence[str] | None = None, leaving: bool = False) -> int:
     try:
         status = app(args=arguments, prog_name="metaalign-edge", standalone_mode=False)
         return status if isinstance(status, int) else 0
-    except OutputClosed:
+    except (OutputClosed, SystemExit):  # the other one is Rich's and Click's, where a help page finds the pipe closed
         sys.stdout = cast(TextIO, open(os.devnull, "w"))  # noqa: SIM115  so that the flush at exit finds no closed pipe
         return 0
     except KeyboardInterrupt:
