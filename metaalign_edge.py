@@ -2999,6 +2999,7 @@ class Log:
 
     def __init__(self) -> None:
         self.verbose = False
+        self.level = 0  # of the line that is being written
         self.errors: list[str] = []
         self._callback: Any = None
 
@@ -3010,9 +3011,10 @@ class Log:
 
     def _write(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace")
+        self.level = level if level != 5 else self.level  # GGML_LOG_LEVEL_CONT
         if level == 4 and line.strip():  # GGML_LOG_LEVEL_ERROR
             self.errors.append(one_line(line).removeprefix("llama_model_load: ").removeprefix("error loading model: "))
-        if self.verbose:
+        if self.verbose and self.level != 1:  # GGML_LOG_LEVEL_DEBUG: a thousand lines, in which ours would drown
             sys.stderr.write(line)
 
     def reason(self) -> str:
@@ -4769,7 +4771,7 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
     screen.detail(f"model {model.file.path}: {model.file.architecture}, loaded in {model.load_ms:.0f} ms")
     screen.detail(f"template {chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}")
     screen.detail(f"memory for {plan}")
-    screen.detail(f"{layers} on {device}, {threads_for(model, settings)} threads, seed {settings.seed}")
+    screen.detail(f"{layers} on {device}, threads: {threads_for(model, settings)}, seed {settings.seed}")
     if settings.adapters:
         screen.detail(f"adapters {name_adapters(settings.adapters)}")
     if settings.schema and settings.schema.left:
@@ -5900,8 +5902,10 @@ def download_model(repository: str, wanted: str, screen: Screen) -> Path:
     return paths[0]
 
 
-def find_model(name: str | None, offline: bool, screen: Screen) -> ModelFile:
+def find_model(name: str | None, offline: bool | None, screen: Screen) -> ModelFile:
     """Open the model that -m names; one of the hub's that is not here is downloaded, unless offline.
+
+    None: nobody asked for a download.
 
     Raises:
         NotFound: there is no such one. LoadError: the file is bad, or no model. NetworkError, CannotWrite: it cannot be
@@ -5909,6 +5913,8 @@ def find_model(name: str | None, offline: bool, screen: Screen) -> ModelFile:
     """
     path, name = resolve_model(name), name or setting("model") or ""
     if path is None:
+        if offline is None:
+            raise NotFound(f"{name} is not on this machine: `metaalign-edge pull {name}` downloads it")
         if is_offline(offline):
             raise absent(name)
         repository, _, wanted = name.partition(":")
@@ -6063,8 +6069,11 @@ def ended_by(code: int, said: str) -> str:
 class Doctor:
     """Looks at everything that an answer needs."""
 
-    def __init__(self, model: str | None, settings: Settings, network: bool) -> None:
+    def __init__(
+        self, model: str | None, settings: Settings, network: bool, check: Callable[[], None] | None = None
+    ) -> None:
         self.settings, self.network, self.model = settings, network, model
+        self.check_settings = check or (lambda: None)  # raises what is wrong with those that stand in files
         self.file: ModelFile | None = None
         self.facts: dict[str, Any] | None = None  # of llama.cpp; None while it does not load
         self.looks: dict[str, Callable[[], Finding]] = {
@@ -6078,7 +6087,7 @@ class Doctor:
             "first token": self.first_token,
             "fit": self.fit,
             "cache": self.cache,
-            "config": lambda: self.folder(config_folder(), "METAALIGN_EDGE_CONFIG"),
+            "config": self.config,
             "data": lambda: self.folder(data_folder(), "METAALIGN_EDGE_DATA"),
             "terminal": self.terminal,
             "hub": self.hub,
@@ -6172,7 +6181,7 @@ class Doctor:
 
     def metadata(self) -> Finding:
         """Look at the model's file."""
-        self.file = find_model(self.model, True, Screen(quiet=True))  # nobody asked for a download
+        self.file = find_model(self.model, None, Screen(quiet=True))
         footprint = Footprint.of(self.file)
         size = in_bytes(sum(footprint.weights) + footprint.embedding)
         known = f"{self.file.architecture}, {size} of weights, {self.file.context:,} tokens of context"
@@ -6225,6 +6234,11 @@ class Doctor:
         files = states.files()
         size, hits = sum(file.bytes for file in files), sum(file.hits for file in files)
         return status, f"{detail}; {len(files)} states, {in_bytes(size)} of {in_bytes(states.most)}, {hits} hits"
+
+    def config(self) -> Finding:
+        """Look at the settings and their folder."""
+        self.check_settings()
+        return self.folder(config_folder(), "METAALIGN_EDGE_CONFIG")
 
     @staticmethod
     def folder(folder: Path, variable: str) -> Finding:
@@ -6922,7 +6936,12 @@ ASIDE: Mapping[str, tuple[str, ...]] = {  # settings that a command leaves aside
     "eval": ("max_tokens", "temp", "seed", "remind", "think", "system_strength", "pref_strength"),  # it measures
 }
 SHOWN = 60  # characters of a setting that are shown where it takes effect
-REPLACED_BY = {"system": ("system_file",), "pref": ("pref_file", "no_pref")}  # flags of another name
+REPLACED_BY = {  # flags of another name
+    "system": ("system_file",),
+    "pref": ("pref_file", "no_pref"),
+    "quiet": ("verbose",),
+    "verbose": ("quiet",),
+}
 
 
 @dataclass(frozen=True)
@@ -6961,18 +6980,22 @@ class Setting:
         """Make sure of what an option's type does not know.
 
         Raises:
-            UsageError: no such strength or layers, an empty preference. NotFound: no such profile or file.
+            UsageError: no such context, strength or layers, an empty preference. NotFound: no such profile or file.
         """
         given, name = self(), self.option.name
         try:
             if name == "gpu_layers":
                 checked_gpu_layers(given)
+            elif name == "ctx_size":
+                checked_context(given)
             elif name in ("system_strength", "pref_strength") and given != "auto":
                 checked_strength(self.option.opts[0], given)
             elif name == "pref":
                 MetaPrompt(pref=given).dialog()
-            elif name == "model" and os.path.isabs(given):
+            elif name == "model" and (os.path.isabs(given) or "/" not in given):
                 resolve_model(given)
+            elif name == "template" and looks_like_path(given, ".jinja"):
+                read_text(Path(given).expanduser(), "the template")
         except (UsageError, NotFound) as error:
             raise self._refusal(type(error), error) from None
 
@@ -7032,6 +7055,16 @@ def standing() -> dict[str, Setting]:
     return found
 
 
+def check_standing() -> None:
+    """Check everything that stands in files.
+
+    Raises:
+        UsageError, NotFound: something makes no sense.
+    """
+    for setting in standing().values():
+        setting.check()
+
+
 def take_settings(context: typer.Context) -> None:
     """Hand a command what stands in files for it; what is wrong with them is said by its options."""
     root, name = cast(Any, context.command), context.invoked_subcommand or ""
@@ -7042,7 +7075,11 @@ def take_settings(context: typer.Context) -> None:
     try:
         found = standing()
         defaults: dict[str, Any] = {key: replace(found[key], option=taken[key]) for key in found if key in taken}
+        if name == "doctor":
+            check_standing()
     except EdgeError as error:
+        if name == "doctor":  # looks without them, and says what is wrong with them
+            return
         damage = error  # raised only now, so that --help helps
 
         def complain() -> None:
@@ -7060,7 +7097,8 @@ def obey_settings(context: typer.Context, given: dict[str, Any]) -> None:
     """
     source = {name: getattr(context.get_parameter_source(name), "name", "") for name in given}
     for name, flags in REPLACED_BY.items():
-        if source.get(name) != "COMMANDLINE" and any(given.get(flag) for flag in flags):
+        wanted = any(given.get(flag) and source[flag] == "COMMANDLINE" for flag in flags)
+        if wanted and source.get(name) != "COMMANDLINE":
             given[name], source[name] = None, ""
     defaults = context.default_map or {}
     settings = [defaults[name] for name in given if source[name] == "DEFAULT_MAP"]
@@ -8600,7 +8638,7 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
 
         metaalign-edge models show Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q8_0 --json
     """
-    screen, file = Screen(), find_model(name, True, Screen())
+    screen, file = Screen(), find_model(name, None, Screen())
     tokens, words = split_markers(file)
     native = choose_template("auto", file).native if file.templates else None
     by_layer = cache_bytes(file)
@@ -8715,7 +8753,9 @@ def remove_models(stored: Sequence[Stored]) -> int:
 
 
 @models.command("default")
-def models_default(name: NameArgument = None, none: NoDefaultOption = False, as_json: JsonOption = False) -> None:
+def models_default(
+    context: typer.Context, name: NameArgument = None, none: NoDefaultOption = False, as_json: JsonOption = False
+) -> None:
     """Show the model that is used without -m, or choose another one.
 
     Examples:
@@ -8727,7 +8767,7 @@ def models_default(name: NameArgument = None, none: NoDefaultOption = False, as_
     if name and none:
         raise UsageError("--none takes no name")
     if name:
-        file = find_model(name, True, Screen())
+        file = find_model(name, None, Screen())
         store_setting("model", name_of(file.path.absolute()))
     elif none:
         store_setting("model", None)
@@ -8735,6 +8775,7 @@ def models_default(name: NameArgument = None, none: NoDefaultOption = False, as_
     path = resolve_model(chosen)
     screen = Screen()
     screen.json({"name": chosen, "path": path and str(path)}) if as_json else screen.write(f"{chosen}\n")
+    note_nearer(settable_key("model"), context, screen)
 
 
 sessions = typer.Typer(no_args_is_help=True, help="Conversations that are kept: chat --session NAME, chat --continue.")
@@ -8942,7 +8983,7 @@ def doctor(network: NetworkOption = False, as_json: JsonOption = False, *, loade
 
         metaalign-edge doctor -m model.gguf -c 8192 --json
     """
-    screen, patient = Screen(), Doctor(loaded.model, loaded.settings(), network)
+    screen, patient = Screen(), Doctor(loaded.model, loaded.settings(), network, check_standing)
     columns = shutil.get_terminal_size().columns if screen.terminal else None
     checks = []
     for check in patient.checks():
@@ -9199,7 +9240,9 @@ def topics() -> dict[str, tuple[str, str]]:
 
 @app.command("help")
 def help_command(
-    topic: Annotated[str | None, typer.Argument(help="A topic, or a command.", show_default=False)] = None,
+    topic: Annotated[
+        list[str] | None, typer.Argument(metavar="TOPIC", help="A topic, or a command.", show_default=False)
+    ] = None,
 ) -> None:
     """Explain a topic or a command; without one, list the topics.
 
@@ -9208,13 +9251,16 @@ def help_command(
         metaalign-edge help exit-codes
 
         metaalign-edge help chat
+
+        metaalign-edge help models show
     """
     screen, known, commands = Screen(), topics(), all_commands().commands
-    if topic is None:
+    first, *more = topic or [""]
+    if not first:
         width = max(map(len, known))
         screen.lines(f"{name:<{width}}  {heading}" for name, (heading, _) in known.items())
-    elif topic in known:
-        heading, text = known[topic]
+    elif first in known and not more:
+        heading, text = known[first]
         if screen.terminal:
             from rich.console import Console
             from rich.markdown import Markdown
@@ -9222,11 +9268,11 @@ def help_command(
             Console().print(Markdown(f"# {heading}\n\n{text}"))
         else:
             screen.write(f"{heading}\n\n{text}\n")
-    elif topic in commands:
-        all_commands()(args=[topic, "--help"], prog_name="metaalign-edge", standalone_mode=False)
+    elif first in commands:
+        all_commands()(args=[first, *more, "--help"], prog_name="metaalign-edge", standalone_mode=False)
     else:
-        alike = nearest(topic, [*known, *commands], "`metaalign-edge help` lists them")
-        raise UsageError(f"no topic {topic!r}: {alike}")
+        alike = nearest(first, [*known, *commands], "`metaalign-edge help` lists them")
+        raise UsageError(f"no topic {' '.join([first, *more])!r}: {alike}")
 
 
 def profile_values() -> dict[str, str]:
@@ -9564,7 +9610,7 @@ def run(arguments: Sequence[str] | None = None, leaving: bool = False) -> int:
         command = called_command(arguments[0] if arguments else "")
         status = command(args=arguments, prog_name="metaalign-edge", standalone_mode=False)
         return status if isinstance(status, int) else 0
-    except OutputClosed:
+    except (OutputClosed, SystemExit):  # the other one is Rich's and Click's, where a help page finds the pipe closed
         sys.stdout = cast(TextIO, open(os.devnull, "w"))  # noqa: SIM115  so that the flush at exit finds no closed pipe
         return 0
     except KeyboardInterrupt:

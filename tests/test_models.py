@@ -273,7 +273,7 @@ def test_show_tells_markers_that_are_tokens_from_mere_words(tiny: Path, tmp_path
 
 
 def test_show_of_what_is_not_here_asks_no_network(refuses: Refuses) -> None:
-    assert "not on this machine" in refuses(4, "models", "show", "some/none")
+    assert "not on this machine" in refuses(3, "models", "show", "some/none")
     assert "models list" in refuses(3, "models", "show", "zzz")
 
 
@@ -333,7 +333,7 @@ def test_a_default_that_is_gone_is_an_error_that_names_it(cached: Path, says: Sa
     says("models", "default", REPOSITORY)
     shutil.rmtree(edge.hub_folder())
     assert f"{REPOSITORY}:Q8_0 is not on this machine" in refuses(4, "chat", "--offline", "tea?")
-    assert "not on this machine" in refuses(4, "models", "default", "some/none")
+    assert "not on this machine" in refuses(3, "models", "default", "some/none")
     assert "takes no name" in refuses(2, "models", "default", "--none", REPOSITORY)
 
 
