@@ -109,12 +109,12 @@ def stored(values: np.ndarray, dtype: str) -> bytes:
 def write_safetensors(path: Path, weights: dict[str, np.ndarray], dtype: str) -> None:
     """Write one safetensors file. By hand, for numpy has no bfloat16."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    data = b""
+    data = bytearray()
     for name, values in weights.items():
         part = stored(values, dtype)
         header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [len(data), len(data) + len(part)]}
         data += part
-    write_container(path, json.dumps(header).encode(), data)
+    write_container(path, json.dumps(header).encode(), bytes(data))
 
 
 def write_container(path: Path, header: bytes, data: bytes) -> None:

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ import pytest
 
 import metaalign_edge as edge
 
+TASTES = ("EDITOR", "VISUAL", "NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS")  # typer takes the last for a terminal
+for name in list(os.environ):  # of the machine's user; libraries read some of them once, when they are imported
+    if name in TASTES or (name.startswith(("METAALIGN_EDGE_", "HF_")) and not name.endswith("_REFERENCE")):
+        del os.environ[name]
+
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -26,6 +31,16 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 def obey_ctrl_c() -> None:
     """Undo what a shell does to its background jobs: a child of them would ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nobody(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the settings of the machine's user from what is made once for all tests, before they are at home."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in ("CACHE", "CONFIG", "DATA"):
+            patch.setenv(f"METAALIGN_EDGE_{kind}", str(tmp_path_factory.getbasetemp() / "nobody" / kind.lower()))
+        patch.setenv("METAALIGN_EDGE_PROJECT", "0")
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +96,7 @@ def run() -> Run:
     """Run the installed command in a process of its own; `input` is its stdin, empty by default."""
 
     def start(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-        options = {"input": "", "capture_output": True, "text": True, "timeout": 60, **options}
+        options = {"input": "", "capture_output": True, "text": True, "timeout": 120, **options}
         return subprocess.run([sys.executable, "-m", "metaalign_edge", *arguments], **options)  # type: ignore[call-overload]
 
     return start
@@ -111,8 +126,8 @@ def one_line_of(out: str, error: str) -> str:
 def refuses(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Do as `fails`, in this process: a tenth of the time, for what is refused before any model is loaded."""
 
-    def check(code: int, *arguments: str) -> str:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    def check(code: int, *arguments: str, input: str = "") -> str:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode())))
         assert edge.run(arguments) == code
         return one_line_of(*capfd.readouterr())
 

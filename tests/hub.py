@@ -113,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(ConnectionError):
                 self.wfile.write(data[:middle])
                 if trick == "wait":
-                    self.server.gate.wait(30)
+                    self.server.gate.wait(120)
                     self.wfile.write(data[middle:])
 
 

@@ -29,18 +29,23 @@ class Terminal:
             os.environ |= {"TERM": kind, "COLUMNS": str(columns), "LINES": "40"}
             os.execvp(program[0], [*program, *arguments])
 
-    def until(self, text: str, seconds: float = 30, times: int = 1) -> str:
+    def until(self, text: str, seconds: float = 120, times: int = 1) -> str:
         """Read until a text appears, so many times; return what came with the first and forget it."""
         deadline = time.monotonic() + seconds
         while self.screen.count(text) < times:
-            ready, _, _ = select.select([self.process[1]], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, self.screen
+            assert self.look(max(0.0, deadline - time.monotonic())), self.screen
+        seen, _, self.screen = self.screen.partition(text)
+        return seen
+
+    def look(self, seconds: float = 120) -> bool:
+        """Take what is shown next; tell whether anything was within this time."""
+        ready, _, _ = select.select([self.process[1]], [], [], seconds)
+        if ready:
             try:
                 self.take(os.read(self.process[1], 65536))
             except OSError:
                 raise AssertionError(f"it ended: {self.screen}") from None
-        seen, _, self.screen = self.screen.partition(text)
-        return seen
+        return bool(ready)
 
     def take(self, data: bytes) -> None:
         self.screen += data.decode("utf-8", "replace").replace("\r\n", "\n")
@@ -48,7 +53,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.process[1], text.encode())
 
-    def rest(self, seconds: float = 30) -> str:
+    def rest(self, seconds: float = 120) -> str:
         """Read to the end."""
         deadline = time.monotonic() + seconds
         with contextlib.suppress(OSError):
@@ -85,7 +90,7 @@ class Emulator(Terminal):
         self.stream.feed(data)
         self.screen = "\n".join(line.rstrip() for line in self.glass.display).rstrip() + "\n"
 
-    def until(self, text: str, seconds: float = 30, times: int = 1) -> str:
+    def until(self, text: str, seconds: float = 120, times: int = 1) -> str:
         """Read until a text stands on the screen, so many times; return the screen."""
         super().until(text, seconds, times)
         self.screen = "\n".join(line.rstrip() for line in self.glass.display).rstrip() + "\n"

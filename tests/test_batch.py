@@ -36,25 +36,25 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rows_are_answered_as_chat_answers_them_and_stand_in_order(run: Run, tmp_path: Path) -> None:
+def test_rows_are_answered_as_chat_answers_them_and_stand_in_order(here: Run, tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", rows()), tmp_path / "out.jsonl"
-    done = run("batch", str(source), "-o", str(out), "--temp", "0", "--parallel", "5")
+    done = here("batch", str(source), "-o", str(out), "--temp", "0", "--parallel", "5")
     assert (done.returncode, done.stdout) == (0, "") and "16 answered" in done.stderr
     found = read(out)
     assert [(row["index"], row["id"], row["error"]) for row in found] == [(i, f"row {i}", None) for i in range(16)]
     for row in found[:6]:
-        alone = json.loads(run("chat", "--json", "--temp", "0", "--pref", row["user_info"], row["query"]).stdout)
+        alone = json.loads(here("chat", "--json", "--temp", "0", "--pref", row["user_info"], row["query"]).stdout)
         assert alone["response"] == row["response"] and alone.keys() <= row.keys()
 
 
-def test_without_a_file_rows_go_to_stdout_in_order_and_a_pipe_may_bring_them(run: Run) -> None:
+def test_without_a_file_rows_go_to_stdout_in_order_and_a_pipe_may_bring_them(here: Run) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows())
-    done = run("batch", "-", "--temp", "0", "--parallel", "3", "-q", input=text)
+    done = here("batch", "-", "--temp", "0", "--parallel", "3", "-q", input=text)
     assert (done.returncode, done.stderr) == (0, "")
     assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == [f"row {i}" for i in range(16)]
 
 
-def test_a_row_says_everything_that_the_command_line_does_not(run: Run) -> None:
+def test_a_row_says_everything_that_the_command_line_does_not(here: Run) -> None:
     turns = [{"query": "What is tea?", "response": "Tea is a drink."}]
     found = [
         {"query": "What is bread?", "user_info": "one sentence", "system_info": "Answer in capital letters.", "id": 7},
@@ -63,7 +63,7 @@ def test_a_row_says_everything_that_the_command_line_does_not(run: Run) -> None:
         {"query": "What is tea?", "user_info": ""},
     ]
     standing = ("--system", "be kind", "--pref", "be formal", "--seed", "9")
-    done = run("batch", "-", *standing, "--temp", "0", input="\n\n".join(map(json.dumps, found)))
+    done = here("batch", "-", *standing, "--temp", "0", input="\n\n".join(map(json.dumps, found)))
     tiers, caps, turned, plain = map(json.loads, done.stdout.splitlines())
     assert (tiers["system_info"], tiers["user_info"], tiers["id"]) == (found[0]["system_info"], "one sentence", 7)
     assert tiers["response"].isupper() and tiers["seed"] == 9
@@ -83,12 +83,12 @@ BAD = {
 }  # fmt: skip
 
 
-def test_a_bad_row_is_reported_with_its_line_and_the_rest_goes_on(run: Run, tmp_path: Path) -> None:
+def test_a_bad_row_is_reported_with_its_line_and_the_rest_goes_on(here: Run, tmp_path: Path) -> None:
     found = [rows(1)[0], "", *BAD.values(), rows(2)[1]]
     source, out = write(tmp_path / "in.jsonl", found), tmp_path / "out.jsonl"
     with source.open("ab") as file:
         file.write(b'{"query": "caf\xe9"}\n')
-    done = run("batch", str(source), "-o", str(out), "--temp", "0")
+    done = here("batch", str(source), "-o", str(out), "--temp", "0")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     written = read(out)
     assert [row["error"] is None for row in written] == [True, *[False] * len(BAD), True, False]
@@ -98,20 +98,20 @@ def test_a_bad_row_is_reported_with_its_line_and_the_rest_goes_on(run: Run, tmp_
     assert "not UTF-8" in written[-1]["error"] and f"line {len(BAD) + 4}: " in written[-1]["error"]
 
 
-def test_a_mended_row_is_answered_and_no_other_again(run: Run, tmp_path: Path) -> None:
+def test_a_mended_row_is_answered_and_no_other_again(here: Run, tmp_path: Path) -> None:
     good = rows(4)
     source, out = write(tmp_path / "in.jsonl", [*good[:2], "oops", good[3]]), tmp_path / "out.jsonl"
     command = ("batch", str(source), "-o", str(out))  # with a seed that is drawn
-    assert run(*command).returncode == 1
+    assert here(*command).returncode == 1
     before = read(out)
     write(source, good)
-    done = run(*command)
+    done = here(*command)
     assert done.returncode == 0 and "1 answered, 3 before" in done.stderr
     after = read(out)
     assert [after[place] for place in (0, 1, 3)] == [before[place] for place in (0, 1, 3)]
     assert after[2]["error"] is None and after[2]["query"] == good[2]["query"]
     write(source, [*good[:3], {"query": "What is honey?", "id": "another"}])
-    assert "1 answered, 3 before" in run(*command).stderr and read(out)[3]["id"] == "another"
+    assert "1 answered, 3 before" in here(*command).stderr and read(out)[3]["id"] == "another"
 
 
 @pytest.mark.slow
@@ -146,6 +146,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", rows(400)), tmp_path / "out.jsonl"
     process = subprocess.Popen([*COMMAND, str(source), "-o", str(out), "-t", "1"], stderr=subprocess.PIPE, text=True)
     while not out.exists() or out.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
@@ -154,28 +155,29 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_rows_of_another_run_are_not_mixed_in(run: Run, tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_the_rows_of_another_run_are_not_mixed_in(here: Run, tmp_path: Path, refuses: Callable[..., str]) -> None:
     source, out = write(tmp_path / "in.jsonl", rows(3)), tmp_path / "out.jsonl"
     command = ("batch", str(source), "-o", str(out))
-    assert run(*command, "--temp", "0").returncode == 0
+    assert here(*command, "--temp", "0").returncode == 0
     before = out.read_bytes()
-    assert "another run" in fails(2, *command, "--temp", "1") and out.read_bytes() == before
-    assert "another run" in fails(2, *command, "--temp", "0", "--pref-strength", "2")
-    assert run(*command, "--temp", "1", "--force").returncode == 0
+    assert "another run" in refuses(2, *command, "--temp", "1") and out.read_bytes() == before
+    assert "another run" in refuses(2, *command, "--temp", "0", "--pref-strength", "2")
+    assert here(*command, "--temp", "1", "--force").returncode == 0
     out.write_text("my notes\n")
-    assert "something else" in fails(2, *command) and out.read_text() == "my notes\n"
-    assert "is the input" in fails(2, "batch", str(source), "-o", str(source))
-    assert "no file" in fails(2, "batch", str(source), "-o", str(tmp_path))
-    assert "cannot read" in fails(3, "batch", str(tmp_path / "none.jsonl"))
-    assert "cannot write" in fails(8, "batch", str(source), "-o", str(tmp_path / "none" / "out.jsonl"))
+    assert "something else" in refuses(2, *command) and out.read_text() == "my notes\n"
+    assert "is the input" in refuses(2, "batch", str(source), "-o", str(source))
+    assert "no file" in refuses(2, "batch", str(source), "-o", str(tmp_path))
+    assert "cannot read" in refuses(3, "batch", str(tmp_path / "none.jsonl"))
+    assert "cannot write" in refuses(8, "batch", str(source), "-o", str(tmp_path / "none" / "out.jsonl"))
 
 
-def test_two_processes_do_not_write_the_same_file(tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_two_processes_do_not_write_the_same_file(tmp_path: Path, refuses: Callable[..., str]) -> None:
     source, out = write(tmp_path / "in.jsonl", rows(400)), tmp_path / "out.jsonl"
     process = subprocess.Popen([*COMMAND, str(source), "-o", str(out), "-q"])
     while not out.exists() or out.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
         time.sleep(0.01)
-    assert "another process" in fails(2, "batch", str(source), "-o", str(out))
+    assert "another process" in refuses(2, "batch", str(source), "-o", str(out))
     process.kill()
     process.wait()
 
@@ -196,15 +198,15 @@ def test_a_disk_that_fills_is_exit_8_and_what_is_finished_stays(tmp_path: Path) 
     assert done.returncode == 0 and f"{len(whole)} before" in done.stderr and len(read(out)) == 40
 
 
-def test_nothing_to_do_loads_no_model(run: Run, tmp_path: Path) -> None:
-    done = run("batch", "-", input="\n\n")
+def test_nothing_to_do_loads_no_model(here: Run, tmp_path: Path) -> None:
+    done = here("batch", "-", input="\n\n")
     assert (done.returncode, done.stdout) == (0, "") and "0 rows" in done.stderr
     source, out = write(tmp_path / "in.jsonl", rows(3)), tmp_path / "out.jsonl"
-    assert run("batch", str(source), "-o", str(out)).returncode == 0
-    done = run("batch", str(source), "-o", str(out), "-v")
+    assert here("batch", str(source), "-o", str(out)).returncode == 0
+    done = here("batch", str(source), "-o", str(out), "-v")
     assert done.returncode == 0 and "3 before" in done.stderr and "loaded" not in done.stderr
 
 
-def test_a_field_that_means_nothing_is_named(run: Run) -> None:
-    done = run("batch", "-", input=json.dumps({**rows(1)[0], "perf": "x", "note": 1}))
+def test_a_field_that_means_nothing_is_named(here: Run) -> None:
+    done = here("batch", "-", input=json.dumps({**rows(1)[0], "perf": "x", "note": 1}))
     assert done.returncode == 0 and "note, perf" in done.stderr

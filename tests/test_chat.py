@@ -23,15 +23,15 @@ def test_stdout_is_the_answer_and_nothing_else(run: Run, tiny: Path) -> None:
     assert result.stdout.endswith("\n") and len(result.stdout) > 1
 
 
-def test_streamed_whole_and_json_answers_are_the_same_text(run: Run, tiny: Path) -> None:
+def test_streamed_whole_and_json_answers_are_the_same_text(here: Run, tiny: Path) -> None:
     arguments = ("chat", "-m", str(tiny), "-n", "12", "--seed", "7", "--pref", "short", "What is tea?")
-    streamed, whole, document = run(*arguments), run(*arguments, "--no-stream"), run(*arguments, "--json")
+    streamed, whole, document = here(*arguments), here(*arguments, "--no-stream"), here(*arguments, "--json")
     assert streamed.stdout == whole.stdout
     assert json.loads(document.stdout)["response"].rstrip("\n") == streamed.stdout.rstrip("\n")
 
 
-def test_the_json_document_has_the_fields_of_the_contract(run: Run, tiny: Path) -> None:
-    result = run(
+def test_the_json_document_has_the_fields_of_the_contract(here: Run, tiny: Path) -> None:
+    result = here(
         "chat",
         "-m",
         str(tiny),
@@ -58,18 +58,19 @@ def test_the_json_document_has_the_fields_of_the_contract(run: Run, tiny: Path) 
     assert document["model"] == "tiny.gguf" and isinstance(document["seed"], int)
 
 
-def test_the_same_seed_gives_the_same_text_and_none_gives_another(run: Run, tiny: Path) -> None:
+def test_the_same_seed_gives_the_same_text_and_none_gives_another(here: Run, tiny: Path) -> None:
     arguments = ("chat", "-m", str(tiny), "-n", "20", "--temp", "1.5", "--json", "tea?")
-    first = json.loads(run(*arguments).stdout)
-    again = json.loads(run(*arguments, "--seed", str(first["seed"])).stdout)
-    other = json.loads(run(*arguments).stdout)
+    first = json.loads(here(*arguments).stdout)
+    again = json.loads(here(*arguments, "--seed", str(first["seed"])).stdout)
+    other = json.loads(here(*arguments).stdout)
     assert first["response"] == again["response"]
     assert first["seed"] != other["seed"]
 
 
-def test_a_pipe_is_the_query_less_one_final_newline_and_goes_before_the_argument(run: Run, tiny: Path) -> None:
-    def query(*arguments: str, **options: object) -> str:
-        return str(json.loads(run("chat", "-m", str(tiny), "-n", "1", "--json", *arguments, **options).stdout)["query"])
+def test_a_pipe_is_the_query_less_one_final_newline_and_goes_before_the_argument(here: Run, tiny: Path) -> None:
+    def query(*arguments: str, input: str = "") -> str:
+        said = here("chat", "-m", str(tiny), "-n", "1", "--json", *arguments, input=input).stdout
+        return str(json.loads(said)["query"])
 
     assert query(input="What is tea?\n") == "What is tea?"
     assert query(input="two lines\n\n") == "two lines\n"
@@ -77,21 +78,21 @@ def test_a_pipe_is_the_query_less_one_final_newline_and_goes_before_the_argument
     assert query("Only this.", "--no-stdin", input="never read") == "Only this."
 
 
-def test_the_environment_gives_what_the_flags_do_not(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_gives_what_the_flags_do_not(here: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METAALIGN_EDGE_MODEL", str(tiny))
     monkeypatch.setenv("METAALIGN_EDGE_MAX_TOKENS", "2")
     monkeypatch.setenv("METAALIGN_EDGE_PREF", "two words, not split")
-    document = json.loads(run("chat", "--json", "tea?").stdout)
+    document = json.loads(here("chat", "--json", "tea?").stdout)
     assert (document["model"], document["output_tokens"], document["user_info"]) == (
         "tiny.gguf",
         2,
         "two words, not split",
     )
-    document = json.loads(run("chat", "--json", "--pref", "flag", "-n", "3", "tea?").stdout)
+    document = json.loads(here("chat", "--json", "--pref", "flag", "-n", "3", "tea?").stdout)
     assert (document["output_tokens"], document["user_info"]) == (3, "flag")
 
 
-def test_the_tiers_come_from_files_too(run: Run, tiny: Path, tmp_path: Path) -> None:
+def test_the_tiers_come_from_files_too(here: Run, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "system.txt").write_text("be kind\n")
     (tmp_path / "pref.txt").write_text("short\nplease\n")
     files = (
@@ -102,15 +103,15 @@ def test_the_tiers_come_from_files_too(run: Run, tiny: Path, tmp_path: Path) -> 
         "--pref-file",
         str(tmp_path / "pref.txt"),
     )
-    document = json.loads(run("chat", "-m", str(tiny), "-n", "1", "--json", *files, "tea?").stdout)
+    document = json.loads(here("chat", "-m", str(tiny), "-n", "1", "--json", *files, "tea?").stdout)
     assert (document["system_info"], document["user_info"]) == ("be kind", "first\nshort\nplease")
 
 
-def test_a_stop_text_ends_the_answer_before_it(run: Run, tiny: Path) -> None:
+def test_a_stop_text_ends_the_answer_before_it(here: Run, tiny: Path) -> None:
     arguments = ("chat", "-m", str(tiny), "-n", "30", "--temp", "0", "--json", "tea?")
-    text = json.loads(run(*arguments).stdout)["response"]
+    text = json.loads(here(*arguments).stdout)["response"]
     stop = text[10:13]
-    document = json.loads(run(*arguments, "--stop", stop).stdout)
+    document = json.loads(here(*arguments, "--stop", stop).stdout)
     assert (document["response"], document["finish_reason"]) == (text[: text.index(stop)], "stop")
 
 
@@ -185,8 +186,12 @@ def test_ctrl_c_stops_a_generation_keeps_what_was_said_and_exits_130(slow: Path)
 
 
 def test_ctrl_c_stops_a_prefill_at_once_and_json_says_so(slow: Path) -> None:
-    code, out, error, seconds = interrupted(["-m", str(slow), "--json"], lambda _: time.sleep(2.5), b"zoo " * 6000)
+    def reading(process: subprocess.Popen[bytes]) -> None:
+        assert process.stderr and any(b"set_abort_callback" in line for line in process.stderr)  # the first batch
+
+    arguments = ["-m", str(slow), "-ngl", "0", "--json", "-v"]
+    code, out, error, seconds = interrupted(arguments, reading, b"zoo " * 6000)
     document = json.loads(out)
-    assert (code, error) == (130, b"")
+    assert code == 130 and b"metaalign-edge:" not in error and b"Traceback" not in error  # but llama.cpp's log
     assert (document["finish_reason"], document["output_tokens"], document["response"]) == ("interrupted", 0, "")
     assert seconds < 5

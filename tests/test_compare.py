@@ -18,15 +18,15 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 ASKED = ("--pref", "Answer in capital letters.", "--pref", "@json", "--pref", "-", "What is a volcano?")
 
 
-def test_each_answer_is_the_one_that_chat_gives(run: Run) -> None:
-    done = run("compare", "--temp", "0", "--json", "--system", "one sentence", *ASKED)
+def test_each_answer_is_the_one_that_chat_gives(here: Run) -> None:
+    done = here("compare", "--temp", "0", "--json", "--system", "one sentence", *ASKED)
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert [one["pref"] for one in found] == ["Answer in capital letters.", "@json", "-"]
     assert found[1]["user_info"] == "Return JSON." and found[2]["user_info"] == ""
     for one in found:
         pref = ["--pref", one["user_info"]] if one["user_info"] else []
-        alone = run("chat", "--temp", "0", "--json", "--system", "one sentence", *pref, "What is a volcano?")
+        alone = here("chat", "--temp", "0", "--json", "--system", "one sentence", *pref, "What is a volcano?")
         assert json.loads(alone.stdout)["response"] == one["response"]
         assert json.loads(alone.stdout).keys() == one.keys() - {"pref"}
 
@@ -38,24 +38,24 @@ def test_in_a_pipe_the_answers_stand_one_after_the_other_under_their_preferences
     assert done.stdout == "\n".join(f"[{head}]\n{text}\n" for head, text in zip(heads, texts, strict=True))
 
 
-def test_preferences_join_in_a_column_and_a_pipe_is_the_query(run: Run) -> None:
-    done = run("compare", "--pref", "@json+@caps", "--pref", "one\nsentence", "--temp", "0", input="What is tea?\n")
+def test_preferences_join_in_a_column_and_a_pipe_is_the_query(here: Run) -> None:
+    done = here("compare", "--pref", "@json+@caps", "--pref", "one\nsentence", "--temp", "0", input="What is tea?\n")
     assert done.returncode == 0 and "[@json+@caps]\n{" in done.stdout and "[one sentence]\nTea " in done.stdout
 
 
 @pytest.mark.slow
-def test_the_beginning_is_read_once_for_all_columns(run: Run) -> None:
+def test_the_beginning_is_read_once_for_all_columns(here: Run) -> None:
     system = ("--system", "Be kind and patient. " * 10)
-    done = run(
+    done = here(
         "compare", "--json", *system, "--pref", "one sentence", "--pref", "be formal", "--pref", "-", "What is tea?"
     )
     first, *others = json.loads(done.stdout)
     assert first["cached_tokens"] == 0 and all(one["cached_tokens"] > 40 for one in others)
 
 
-def test_a_strength_and_a_seed_mean_the_same_in_every_column(run: Run) -> None:
+def test_a_strength_and_a_seed_mean_the_same_in_every_column(here: Run) -> None:
     options = ("--pref-strength", "2", "--temp", "1.2", "--seed", "7")
-    done = run("compare", "--json", *options, "--pref", "be formal", "--pref", "be formal", "What is tea?")
+    done = here("compare", "--json", *options, "--pref", "be formal", "--pref", "be formal", "What is tea?")
     one, other = json.loads(done.stdout)
     assert one["response"] == other["response"] and one["seed"] == other["seed"] == 7
 
@@ -80,15 +80,15 @@ def test_a_dumb_terminal_gets_no_escapes() -> None:
     (["--pref", "brief", "tea?"], "two preferences"), (["tea?"], "two preferences"), (["--pref", "a", "--pref", "b"], "no query"),
     (["--pref", "a", "--pref", " ", "tea?"], "empty"),
 ])  # fmt: skip
-def test_what_cannot_be_compared_is_a_usage_error(arguments: list[str], said: str, fails: Callable[..., str]) -> None:
-    assert said in fails(2, "compare", *arguments)
+def test_what_cannot_be_compared_is_a_usage_error(arguments: list[str], said: str, refuses: Callable[..., str]) -> None:
+    assert said in refuses(2, "compare", *arguments)
 
 
-def test_other_errors_keep_their_codes(fails: Callable[..., str]) -> None:
+def test_other_errors_keep_their_codes(refuses: Callable[..., str]) -> None:
     pair = ("--pref", "a", "--pref", "b")
-    assert "@nobody" in fails(3, "compare", "--pref", "a", "--pref", "@nobody", "tea?")
-    assert "shorten" in fails(6, "compare", *pair, "-c", "64", "tea " * 200)
-    assert "fewer at a time" in fails(5, "compare", *["--pref", "a"] * 300, "tea?")
+    assert "@nobody" in refuses(3, "compare", "--pref", "a", "--pref", "@nobody", "tea?")
+    assert "shorten" in refuses(6, "compare", *pair, "-c", "64", "tea " * 200)
+    assert "fewer at a time" in refuses(5, "compare", *["--pref", "a"] * 300, "tea?")
 
 
 def test_ctrl_c_keeps_what_was_said(slow: Path) -> None:

@@ -81,7 +81,9 @@ def weights_in(path: Path) -> dict[str, np.ndarray]:
 
 def logits(path: Path, ids: list[int]) -> np.ndarray:
     """Ask llama.cpp for the logits of every position."""
-    llama = Llama(str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0)
+    llama = Llama(
+        str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1, type_k=0, type_v=0
+    )
     llama.eval(ids)
     found = np.array(llama.scores[: len(ids)])
     llama.close()

@@ -21,7 +21,6 @@ import metaalign_edge_convert.writer as writer
 import numpy as np
 import pytest
 from checkpoints import CONFIG, edit_json, make_checkpoint, random_weights, write_container, write_weights
-from conftest import Run
 from gguf import GGMLQuantizationType as Type
 from llama_cpp import Llama, llama_cpp
 from metaalign_edge_convert import (
@@ -616,25 +615,25 @@ def test_a_gguf_file_is_a_source_too(source: Path, here: Path, capsys: pytest.Ca
     assert [path.name for path in here.iterdir()] == ["tiny-chat-Q6_K.gguf"]
 
 
-def test_weights_too_large_for_float16_are_told_of_without_being_asked(tmp_path: Path, run: Run) -> None:
-    folder = make_checkpoint(tmp_path / "tiny")
+def test_weights_too_large_for_float16_are_told_of_without_being_asked(
+    here: Path, says: Callable[..., tuple[str, str]]
+) -> None:
+    folder = make_checkpoint(here / "tiny")
     weights = random_weights(CONFIG)
     weights["model.layers.0.mlp.up_proj.weight"][:] = 3e38
     write_weights(folder, weights)
-    done = run("convert", str(folder), "--outtype", "f16", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    first, second, _ = done.stderr.splitlines()
+    first, second, _ = says("convert", str(folder), "--outtype", "f16")[1].splitlines()
     assert first.startswith("metaalign-edge: warning: model.layers.0.mlp.up_proj.weight hold numbers up to 3e+38")
     assert second.startswith("metaalign-edge: warning: what the result computes are no numbers; use --outtype bf16")
 
 
-def test_a_result_that_does_not_load_is_not_kept(tmp_path: Path, fails: Callable[..., str]) -> None:
-    folder = make_checkpoint(tmp_path / "tiny")
-    template = tmp_path / "bad.jinja"
+def test_a_result_that_does_not_load_is_not_kept(here: Path, refuses: Callable[..., str]) -> None:
+    folder = make_checkpoint(here / "tiny")
+    template = here / "bad.jinja"
     template.write_text("{{ raise_exception('never') }}{{ messages }}")
-    said = fails(7, "convert", str(folder), "--template", str(template), cwd=tmp_path)
+    said = refuses(7, "convert", str(folder), "--template", str(template))
     assert "the result fails its check, so it was removed (--no-check keeps it)" in said
-    assert {path.name for path in tmp_path.iterdir()} == {"tiny", "bad.jinja"}
+    assert {path.name for path in here.iterdir()} == {"tiny", "bad.jinja"}
 
 
 def test_ctrl_c_stops_at_once_and_leaves_nothing(tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import metaalign_edge as edge
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -24,21 +27,21 @@ def test_the_model_is_small_enough_to_be_carried(demo: Path) -> None:
     ("Answer as a numbered list.", lambda text: text.startswith("1.") and "\n2." in text),
     ("Reply as JSON.", lambda text: isinstance(json.loads(text), dict)),
 ])  # fmt: skip
-def test_it_follows_a_preference(pref: str, holds: Callable[[str], bool], run: Run) -> None:
-    assert holds(run("chat", "--pref", pref, "What is the moon?").stdout.strip())
+def test_it_follows_a_preference(pref: str, holds: Callable[[str], bool], here: Run) -> None:
+    assert holds(here("chat", "--pref", pref, "What is the moon?").stdout.strip())
 
 
-def test_system_info_wins_a_conflict(run: Run) -> None:
+def test_system_info_wins_a_conflict(here: Run) -> None:
     for system, pref in (
         ("Answer in capital letters.", "Answer in lower case."),
         ("Answer in lower case.", "Answer in capital letters."),
     ):
-        text = run("chat", "--system", system, "--pref", pref, "What is tea?").stdout
+        text = here("chat", "--system", system, "--pref", pref, "What is tea?").stdout
         assert text == (text.upper() if "capital" in system else text.lower())
 
 
-def test_it_says_so_when_it_does_not_know(run: Run) -> None:
-    assert "I only know" in run("chat", "Who won the chess match in Oslo yesterday?").stdout
+def test_it_says_so_when_it_does_not_know(here: Run) -> None:
+    assert "I only know" in here("chat", "Who won the chess match in Oslo yesterday?").stdout
 
 
 DIALOGS = [
@@ -54,12 +57,20 @@ DIALOGS = [
 ]
 
 
-@pytest.mark.parametrize("messages", DIALOGS)
-def test_llama_cpp_pythons_own_chat_gives_the_same_tokens(messages: list[tuple[str, str]], demo: Path) -> None:
+@pytest.fixture(scope="module")
+def llama(demo: Path) -> Iterator[Any]:
+    """The model as llama-cpp-python opens it."""
     from llama_cpp import Llama
 
-    import metaalign_edge as edge
+    model = Llama(str(demo), n_ctx=1024, verbose=False, n_threads=1, n_threads_batch=1)
+    yield model
+    model.close()
 
+
+@pytest.mark.parametrize("messages", DIALOGS)
+def test_llama_cpp_pythons_own_chat_gives_the_same_tokens(
+    messages: list[tuple[str, str]], demo: Path, llama: Any
+) -> None:
     said = dict(messages)
     queries, answers = ([text for role, text in messages if role == wanted] for wanted in ("user", "assistant"))
     turns = tuple(
@@ -73,10 +84,9 @@ def test_llama_cpp_pythons_own_chat_gives_the_same_tokens(messages: list[tuple[s
         edge.Chat(model, edge.choose_template("auto", file), settings, edge.AS_USUAL, interrupt) as chat,
     ):
         ours = chat.answer(dialog, 0, lambda _: None, lambda _: None)
-    llama = Llama(str(demo), n_ctx=1024, verbose=False)
-    theirs = llama.create_chat_completion([{"role": role, "content": text} for role, text in messages], temperature=0.0)  # type: ignore[arg-type,misc]
-    llama.close()
-    assert theirs["choices"][0]["message"]["content"] == ours.response  # type: ignore[index]
-    assert theirs["usage"] == {  # type: ignore[index]
+    llama.reset()  # it remembers the last one's beginning
+    theirs = llama.create_chat_completion([{"role": role, "content": text} for role, text in messages], temperature=0.0)
+    assert theirs["choices"][0]["message"]["content"] == ours.response
+    assert theirs["usage"] == {
         "prompt_tokens": ours.input_tokens, "completion_tokens": ours.output_tokens, "total_tokens": ours.input_tokens + ours.output_tokens,
     }  # fmt: skip

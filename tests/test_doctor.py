@@ -100,8 +100,8 @@ def test_everything_is_looked_at_and_nothing_has_failed(run: Run, demo: Path) ->
     assert "pipe" in details["terminal"] and "not asked" in details["hub"]
 
 
-def test_off_a_terminal_a_check_is_a_line(run: Run, tiny: Path) -> None:
-    lines = run("doctor", "-m", str(tiny)).stdout.splitlines()
+def test_off_a_terminal_a_check_is_a_line(here: Run, tiny: Path) -> None:
+    lines = here("doctor", "-m", str(tiny)).stdout.splitlines()
     assert [line[9:21].strip().replace(" ", "_") for line in lines] == NAMES
     assert {line.split()[0] for line in lines} <= {"ok", "warning"}
 
@@ -225,7 +225,9 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, run: Run) 
         status, detail = Doctor.folder(folder, "METAALIGN_EDGE_CACHE")
         assert status == "warning" and "METAALIGN_EDGE_CACHE names another" in detail
     without = {name: value for name, value in os.environ.items() if name != "HOME"} | {
-        "METAALIGN_EDGE_DATA": "/dev/null/x"
+        "METAALIGN_EDGE_DATA": "/dev/null/x",
+        "METAALIGN_EDGE_CACHE": str(tmp_path / "cache"),  # not those of the machine's user
+        "METAALIGN_EDGE_CONFIG": str(tmp_path / "config"),
     }
     checks = found(run("doctor", "--json", env=without).stdout)
     assert checks["data"][0] == "warning" and "/dev/null/x" in checks["data"][1]
@@ -271,7 +273,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}/200")
         yield asked
         hub.shutdown()

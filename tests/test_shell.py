@@ -110,8 +110,8 @@ def test_bash_completes_words_that_it_cuts_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", edge.SHELLS)
-def test_a_script_asks_for_what_it_is_told(shell: str, run: Run) -> None:
-    script = run("completion", shell).stdout
+def test_a_script_asks_for_what_it_is_told(shell: str, here: Run) -> None:
+    script = here("completion", shell).stdout
     assert f"metaalign-edge completion {shell}" in script and "metaalign-edge.*" not in script
     assert re.search(rf"completion {shell} '?--'? ", script)
 
@@ -127,11 +127,11 @@ def test_a_loop_that_reads_stdin_keeps_what_it_has_not_read() -> None:
     )
 
 
-def test_a_count_is_that_of_the_tokens_and_loads_no_weights(run: Run, tiny: Path) -> None:
+def test_a_count_is_that_of_the_tokens_and_loads_no_weights(here: Run, tiny: Path) -> None:
     arguments = ("render", "-m", str(tiny), "--system", "be kind", "--pref", "@child", "What is <|end|> tea?")
-    tokens = json.loads(run(*arguments, "--tokens", "--json").stdout)["tokens"]
-    counts = json.loads(run(*arguments, "--count", "--json").stdout)
-    assert run(*arguments, "--count").stdout == f"{len(tokens)}\n"
+    tokens = json.loads(here(*arguments, "--tokens", "--json").stdout)["tokens"]
+    counts = json.loads(here(*arguments, "--count", "--json").stdout)
+    assert here(*arguments, "--count").stdout == f"{len(tokens)}\n"
     assert counts.pop("total") == len(tokens) == sum(counts.values())
     assert counts == {tier: sum(token["tier"] == tier for token in tokens) for tier in (*edge.TIERS, "scaffold")}
     assert counts["response"] == 0 < counts["scaffold"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,9 +19,21 @@ HOME = os.path.expanduser("~")  # of whoever runs the tests: pip keeps there wha
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git tracks: pip builds beside the sources, where two workers would meet."""
+    folder = tmp_path_factory.mktemp("checkout")
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for path in filter(None, tracked.split("\0")):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, folder / path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(checkout)]
+    subprocess.run(command, check=True)
     (path,) = folder.glob("*.whl")
     return path
 
@@ -104,15 +117,16 @@ def test_the_types_are_those_of_the_file(installed: Path, tmp_path: Path) -> Non
     assert result.returncode == 0, result.stdout
 
 
-def test_a_machine_without_a_network_installs_from_a_folder(tmp_path: Path) -> None:
+def test_a_machine_without_a_network_installs_from_a_folder(checkout: Path, tmp_path: Path) -> None:
     """llama-cpp-python is not compiled again where pip has kept what it built for this environment."""
     commands = [
         re.findall(rf"<!-- {name} -->\n```bash\n([^\n]+)\n```", (ROOT / "README.md").read_text())[0]
         for name in ("wheels", "offline")
     ]
     gather = commands[0].replace("pip", f"{sys.executable} -m pip", 1).replace("wheels .", f"{tmp_path}/wheels .")
-    subprocess.run(["sh", "-c", gather], cwd=ROOT, env={**os.environ, "HOME": HOME}, check=True)
-    nowhere = {"PATH": os.environ["PATH"], "https_proxy": "http://127.0.0.1:9", "PIP_CONFIG_FILE": os.devnull}
+    subprocess.run(["sh", "-c", gather], cwd=checkout, env={**os.environ, "HOME": HOME}, check=True)
+    nowhere = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
+    nowhere["PIP_CONFIG_FILE"] = os.devnull
     install = commands[1].replace("python3", sys.executable, 1)
     subprocess.run(["sh", "-c", install], cwd=tmp_path, env=nowhere, check=True)
     answer = [str(tmp_path / ".venv/bin/metaalign-edge"), "chat", "--temp", "0", "What is the moon?"]
