@@ -79,10 +79,11 @@ from typing import (
 )
 
 import typer
+import typer.main
 
 if TYPE_CHECKING:
     import jinja2
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 # What a program needs; see Python
 __all__ = [
@@ -143,6 +144,19 @@ class Stopwatch:
 
 
 STOPWATCH = Stopwatch()
+
+
+class Closing:
+    """What is closed, at the latest at the end of a `with`."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def peak_mb() -> float:
@@ -234,6 +248,19 @@ class Interrupted(EdgeError):
 def one_line(error: object) -> str:
     """Squeeze the text of an exception into one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def shortened(text: object, most: int) -> str:
+    """Return a text in one line, cut where it has more than so many characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def digest(document: Any) -> str:
+    """Return 32 hexadecimal digits that stand for a JSON document."""
+    import hashlib  # four milliseconds
+
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
 
 
 # =====================================================================================================================
@@ -421,19 +448,13 @@ class TierText(str):
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[TierText]:  # type: ignore[override]
         """Split from the left."""
-        return (
-            self._cut(str.split(self, sep, maxsplit))
-            if sep is None
-            else self._cut_at(str.split(self, sep, maxsplit), sep)
-        )
+        pieces = str.split(self, sep, maxsplit)
+        return self._cut(pieces) if sep is None else self._cut_at(pieces, sep)
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[TierText]:  # type: ignore[override]
         """Split from the right."""
-        return (
-            self._cut(str.rsplit(self, sep, maxsplit))
-            if sep is None
-            else self._cut_at(str.rsplit(self, sep, maxsplit), sep)
-        )
+        pieces = str.rsplit(self, sep, maxsplit)
+        return self._cut(pieces) if sep is None else self._cut_at(pieces, sep)
 
     def _cut_at(self, pieces: Iterable[str], sep: str) -> list[TierText]:
         found, at = [], 0
@@ -1321,6 +1342,12 @@ def sweep(folder: Path, pattern: str) -> None:
                 left.unlink()
 
 
+def room_at(folder: Path) -> tuple[Path, int]:
+    """Return a folder, or the nearest one above it that exists, and how many bytes are free there."""
+    there = next((one for one in (folder, *folder.parents) if one.exists()), Path(os.sep))
+    return there, shutil.disk_usage(there).free
+
+
 STATE_MAGIC = b"MAEKV\x00\x00\x01"  # of a file that holds a state, with the version of its layout
 STATE_HEAD = struct.Struct("<8sQ32s")  # magic, hits, digest of what follows
 STATES_BYTES = 1 << 30  # of all files together; the least recently used go first
@@ -1423,7 +1450,9 @@ def state_checksum(key: str, data: bytes | bytearray) -> bytes:
     """Return 32 bytes that stand for a state and the name it is filed under."""
     import hashlib
 
-    return hashlib.blake2b(data, digest_size=32, key=key.encode()[:64]).digest()
+    checksum = hashlib.sha256(key.encode())  # twice as fast as blake2b where a processor helps
+    checksum.update(data)
+    return checksum.digest()
 
 
 def from_bytes(data: bytes) -> str:
@@ -1449,13 +1478,6 @@ def read_text(path: Path, what: str) -> str:
         raise NotFound(f"cannot read {what} {path}: {error.strerror}") from None
 
 
-def digest(document: Any) -> str:
-    """Return 32 hexadecimal digits that stand for a JSON document."""
-    import hashlib  # four milliseconds
-
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
-
-
 Value = str | int | float | bool | list[str]  # of a setting in a file
 PROJECT_KEYS = ("system", "pref", "model")  # nothing that runs code or reads another file
 
@@ -1468,11 +1490,6 @@ def config_file() -> Path:
 def profiles_folder() -> Path:
     """Return the folder of the user's own profiles: a text file each."""
     return config_folder() / "preferences"
-
-
-def tidy(text: str) -> str:
-    """Return a text without what editors put around it: a byte order mark, carriage returns, empty lines."""
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").strip()
 
 
 def nearest(word: str, words: Iterable[str], otherwise: str) -> str:
@@ -1493,7 +1510,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     if not os.path.isfile(path):  # Path.is_file raises in a closed folder
         return {}
-    text = read_text(path, "the settings").removeprefix("\ufeff")
+    text = read_text(path, "the settings")
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -1553,6 +1570,20 @@ def write_text(path: Path, text: str) -> None:
             shutil.copymode(path, part)
 
 
+def write_whole(path: Path, data: bytes | None) -> None:
+    """Write a file that is there whole or not at all; None only tries.
+
+    Raises:
+        CannotWrite: it cannot be written.
+    """
+    try:
+        with replacing(path, keep=data is not None) as part:
+            if data is not None or part != path:  # a pipe would wait for its reader
+                part.write_bytes(data or b"")
+    except OSError as error:
+        raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
+
+
 def setting(key: str) -> Any:
     """Return what the user's file says; None if it says nothing.
 
@@ -1575,7 +1606,7 @@ def store_setting(key: str, value: Value | None) -> None:
         document = tomlkit.document()
         read_toml(path)  # says what is wrong with it, and where
         if os.path.isfile(path):
-            document = tomlkit.parse(read_text(path, "the settings").removeprefix("\ufeff"))
+            document = tomlkit.parse(read_text(path, "the settings"))
         if value is not None:
             document[key] = value
         elif key in document:
@@ -1585,19 +1616,27 @@ def store_setting(key: str, value: Value | None) -> None:
         write_text(path, tomlkit.dumps(document))
 
 
-def profile_name(name: str) -> str:
-    """Return the name of a profile that is given as `name` or `@name`.
+def file_name(name: str, what: str) -> str:
+    """Return a name that the user gives to something which is kept in a file.
 
     Raises:
         UsageError: a file could not have that name on every system.
     """
-    bare = name.removeprefix("@")
-    if not re.fullmatch(r"\w[\w.-]{,49}", bare):
+    if not re.fullmatch(r"\w[\w.-]{,49}", name):
         rule = "letters, digits, _ . and -, 50 at most, neither a dot nor a dash first"
-        raise UsageError(f"{name!r} cannot name a profile: {rule}")
-    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", bare, re.IGNORECASE):
-        raise UsageError(f"{name!r} cannot name a profile: Windows keeps that name for a device; choose another")
-    return bare
+        raise UsageError(f"{name!r} cannot name a {what}: {rule}")
+    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE):
+        raise UsageError(f"{name!r} cannot name a {what}: Windows keeps that name for a device; choose another")
+    return name
+
+
+def profile_name(name: str) -> str:
+    """Return the name of a profile that is given as `name` or `@name`.
+
+    Raises:
+        UsageError: it is none.
+    """
+    return file_name(name.removeprefix("@"), "profile")
 
 
 @functools.cache
@@ -1614,6 +1653,11 @@ def own_profiles() -> list[str]:
     return []
 
 
+def known_profiles() -> list[str]:
+    """List the names of all profiles, the user's own and the built-in ones."""
+    return sorted({*own_profiles(), *built_in_profiles()})
+
+
 def own_profile(name: str) -> str | None:
     """Return the text of a profile of the user's own; None if there is none.
 
@@ -1621,7 +1665,7 @@ def own_profile(name: str) -> str | None:
         UsageError: it is not UTF-8. NotFound: it cannot be read.
     """
     path = profiles_folder() / f"{name}.txt"
-    return tidy(read_text(path, "the profile")) if os.path.isfile(path) else None
+    return read_text(path, "the profile").strip() if os.path.isfile(path) else None
 
 
 def profile_text(name: str) -> str:
@@ -1634,7 +1678,7 @@ def profile_text(name: str) -> str:
     if text is None:
         built_in = built_in_profiles()
         if name not in built_in:
-            alike = nearest(f"@{name}", [f"@{one}" for one in (*own_profiles(), *built_in)], "`pref list` shows all")
+            alike = nearest(f"@{name}", [f"@{one}" for one in known_profiles()], "`pref list` shows all")
             raise NotFound(f"no preference profile @{name}: {alike}")
         text = built_in[name]
     if not text:
@@ -1663,12 +1707,12 @@ def store_profile(name: str, text: str, before: str | None = None, force: bool =
     Raises:
         UsageError: the text is empty or not UTF-8, or another one stands there. CannotWrite: it cannot be written.
     """
-    text = tidy(Dialog(user_info=text).user_info)
+    text = Dialog(user_info=text).user_info.replace("\r\n", "\n").strip()
     if not text:
         raise UsageError(f"the text of @{name} is empty: say what you prefer")
     with changing(profiles_folder()):
         profiles_folder().mkdir(mode=0o700, exist_ok=True)
-        for other in (*own_profiles(), *built_in_profiles()):
+        for other in known_profiles():
             if other != name and other.casefold() == name.casefold():
                 raise UsageError(f"there is @{other}, which is the same file on some systems: choose another name")
         if not force and own_profile(name) != before:
@@ -1747,10 +1791,7 @@ def find_project() -> Project | None:
 
 STAMP = "%Y-%m-%dT%H:%M:%SZ"  # of times in a session's file
 SESSION_VERSION = 1  # of the lines of a session's file
-LINE_TEXTS = {
-    "meta_prompt": ("system_info", "user_info"),
-    "turn": ("query", "response"),
-}  # what a kind of line must have
+LINE_TEXTS = {"meta_prompt": ("system_info", "user_info"), "turn": ("query", "response")}  # that such a line must have
 Line = dict[str, Any]
 
 
@@ -1760,9 +1801,7 @@ def session_path(name: str) -> Path:
     Raises:
         UsageError: it is no name.
     """
-    if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode("utf-8", "replace")) > 100:
-        raise UsageError(f"{name!r} is no name for a session: take letters, digits, _ . - (a hundred at most)")
-    return data_folder() / "sessions" / f"{name}.jsonl"
+    return data_folder() / "sessions" / f"{file_name(name, 'session')}.jsonl"
 
 
 def session_paths() -> list[Path]:
@@ -1772,6 +1811,24 @@ def session_paths() -> list[Path]:
         with contextlib.suppress(OSError):
             used[path] = path.stat().st_mtime_ns
     return sorted(used, key=lambda path: (-used[path], path))
+
+
+def session_names() -> list[str]:
+    """List the sessions, the one that was used last first."""
+    return [path.stem for path in session_paths()]
+
+
+def existing_session(name: str) -> Path:
+    """Return where the session of this name lies.
+
+    Raises:
+        UsageError: it is no name. NotFound: there is none.
+    """
+    path, names = session_path(name), session_names()
+    if not path.is_file():
+        hint = nearest(name, names, f"there are {', '.join(names) or 'none yet'}")
+        raise NotFound(f"no session {name}: {hint}")
+    return path
 
 
 def session_line(text: bytes) -> Line:
@@ -1978,27 +2035,76 @@ class TensorInfo(NamedTuple):
     offset: int  # from where the weights begin
 
 
+def is_gguf(path: Path) -> bool:
+    """Tell by its first bytes whether a file is a GGUF."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+class GGUFReader:
+    """Reads a GGUF's metadata from some place on. Each reading has its own: threads may share a file.
+
+    Raises:
+        struct.error, UnicodeDecodeError, KeyError, OverflowError: the file is damaged.
+    """
+
+    SCALARS: Mapping[int, str] = dict(
+        zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), map("<{}".format, "BbHhIif?Qqd"), strict=True)
+    )
+    STRING, ARRAY = 8, 9
+
+    def __init__(self, data: mmap.mmap, at: int) -> None:
+        self._data, self.at = data, at
+
+    def scalar(self, form: str) -> Any:
+        """Read a number."""
+        (value,) = struct.unpack_from(form, self._data, self.at)
+        self.at += struct.calcsize(form)
+        return value
+
+    def string(self) -> str:
+        """Read a text."""
+        length = self.scalar("<Q")
+        if self.at + length > len(self._data):
+            raise struct.error
+        self.at += length
+        return self._data[self.at - length : self.at].decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        """Read a value of a kind; of an array, where it lies."""
+        if kind == self.STRING:
+            return self.string()
+        if kind != self.ARRAY:
+            return self.scalar(self.SCALARS[kind])
+        inner, length = self.scalar("<I"), self.scalar("<Q")
+        array = GGUFArray(inner, length, self.at)
+        self.skip(inner, length)
+        return array
+
+    def skip(self, kind: int, length: int) -> None:
+        """Pass over some values of a kind."""
+        if kind in self.SCALARS:
+            self.at += struct.calcsize(self.SCALARS[kind]) * length
+        else:
+            if kind == self.ARRAY:
+                raise KeyError(kind)
+            at, data, size_at = self.at, self._data, struct.Struct("<Q").unpack_from  # for 300,000 strings
+            for _ in range(length):
+                at += 8 + size_at(data, at)[0]
+            self.at = at
+        if self.at > len(self._data):
+            raise struct.error
+
+
 class ModelFile:
     """The metadata of a GGUF file, or of one in several parts, read without llama.cpp.
 
     Raises:
         NotFound: there is no such file. LoadError: it is empty, truncated or no GGUF, or a part is missing.
     """
-
-    SCALARS: Mapping[int, str] = {
-        0: "<B",
-        1: "<b",
-        2: "<H",
-        3: "<h",
-        4: "<I",
-        5: "<i",
-        6: "<f",
-        7: "<?",
-        10: "<Q",
-        11: "<q",
-        12: "<d",
-    }
-    STRING, ARRAY = 8, 9
 
     def __init__(self, path: Path, number: int = 0) -> None:
         self.path, self.paths = path, [path]
@@ -2033,66 +2139,25 @@ class ModelFile:
             raise LoadError(f"{self.path} lacks its part {', '.join(missing)}: download it again")
 
     def _read(self) -> dict[str, Any]:
-        self._at = 4
-        version = self._scalar("<I")
+        reader = GGUFReader(self._data, 4)
+        version = reader.scalar("<I")
         if version not in (2, 3):
             raise LoadError(f"{self.path} is GGUF version {version}; 2 and 3 can be read (a big-endian file cannot)")
-        self.tensor_count, keys = self._scalar("<Q"), self._scalar("<Q")
+        self.tensor_count, keys = reader.scalar("<Q"), reader.scalar("<Q")
         metadata: dict[str, Any] = {}
         for _ in range(keys):
-            key = self._string()
-            metadata[key] = self._value(self._scalar("<I"))
-        self._infos = self._at
+            key = reader.string()
+            metadata[key] = reader.value(reader.scalar("<I"))
+        self._infos = reader.at
         return metadata
-
-    def _scalar(self, form: str) -> Any:
-        (value,) = struct.unpack_from(form, self._data, self._at)
-        self._at += struct.calcsize(form)
-        return value
-
-    def _string(self) -> str:
-        length = self._scalar("<Q")
-        if self._at + length > len(self._data):
-            raise struct.error
-        self._at += length
-        return self._data[self._at - length : self._at].decode("utf-8")
-
-    def _value(self, kind: int) -> Any:
-        if kind == self.STRING:
-            return self._string()
-        if kind != self.ARRAY:
-            return self._scalar(self.SCALARS[kind])
-        inner, length = self._scalar("<I"), self._scalar("<Q")
-        array = GGUFArray(inner, length, self._at)
-        self._skip(inner, length)
-        return array
-
-    def _skip(self, kind: int, length: int) -> None:
-        if kind in self.SCALARS:
-            self._at += struct.calcsize(self.SCALARS[kind]) * length
-        else:
-            if kind == self.ARRAY:
-                raise KeyError(kind)
-            at, data, size_at = self._at, self._data, struct.Struct("<Q").unpack_from  # for 300,000 strings
-            for _ in range(length):
-                at += 8 + size_at(data, at)[0]
-            self._at = at
-        if self._at > len(self._data):
-            raise struct.error
-
-    def _reading(self, at: int) -> ModelFile:
-        """Return a reader with a place of its own: one thread loads the model while another asks for its tokens."""
-        reader = copy.copy(self)
-        reader._at = at
-        return reader
 
     def items(self, key: str) -> Iterator[Any]:
         """Yield the items of an array of strings or numbers; nothing if the key is not there."""
         array = self.metadata.get(key)
         if isinstance(array, GGUFArray):
-            reader = self._reading(array.offset)
+            reader = GGUFReader(self._data, array.offset)
             for _ in range(array.length):
-                yield reader._value(array.kind)
+                yield reader.value(array.kind)
 
     def token(self, name: str) -> str:
         """Return the text of a special token such as `bos`; an empty string if the model names none."""
@@ -2100,9 +2165,9 @@ class ModelFile:
         tokens = self.metadata.get("tokenizer.ggml.tokens")
         if index is None or not isinstance(tokens, GGUFArray) or not 0 <= index < tokens.length:
             return ""
-        reader = self._reading(tokens.offset)
-        reader._skip(tokens.kind, index)
-        return str(reader._value(tokens.kind))
+        reader = GGUFReader(self._data, tokens.offset)
+        reader.skip(tokens.kind, index)
+        return str(reader.value(tokens.kind))
 
     def number(self, key: str, default: int = 0) -> int:
         """Return a whole number of the architecture's; where it has one for each layer, the largest."""
@@ -2137,15 +2202,21 @@ class ModelFile:
         Raises:
             LoadError: it is damaged there.
         """
-        reader = self._reading(self._infos)
+        reader = GGUFReader(self._data, self._infos)
         try:
             for _ in range(self.tensor_count):
-                name, dimensions = reader._string(), reader._scalar("<I")
-                shape = tuple(reader._scalar("<Q") for _ in range(dimensions))
-                yield TensorInfo(name, shape, reader._scalar("<I"), reader._scalar("<Q"))
-            self._weights = reader._at  # where they begin, but for their alignment
+                name, dimensions = reader.string(), reader.scalar("<I")
+                shape = tuple(reader.scalar("<Q") for _ in range(dimensions))
+                yield TensorInfo(name, shape, reader.scalar("<I"), reader.scalar("<Q"))
+            self._infos_end = reader.at
         except (struct.error, UnicodeDecodeError, OverflowError):
             raise LoadError(f"{self.path} is truncated or damaged in its list of tensors: download it again") from None
+
+    def _weights(self) -> int:
+        """Return where the weights begin, behind the list of tensors, which has just been read."""
+        unit = self.metadata.get("general.alignment")
+        unit = unit if isinstance(unit, int) and unit > 0 else 32
+        return -(-self._infos_end // unit) * unit
 
     def tensors(self) -> dict[str, int]:
         """Return how many bytes each tensor of this part takes, by its name: as far as the next one, or the end.
@@ -2154,9 +2225,7 @@ class ModelFile:
             LoadError: their list is damaged.
         """
         infos = sorted(self.tensor_infos(), key=lambda info: info.offset)
-        unit = self.metadata.get("general.alignment")
-        unit = unit if isinstance(unit, int) and unit > 0 else 32
-        ends = [*(info.offset for info in infos[1:]), len(self._data) - -(-self._weights // unit) * unit]
+        ends = [*(info.offset for info in infos[1:]), len(self._data) - self._weights()]
         return {info.name: max(0, end - info.offset) for info, end in zip(infos, ends, strict=False)}
 
     def files(self) -> list[ModelFile]:
@@ -2193,8 +2262,7 @@ class ModelFile:
             for tensor in file.tensor_infos():
                 block, size = sizes.get(tensor.kind, (1, 0))  # a type of tomorrow
                 end = max(end, tensor.offset + math.prod(tensor.shape) // block * size)
-            alignment = max(1, int(file.metadata.get("general.alignment", 32)))
-            if -(-file._weights // alignment) * alignment + end > len(file._data):
+            if file._weights() + end > len(file._data):
                 raise LoadError(f"{file.path} ends before its weights do: download it again")
 
     @property
@@ -2357,9 +2425,9 @@ def resolve_model(name: str | None) -> Path | None:
         chosen = setting("model")
         return resolve_model(chosen) if chosen else embedded_model()
     path, repository = Path(name).expanduser(), REPOSITORY.fullmatch(name)
-    if path.is_file():
+    if os.path.isfile(path):  # Path.is_file raises if the name is too long, or its folder closed
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         raise NotFound(
             f"{name} is a folder: convert a checkpoint with `metaalign-edge convert {name}`, or give a GGUF file"
         )
@@ -2392,11 +2460,8 @@ def choose_template(name: str, model: ModelFile) -> ChatTemplate:
     if name == "auto" and "default" in embedded:
         source, label, why = embedded["default"], "embedded", "the model carries it"
         if "metaalign.template" in model.metadata:
-            native, label, why = (
-                True,
-                model.metadata["metaalign.template"],
-                "the model was tuned on it (metaalign.template)",
-            )
+            native, label = True, model.metadata["metaalign.template"]
+            why = "the model was tuned on it (metaalign.template)"
     elif name == "auto":
         raise TemplateError(
             f"{model.path} carries no chat template: name the one it was tuned on: --template {choices}, or a file"
@@ -2438,13 +2503,25 @@ def read_schema(text: str) -> Schema:
     file = not inline and (looks_like_path(text, ".json") if not re.search(r"[\s,]", text) else text.endswith(".json"))
     if not (inline or file):
         return expand_schema(text)
-    where = f"the schema {text}" if file else "the schema"
+    if file:
+        return parse_schema(read_text(Path(text).expanduser(), "the schema"), f"the schema {text}")
+    return parse_schema(text)
+
+
+def parse_schema(text: str, where: str = "the schema") -> Schema:
+    """Read a schema that is JSON.
+
+    Raises:
+        UsageError: it is none, or no schema that an answer can fit.
+    """
     try:
-        document = json.loads(read_text(Path(text).expanduser(), "the schema") if file else text)
+        document = json.loads(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"{where} is no JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
     except RecursionError:
         raise UsageError(f"{where} nests too deep") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UsageError(f"{where} cannot be used: {one_line(error)}") from None
     return make_schema(document, where)
 
 
@@ -2478,7 +2555,7 @@ def make_schema(document: Any, where: str = "the schema") -> Schema:
 
 def looks_like_path(name: str, suffix: str) -> bool:
     """Tell whether a name is meant as a path."""
-    return "/" in name or os.sep in name or name.startswith((".", "~")) or name.endswith(suffix) or Path(name).is_file()
+    return "/" in name or os.sep in name or name.startswith((".", "~")) or name.endswith(suffix) or os.path.isfile(name)
 
 
 # =====================================================================================================================
@@ -2750,9 +2827,7 @@ def make_plan(
 def usable(devices: Sequence[Device]) -> list[Device]:
     """List the devices that llama.cpp offloads layers to: those with memory of their own, else those without."""
     found = [device for device in devices if device.kind in (1, 2)]
-    found = [
-        device if device.total else device._replace(free=int(free_memory())) for device in found
-    ]  # it does not say
+    found = [one if one.total else one._replace(free=int(free_memory())) for one in found]  # it does not say
     return [device for device in found if device.kind == 1] or found
 
 
@@ -2776,12 +2851,17 @@ def memory_limits() -> dict[str, float]:
     return found
 
 
+def physical_memory() -> float:
+    """Return how many bytes of main memory there are; infinity where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
 def free_memory() -> float:
     """Return how many bytes can still be taken, swap apart; where no one says, all there are, or infinity."""
-    limits = memory_limits()
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        limits = limits or {"all": float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))}
-    return min(limits.values(), default=math.inf)
+    return min(memory_limits().values(), default=physical_memory())
 
 
 # =====================================================================================================================
@@ -2834,16 +2914,15 @@ def find_adapters(names: Sequence[str]) -> tuple[Adapter, ...]:
             raise LoadError(f"the adapter {path} is a folder: {way} makes a GGUF of it")
         if not place.is_file():
             raise NotFound(f"no adapter {path}: give the path of a GGUF file, with a scale behind a colon or without")
-        with place.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                way = "metaalign-edge convert BASE --lora DIR --lora-only"
-                raise LoadError(f"the adapter {path} is not a GGUF file: {way} makes one")
-        metadata = ModelFile(place)
-        if metadata.metadata.get("general.type") != "adapter":
+        if os.access(place, os.R_OK) and not is_gguf(place):
+            way = "metaalign-edge convert BASE --lora DIR --lora-only"
+            raise LoadError(f"the adapter {path} is not a GGUF file: {way} makes one")
+        file = ModelFile(place)
+        if file.purpose != "adapter":
             raise LoadError(f"{path} is a model, not an adapter: give it with -m, or an adapter with --lora")
-        if any(one.identity == metadata.identity for one in found):
+        if any(one.identity == file.identity for one in found):
             raise UsageError(f"the adapter {path} is given twice: give it once, with the sum of the scales")
-        found.append(Adapter(str(place), scale, metadata.identity))
+        found.append(Adapter(str(place), scale, file.identity))
     return tuple(found)
 
 
@@ -2920,6 +2999,7 @@ class Log:
 
     def __init__(self) -> None:
         self.verbose = False
+        self.level = 0  # of the line that is being written
         self.errors: list[str] = []
         self._callback: Any = None
 
@@ -2931,9 +3011,10 @@ class Log:
 
     def _write(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace")
+        self.level = level if level != 5 else self.level  # GGML_LOG_LEVEL_CONT
         if level == 4 and line.strip():  # GGML_LOG_LEVEL_ERROR
             self.errors.append(one_line(line).removeprefix("llama_model_load: ").removeprefix("error loading model: "))
-        if self.verbose:
+        if self.verbose and self.level != 1:  # GGML_LOG_LEVEL_DEBUG: a thousand lines, in which ours would drown
             sys.stderr.write(line)
 
     def reason(self) -> str:
@@ -2984,7 +3065,7 @@ def physical_cores() -> int:
     return len(cores)
 
 
-class Model:
+class Model(Closing):
     """A GGUF loaded by llama.cpp, or only its vocabulary. Close it, or use it in a `with`.
 
     A program opens one with `Model.open`, and hands it to `generate`, `stream` and `compare`.
@@ -3026,7 +3107,7 @@ class Model:
             self.vocabulary = LlamaVocabulary(llama.llama_model_get_vocab(self.pointer), file)
             for adapter in () if vocab_only else settings.adapters:
                 self.adapter(adapter)
-        except LoadError:
+        except EdgeError:
             self.close()
             raise
 
@@ -3069,12 +3150,6 @@ class Model:
             raise KeyboardInterrupt from None
         model.chat_template = chosen
         return model
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def adapter(self, adapter: Adapter) -> Any:
         """Load an adapter's weights, once; llama.cpp frees them with the model.
@@ -3329,9 +3404,8 @@ class LlamaVocabulary:
         for character in text:
             data = character.encode()
             try:
-                ids += (
-                    [self._letters[data]] if data in self._letters else [self._letters[bytes([byte])] for byte in data]
-                )
+                whole = self._letters.get(data)
+                ids += [self._letters[bytes([byte])] for byte in data] if whole is None else [whole]
             except KeyError:
                 raise TierViolation(
                     f"this vocabulary has no token for {character!r}: take it out of the text"
@@ -3363,7 +3437,7 @@ def build() -> str:
     return f"{library}, {library.stat().st_mtime_ns}, {llama.llama_print_system_info().decode('utf-8', 'replace')}"
 
 
-class Engine:
+class Engine(Closing):
     """A llama.cpp context with room for some sequences. Close it, or use it in a `with`.
 
     Raises:
@@ -3410,12 +3484,6 @@ class Engine:
         lists = (ctypes.c_void_p * room)(*range(first, first + 4 * room, 4))
         owners, ones = ctypes.cast(lists, ctypes.POINTER(ctypes.POINTER(integer))), (integer * room)(*[1] * room)
         self._batch = self._llama.llama_batch(0, self._tokens, None, self._positions, ones, owners, self._asked)
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the context; again is harmless."""
@@ -3556,7 +3624,7 @@ def in_common(ours: Sequence[int], theirs: Sequence[int]) -> int:
 NO_TOKEN = -1  # what is drawn where nothing may follow
 
 
-class Sampler:
+class Sampler(Closing):
     """llama.cpp's sampler chain. Close it, or use it in a `with`."""
 
     def __init__(self, file: ModelFile, settings: Settings) -> None:
@@ -3586,12 +3654,6 @@ class Sampler:
             ]
         for sampler in chain:
             llama.llama_sampler_chain_add(self.pointer, sampler)
-
-    def __enter__(self) -> Sampler:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the chain; again is harmless."""
@@ -4104,7 +4166,7 @@ class Running:
         return any(lane.after or len(lane.pending) > 1 for lane in self.lanes)
 
 
-class Session:
+class Session(Closing):
     """A model, its template and a context of some sequences: dialogs become prompts that fit, and prompts answers.
 
     A job takes a sequence for each context of its guidance. What any sequence knows, or is about to read, is not read
@@ -4141,9 +4203,6 @@ class Session:
         for key, data in self._unsaved:
             cast(States, self.states).save(key, data)
         self._unsaved.clear()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def limit(self) -> int:
@@ -4371,9 +4430,6 @@ class Chat(Session):
 
     think: Callable[[str], None] = staticmethod(lambda _: None)
 
-    def __enter__(self) -> Chat:
-        return self
-
     def prepare(self, outline: Outline) -> Engine:
         """Return the context, made anew if the dialog needs more of it; its time is this answer's."""
         engine, sequences = self.engine, len(outline.prompts)
@@ -4407,7 +4463,6 @@ class Chat(Session):
             RuntimeError: the context is closed.
         """
         pieces: list[str] = []
-        self.interrupt.raised = False
         with self.interrupt:
             running = self._begin(replace(job, show=pieces.append), [], lambda _: None)
         try:
@@ -4455,9 +4510,6 @@ class Parallel(Session):
         lanes = len(self.guidance(Dialog("both", "tiers")).dialogs)
         self._load_ms = self.open(context, parallel * lanes)  # the first answer's
 
-    def __enter__(self) -> Parallel:
-        return self
-
     def prepare(self, outline: Outline) -> Engine:
         """Return the context."""
         outline.answer.load_ms, self._load_ms = self._load_ms, 0.0
@@ -4468,6 +4520,17 @@ class Parallel(Session):
         super()._end(running)
         for lane in running.lanes:
             cast(Engine, self.engine).cut(lane.sequence, len(lane.prompt))
+
+
+def parallel_for(session: Session, dialogs: Sequence[Dialog]) -> Parallel:
+    """Return a context, made as a session's, in which these dialogs can be answered together.
+
+    Raises:
+        ContextOverflow: one does not fit. LoadError: there is no memory for it.
+    """
+    need = max(session.outline(dialog).context for dialog in dialogs)
+    made = (session.model, session.template, session.settings, session.options, session.interrupt)
+    return Parallel(*made, len(dialogs), need, session.states)
 
 
 def place(engine: Engine, prompt: list[int], busy: Mapping[int, Lane]) -> Lane:
@@ -4498,6 +4561,49 @@ def place(engine: Engine, prompt: list[int], busy: Mapping[int, Lane]) -> Lane:
 CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])  # what could steer a terminal
 
 
+def aligned(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Return lines with the columns aligned: the first and the last to the left, figures to the right."""
+    cells = [heads, *rows]
+    widths = [max(len(row[place]) for row in cells if len(row) > place + 1) for place in range(len(heads) - 1)]
+    lines = []
+    for first, *figures in cells:
+        middle = "".join(f"  {cell:>{width}}" for cell, width in zip(figures[:-1], widths[1:], strict=False))
+        lines.append(f"{first:<{widths[0]}}{middle}  {figures[-1] if figures else ''}".rstrip())
+    return lines
+
+
+def rich_table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a table for this terminal, without colours; the last column only if it has room.
+
+    Where there is none for a table, its columns are only aligned.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    width = shutil.get_terminal_size().columns
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    taken = [max(len(row[place]) for row in (heads, *rows) if len(row) > place) for place in range(len(heads) - 1)]
+    if width < sum(taken[1:]) + 3 * len(taken) + 16:
+        return aligned(heads, rows)
+    if width < sum(taken) + 3 * len(taken) + 24:
+        heads, rows = [*heads[:-1], ""], [row[: len(heads) - 1] for row in rows]
+    for place, head in enumerate(heads):
+        figures = 0 < place < len(heads) - 1
+        table.add_column(Text(head), justify="right" if figures else "left", no_wrap=figures)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, color_system=None).print(table)
+    return [line.rstrip() for line in buffer.getvalue().splitlines() if line.strip()]
+
+
+def at_terminal(stream: TextIO | None) -> bool:
+    """Tell whether a stream, which may be closed, is a terminal."""
+    return stream is not None and stream.isatty()
+
+
 class OutputClosed(Exception):
     """Whoever read stdout has gone; that is no error."""
 
@@ -4507,7 +4613,7 @@ class Screen:
 
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
         self.quiet, self.verbose = quiet, verbose
-        self.terminal = bool(sys.stdout and sys.stdout.isatty())
+        self.terminal = at_terminal(sys.stdout)
 
     def write(self, text: str) -> None:
         """Write to stdout at once.
@@ -4529,18 +4635,27 @@ class Screen:
         """Write one JSON document to stdout."""
         self.write(json.dumps(document, ensure_ascii=False, indent=2 if self.terminal else None) + "\n")
 
+    def lay_out(self, heads: list[str], rows: list[list[str]]) -> list[str]:
+        """Return the lines of a table: drawn on a terminal, else with the columns aligned."""
+        return (rich_table if self.terminal else aligned)(heads, rows)
+
+    def lines(self, lines: Iterable[str]) -> None:
+        """Write lines to stdout."""
+        self.write("".join(f"{line}\n" for line in lines))
+
     def note(self, text: str) -> None:
         """Say something on stderr, unless -q."""
         if not self.quiet:
-            self._say(text)
+            self.say(text)
 
     def detail(self, text: str) -> None:
         """Say something on stderr with -v only."""
         if self.verbose:
-            self._say(text)
+            self.say(text)
 
     @staticmethod
-    def _say(text: str) -> None:
+    def say(text: str) -> None:
+        """Say something on stderr, also with -q."""
         with contextlib.suppress(OSError, AttributeError):  # a closed stderr loses words, not the answer
             sys.stderr.write(text.translate(CONTROLS) + "\n")
             sys.stderr.flush()
@@ -4550,7 +4665,7 @@ class Aside:
     """A model's reasoning on stderr: dim on a terminal, plain elsewhere and with -v only, never with -q."""
 
     def __init__(self, screen: Screen) -> None:
-        terminal = bool(sys.stderr and sys.stderr.isatty())
+        terminal = at_terminal(sys.stderr)
         plain = not terminal or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
         self._dim, self._usual = ("", "") if plain else ("\x1b[2m", "\x1b[22m")
         self._shown = (terminal or screen.verbose) and not screen.quiet
@@ -4561,6 +4676,47 @@ class Aside:
             with contextlib.suppress(OSError):
                 sys.stderr.write(f"{self._dim}{text.translate(CONTROLS)}{self._usual}")
                 sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a progress bar on stderr if that is a terminal; yield what is to be told of progress."""
+    if screen.quiet or not at_terminal(sys.stderr):
+        yield lambda _what, _done, _total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    name, size = TextColumn("{task.description}", markup=False), DownloadColumn()
+    columns = (name, BarColumn(), size, TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def answers_bar(screen: Screen, name: str, done: int, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal's stderr how many answers are done, how fast, and the time left; yield what counts more."""
+    if screen.quiet or not at_terminal(sys.stderr):
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    speed = TextColumn("{task.fields[speed]:.1f} answers/s")
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), speed)
+    started = time.monotonic()
+    bar = (*columns, TimeRemainingColumn())
+    with Progress(*bar, console=Console(stderr=True), transient=True, redirect_stdout=False) as bars:
+        task = bars.add_task(name, total=total, completed=done, speed=0.0)
+        mine = 0
+
+        def tell(more: int) -> None:
+            nonlocal mine
+            mine += more
+            bars.update(task, advance=more, speed=mine / max(0.001, time.monotonic() - started))
+
+        yield tell
 
 
 def check_answer(answer: Answer, schema: Schema | None, screen: Screen, whose: str = "the answer") -> None:
@@ -4591,6 +4747,38 @@ def describe(answer: Answer) -> str:
         f"({answer.finish_reason}), first after {answer.first_token_ms:.0f} ms, "
         f"{answer.tokens_per_second:.1f} tokens/s, loaded in {answer.load_ms:.0f} ms, seed {answer.seed}"
     )
+
+
+def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Screen) -> None:
+    """Say with -v what was chosen, and why."""
+    device = (
+        "the GPU"
+        if model.gpu_layers
+        else "the CPU (this build of llama.cpp has no GPU)"
+        if settings.gpu_layers != "0" and not gpus()
+        else "the CPU"
+    )
+    plan = cast(Plan, model.plan)
+    every = model.gpu_layers == len(plan.places)
+    layers = "all layers" if every else f"{model.gpu_layers} layers" if model.gpu_layers else "everything"
+    if plan.crawls:
+        main = plan.needs[0]
+        screen.note(
+            f"metaalign-edge: warning: {in_bytes(sum(main))} are needed for {model.file.path.name}, and "
+            f"{in_bytes(plan.free[0])} are free: its weights are read from the disk again and again, at a crawl; "
+            "take a smaller quantisation"
+        )
+    screen.detail(f"model {model.file.path}: {model.file.architecture}, loaded in {model.load_ms:.0f} ms")
+    screen.detail(f"template {chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}")
+    screen.detail(f"memory for {plan}")
+    screen.detail(f"{layers} on {device}, threads: {threads_for(model, settings)}, seed {settings.seed}")
+    if settings.adapters:
+        screen.detail(f"adapters {name_adapters(settings.adapters)}")
+    if settings.schema and settings.schema.left:
+        left = ", ".join(settings.schema.left)
+        screen.note(f"metaalign-edge: note: the answer is held to the schema but for {left}, seen at the end only")
+    if (settings.system_strength, settings.pref_strength) != (1.0, 1.0):
+        screen.detail(f"guided: System Info {settings.system_strength:g}, User Info {settings.pref_strength}")
 
 
 def token_table(tokens: Sequence[Token]) -> str:
@@ -4667,17 +4855,6 @@ class Columns:
             self._at += 1
             if self._at < len(self._heads):
                 self._head(self._at)
-
-
-def parallel_for(session: Session, dialogs: Sequence[Dialog]) -> Parallel:
-    """Return a context, made as a session's, in which these dialogs can be answered together.
-
-    Raises:
-        ContextOverflow: one does not fit. LoadError: there is no memory for it.
-    """
-    need = max(session.outline(dialog).context for dialog in dialogs)
-    made = (session.model, session.template, session.settings, session.options, session.interrupt)
-    return Parallel(*made, len(dialogs), need, session.states)
 
 
 def answer_together(
@@ -4771,7 +4948,7 @@ def read_rows(lines: Iterable[bytes], standing: Dialog, seed: int, unknown: set[
             job, error = None, f"it is not UTF-8 (byte {wrong.start})"
         except json.JSONDecodeError as wrong:
             job, error = None, f"it is no JSON ({wrong.msg}, column {wrong.colno})"
-        except (BadRow, EdgeError, RecursionError) as wrong:
+        except (ValueError, EdgeError, RecursionError) as wrong:  # a BadRow, or a number of thousands of digits
             job, error = None, one_line(wrong)
         known = found if isinstance(found, dict) else {}
         own = [known.get(key) for key in ("seed", "json_schema") if key == "seed" or key in known]
@@ -4840,12 +5017,10 @@ def row_schema(text: str) -> Schema:
     Raises:
         UsageError: it is none.
     """
-    if not text.lstrip().startswith("{"):
-        return expand_schema(text)
-    return make_schema(json.loads(text))
+    return parse_schema(text) if text.lstrip().startswith("{") else expand_schema(text)
 
 
-class Ledger:
+class Ledger(Closing):
     """What a batch has finished: rows appended to a file as they end, and put in order when all are there.
 
     Raises:
@@ -4871,10 +5046,8 @@ class Ledger:
             self._file.close()
             raise
 
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the file."""
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -4896,7 +5069,7 @@ class Ledger:
             try:
                 row = json.loads(line)
                 index, run, asked = row["index"], row["run"], row["asked"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UsageError(f"{self.path} holds something else than a batch's rows: --force replaces it") from None
             if run != self.run:
                 raise UsageError(
@@ -4925,9 +5098,8 @@ class Ledger:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise CannotWrite(
-                f"cannot write {self.path}: {error.strerror}; the same command goes on from here"
-            ) from None
+            again = "the same command goes on from here"
+            raise CannotWrite(f"cannot write {self.path}: {error.strerror}; {again}") from None
         self._places[row["index"]] = (at, asked)
 
     def finish(self, count: int) -> None:
@@ -4936,23 +5108,19 @@ class Ledger:
         Raises:
             CannotWrite: the disk is full; the rows stay as they are.
         """
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            with temporary.open("wb") as ordered:
-                for index in range(count):
-                    self._file.seek(self._places[index][0])
-                    ordered.write(self._file.readline())
-                ordered.flush()
-                os.fsync(ordered.fileno())
-            shutil.copymode(self.path, temporary)
-            if os.name == "nt":  # where what is open cannot be replaced
-                self._file.close()
-            os.replace(temporary, self.path)
+            with replacing(self.path) as part:
+                with part.open("wb") as ordered:
+                    for index in range(count):
+                        self._file.seek(self._places[index][0])
+                        ordered.write(self._file.readline())
+                    ordered.flush()
+                    os.fsync(ordered.fileno())
+                shutil.copymode(self.path, part)
+                if os.name == "nt":  # where what is open cannot be replaced
+                    self._file.close()
         except OSError as error:
             raise CannotWrite(f"cannot write {self.path}: {error.strerror}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
 class InOrder:
@@ -5018,7 +5186,7 @@ class Batch:
             self.answered += 1
         else:
             self.failed += 1
-            self._screen._say(f"metaalign-edge: {self._name}, {error}")
+            self._screen.say(f"metaalign-edge: {self._name}, {error}")
         if self._ledger:
             self._ledger.add(document, row.asked)
         else:
@@ -5182,69 +5350,6 @@ def case_dialog(case: Any, said: Sequence[str]) -> Dialog:
     return Dialog(system_info, user_info, (*turns, Turn(case.queries[len(said)])))
 
 
-@contextlib.contextmanager
-def answers_bar(screen: Screen, name: str, done: int, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show on a terminal's stderr how many answers are done, how fast, and the time left; yield what counts more."""
-    if screen.quiet or not (sys.stderr and sys.stderr.isatty()):
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    speed = TextColumn("{task.fields[speed]:.1f} answers/s")
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), speed)
-    started = time.monotonic()
-    bar = (*columns, TimeRemainingColumn())
-    with Progress(*bar, console=Console(stderr=True), transient=True, redirect_stdout=False) as bars:
-        task = bars.add_task(name, total=total, completed=done, speed=0.0)
-        mine = 0
-
-        def tell(more: int) -> None:
-            nonlocal mine
-            mine += more
-            bars.update(task, advance=more, speed=mine / max(0.001, time.monotonic() - started))
-
-        yield tell
-
-
-def aligned(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Return lines with the columns aligned: the first and the last to the left, figures to the right."""
-    cells = [heads, *rows]
-    widths = [max(len(row[place]) for row in cells if len(row) > place + 1) for place in range(len(heads) - 1)]
-    lines = []
-    for first, *figures in cells:
-        middle = "".join(f"  {cell:>{width}}" for cell, width in zip(figures[:-1], widths[1:], strict=False))
-        lines.append(f"{first:<{widths[0]}}{middle}  {figures[-1] if figures else ''}".rstrip())
-    return lines
-
-
-def rich_table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the lines of a table for this terminal, without colours; the last column only if it has room.
-
-    Where there is none for a table, its columns are only aligned.
-    """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    width = shutil.get_terminal_size().columns
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    taken = [max(len(row[place]) for row in (heads, *rows) if len(row) > place) for place in range(len(heads) - 1)]
-    if width < sum(taken[1:]) + 3 * len(taken) + 16:
-        return aligned(heads, rows)
-    if width < sum(taken) + 3 * len(taken) + 24:
-        heads, rows = [*heads[:-1], ""], [row[: len(heads) - 1] for row in rows]
-    for place, head in enumerate(heads):
-        figures = 0 < place < len(heads) - 1
-        table.add_column(Text(head), justify="right" if figures else "left", no_wrap=figures)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    buffer = io.StringIO()
-    Console(file=buffer, width=width, color_system=None).print(table)
-    return [line.rstrip() for line in buffer.getvalue().splitlines() if line.strip()]
-
-
 def check_outputs(report: Path | None, chart: Path | None) -> None:
     """Make sure, before the hours of answers, that what shall be written can be.
 
@@ -5257,20 +5362,6 @@ def check_outputs(report: Path | None, chart: Path | None) -> None:
         raise UsageError('--chart draws with matplotlib: pip install "metaalign-edge[eval]"')
     for path in filter(None, (report, chart)):
         write_whole(path, None)
-
-
-def write_whole(path: Path, data: bytes | None) -> None:
-    """Write a file that is there whole or not at all; None only tries.
-
-    Raises:
-        CannotWrite: it cannot be written.
-    """
-    try:
-        with replacing(path, keep=data is not None) as part:
-            if data is not None or part != path:  # a pipe would wait for its reader
-                part.write_bytes(data or b"")
-    except OSError as error:
-        raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
 
 
 def write_outputs(found: Any, report: Path | None, chart: Path | None) -> None:
@@ -5347,7 +5438,7 @@ class Speeds:
         return found
 
 
-class Bench:
+class Bench(Closing):
     """A loaded model's speeds. Use it in a `with`.
 
     Raises:
@@ -5363,10 +5454,8 @@ class Bench:
         usual = [token for token in range(vocabulary.size) if vocabulary.attributes(token) & ATTR_NORMAL]
         self._prompt = random.Random(0).choices(usual, k=BENCH_PROMPT)
 
-    def __enter__(self) -> Bench:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Free the context."""
         self._engine.close()
 
     def _begin(self, count: int, length: int) -> list[SequenceState]:
@@ -5490,7 +5579,7 @@ def hub() -> Any:
         importlib.import_module(f"huggingface_hub.{module}")
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # it would ask for a list of programs to look out for
     huggingface_hub.utils.logging.set_verbosity_error()
-    if not (sys.stderr and sys.stderr.isatty()):
+    if not at_terminal(sys.stderr):
         huggingface_hub.utils.disable_progress_bars()
     return huggingface_hub
 
@@ -5791,8 +5880,7 @@ def download_model(repository: str, wanted: str, screen: Screen) -> Path:
     have = sum(download.have for download in downloads)
     going_on = f", of which {in_bytes(have)} are here" if have else ""
     screen.note(f"downloading {repository}:{choice.tag}, {in_bytes(choice.bytes)}{going_on}, to {hub_folder()}")
-    place = next((one for one in [hub_folder(), *hub_folder().parents] if one.is_dir()), Path("."))
-    free = shutil.disk_usage(place).free
+    place, free = room_at(hub_folder())
     if choice.bytes - have > free:
         raise CannotWrite(
             f"{repository}:{choice.tag} needs {in_bytes(choice.bytes - have)} on the disk, and {place} has "
@@ -5801,9 +5889,12 @@ def download_model(repository: str, wanted: str, screen: Screen) -> Path:
     paths, before = [], 0
     try:
         with progress_bar(screen) as bar:
+
+            def tell(before: int, have: int) -> None:
+                bar(choice.tag, before + have, choice.bytes)
+
             for download in downloads:
-                shown = functools.partial(show_download, bar, choice, before)
-                paths.append(fetch(download, repository, commit, shown))
+                paths.append(fetch(download, repository, commit, functools.partial(tell, before)))
                 before += download.file.bytes
     except KeyboardInterrupt:
         screen.note("interrupted: the same command goes on from there")
@@ -5811,14 +5902,10 @@ def download_model(repository: str, wanted: str, screen: Screen) -> Path:
     return paths[0]
 
 
-def show_download(bar: Callable[[str, int, int], None] | None, choice: Choice, before: int, have: int) -> None:
-    """Move the bar, if there is one, to the bytes that all parts have by now."""
-    if bar:
-        bar(choice.tag, before + have, choice.bytes)
-
-
-def find_model(name: str | None, offline: bool, screen: Screen) -> ModelFile:
+def find_model(name: str | None, offline: bool | None, screen: Screen) -> ModelFile:
     """Open the model that -m names; one of the hub's that is not here is downloaded, unless offline.
+
+    None: nobody asked for a download.
 
     Raises:
         NotFound: there is no such one. LoadError: the file is bad, or no model. NetworkError, CannotWrite: it cannot be
@@ -5826,6 +5913,8 @@ def find_model(name: str | None, offline: bool, screen: Screen) -> ModelFile:
     """
     path, name = resolve_model(name), name or setting("model") or ""
     if path is None:
+        if offline is None:
+            raise NotFound(f"{name} is not on this machine: `metaalign-edge pull {name}` downloads it")
         if is_offline(offline):
             raise absent(name)
         repository, _, wanted = name.partition(":")
@@ -5851,27 +5940,6 @@ def find_checkpoint(source: str, screen: Screen, offline: bool = False) -> Path:
         return Path(hub().snapshot_download(source, allow_patterns=wanted, local_files_only=is_offline(offline)))
     except Exception as error:
         raise hub_error(error, source) from error
-
-
-@contextlib.contextmanager
-def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Show a progress bar on stderr if that is a terminal; yield what is to be told of progress."""
-    if screen.quiet or not (sys.stderr and sys.stderr.isatty()):
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("", total=None)
-        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
 
 
 # =====================================================================================================================
@@ -6001,8 +6069,11 @@ def ended_by(code: int, said: str) -> str:
 class Doctor:
     """Looks at everything that an answer needs."""
 
-    def __init__(self, model: str | None, settings: Settings, network: bool) -> None:
+    def __init__(
+        self, model: str | None, settings: Settings, network: bool, check: Callable[[], None] | None = None
+    ) -> None:
         self.settings, self.network, self.model = settings, network, model
+        self.check_settings = check or (lambda: None)  # raises what is wrong with those that stand in files
         self.file: ModelFile | None = None
         self.facts: dict[str, Any] | None = None  # of llama.cpp; None while it does not load
         self.looks: dict[str, Callable[[], Finding]] = {
@@ -6016,7 +6087,7 @@ class Doctor:
             "first token": self.first_token,
             "fit": self.fit,
             "cache": self.cache,
-            "config": lambda: self.folder(config_folder(), "METAALIGN_EDGE_CONFIG"),
+            "config": self.config,
             "data": lambda: self.folder(data_folder(), "METAALIGN_EDGE_DATA"),
             "terminal": self.terminal,
             "hub": self.hub,
@@ -6105,13 +6176,12 @@ class Doctor:
         """Look at the main memory."""
         limits = memory_limits()
         said = [f"{in_bytes(count)} {what}" for what, count in limits.items()]
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            said.append(f"{in_bytes(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} in all")
+        said += [f"{in_bytes(physical_memory())} in all"] if physical_memory() < math.inf else []
         return "ok", ", ".join(said) or "this system does not say"
 
     def metadata(self) -> Finding:
         """Look at the model's file."""
-        self.file = find_model(self.model, True, Screen(quiet=True))  # nobody asked for a download
+        self.file = find_model(self.model, None, Screen(quiet=True))
         footprint = Footprint.of(self.file)
         size = in_bytes(sum(footprint.weights) + footprint.embedding)
         known = f"{self.file.architecture}, {size} of weights, {self.file.context:,} tokens of context"
@@ -6153,10 +6223,8 @@ class Doctor:
         detail = f"{plan}; -c auto would take {plan.largest(file.context):,}" if plan.footprint.foretold else str(plan)
         detail += f"; {plan.offloaded} of {len(plan.places)} layers on the GPU" if plan.offloaded else ""
         if plan.crawls:
-            return (
-                "warning",
-                f"{detail}: the weights are read from the disk again and again: take a smaller quantisation",
-            )
+            again = "the weights are read from the disk again and again: take a smaller quantisation"
+            return "warning", f"{detail}: {again}"
         return "ok", detail if plan.footprint.foretold else f"{detail}; what its cache takes is not foretold"
 
     def cache(self) -> Finding:
@@ -6167,18 +6235,23 @@ class Doctor:
         size, hits = sum(file.bytes for file in files), sum(file.hits for file in files)
         return status, f"{detail}; {len(files)} states, {in_bytes(size)} of {in_bytes(states.most)}, {hits} hits"
 
+    def config(self) -> Finding:
+        """Look at the settings and their folder."""
+        self.check_settings()
+        return self.folder(config_folder(), "METAALIGN_EDGE_CONFIG")
+
     @staticmethod
     def folder(folder: Path, variable: str) -> Finding:
         """Look whether a folder can be written, or made."""
         import tempfile
 
-        there = next((one for one in (folder, *folder.parents) if one.exists()), Path(os.sep))
+        there, free = room_at(folder)
         try:
             tempfile.TemporaryFile(dir=there).close()
         except OSError as error:
             return "warning", f"{folder}: {error.strerror}: nothing is kept there; {variable} names another"
-        free = in_bytes(shutil.disk_usage(there).free)
-        return "ok", f"{folder}, {free} free" if there == folder else f"{folder}, to be made; {free} free"
+        size = f"{in_bytes(free)} free"
+        return "ok", f"{folder}, {size}" if there == folder else f"{folder}, to be made; {size}"
 
     @staticmethod
     def terminal() -> Finding:
@@ -6187,7 +6260,7 @@ class Doctor:
 
         encoding = (sys.stdout.encoding or "unknown") if sys.stdout else "none"
         place = "none: stdout is a pipe or a file"
-        if sys.stdout and sys.stdout.isatty():
+        if at_terminal(sys.stdout):
             depth = {None: "no", "standard": "16", "256": "256"}
             colours = f"{depth.get(Console().color_system, 'all')} colours"
             place = f"{os.environ.get('TERM', 'no TERM')}, {shutil.get_terminal_size().columns} columns, {colours}"
@@ -6197,10 +6270,9 @@ class Doctor:
 
     def hub(self) -> Finding:
         """Look whether the hub can be reached, if that may be asked."""
-        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        if is_offline(False):
             return "ok", "offline, as HF_HUB_OFFLINE says: nothing is fetched"
-        return ask_hub(endpoint) if self.network else ("ok", f"{endpoint}, not asked (--network asks)")
+        return ask_hub(hub_address()) if self.network else ("ok", f"{hub_address()}, not asked (--network asks)")
 
 
 def ask_hub(endpoint: str) -> Finding:
@@ -6265,8 +6337,7 @@ NARROW = 40  # columns; below, nothing is rendered
 
 def label_of(wishes: Sequence[str]) -> str:
     """Return a short form of preferences: the names of profiles, or a text's beginning."""
-    label = one_line("+".join(wishes)) if any(wishes) else ""
-    return label if len(label) <= LABEL else label[: LABEL - 1] + "…"
+    return shortened("+".join(wishes), LABEL)
 
 
 class Reply:
@@ -6411,12 +6482,17 @@ def exported(transcript: Transcript, form: str) -> str:
     return json.dumps(as_document(transcript), ensure_ascii=False, indent=2) + "\n"
 
 
+def on_clock(when: float) -> str:
+    """Return a time, in seconds since 1970, as a clock here shows it."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
+
+
 def local_time(stamp: str) -> str:
     """Return a session's time as a clock here shows it; what is no time, as it is."""
     import calendar
 
     try:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(calendar.timegm(time.strptime(stamp, STAMP))))
+        return on_clock(calendar.timegm(time.strptime(stamp, STAMP)))
     except ValueError:
         return stamp
 
@@ -6429,11 +6505,6 @@ def shown_strength(settings: Settings) -> str:
 def wish_text(wish: str) -> str:
     """Return the text of a preference or of a profile; a lone dash is none."""
     return "" if wish == "-" else expand_profile(wish)
-
-
-def session_names() -> list[str]:
-    """List the sessions, the one that was used last first."""
-    return [path.stem for path in session_paths()]
 
 
 def describe_session(transcript: Transcript) -> str:
@@ -6521,7 +6592,7 @@ class Word(NamedTuple):
 
 def profile_words() -> list[str]:
     """List the profiles as they are written."""
-    return [f"@{name}" for name in sorted({*own_profiles(), *built_in_profiles()})]
+    return [f"@{name}" for name in known_profiles()]
 
 
 class Repl:
@@ -6553,18 +6624,14 @@ class Repl:
             except KeyboardInterrupt:
                 continue
             except EdgeError as error:
-                self.say(f"metaalign-edge: {one_line(error)}")
+                self.screen.say(f"metaalign-edge: {one_line(error)}")
         if self.transcript.turns():
             self.transcript.save()
 
-    def say(self, text: str) -> None:
-        """Say what was asked for, also with -q."""
-        self.screen._say(text)
-
     def prompt(self) -> str:
         """Return the prompt, with the preference in force as far as there is room."""
-        label, room = self.transcript.label.translate(CONTROLS), max(4, shutil.get_terminal_size().columns // 3)
-        label = label if len(label) <= room else label[: room - 1] + "…"
+        room = max(4, shutil.get_terminal_size().columns // 3)
+        label = shortened(self.transcript.label.translate(CONTROLS), room)
         return f"[{label}] > " if label else "> "
 
     def obey(self, line: str) -> None:
@@ -6625,13 +6692,13 @@ class Repl:
         """Show or set User Info."""
         if text:
             self.change(user_info=wish_text(text), label="" if text == "-" else label_of([text]))
-        self.say(f"User Info: {self.transcript.meta_prompt['user_info'] or '(empty)'}")
+        self.screen.say(f"User Info: {self.transcript.meta_prompt['user_info'] or '(empty)'}")
 
     def system(self, text: str) -> None:
         """Show or set System Info."""
         if text:
             self.change(system_info="" if text == "-" else text)
-        self.say(f"System Info: {self.transcript.meta_prompt['system_info'] or '(empty)'}")
+        self.screen.say(f"System Info: {self.transcript.meta_prompt['system_info'] or '(empty)'}")
 
     def again(self, text: str) -> None:
         """Answer the last question under another preference."""
@@ -6648,7 +6715,7 @@ class Repl:
         (label, answer), self.aside = self.aside, None
         self.transcript.set(answer.system_info, answer.user_info, label)
         self.remember(answer, again=True)
-        self.say("the answer takes the last one's place, and its preference stays")
+        self.screen.say("the answer takes the last one's place, and its preference stays")
 
     def regen(self, _: str) -> None:
         """Answer the last question again."""
@@ -6662,9 +6729,8 @@ class Repl:
         try:
             wishes = shlex.split(text)
         except ValueError:
-            raise UsageError(
-                f"a quote is left open in {text!r}: put each preference that has spaces in quotes"
-            ) from None
+            advice = "put each preference that has spaces in quotes"
+            raise UsageError(f"a quote is left open in {text!r}: {advice}") from None
         if len(wishes) < 2:
             raise UsageError('/compare takes two preferences or more: /compare @child "in French" - (a lone - is none)')
         dialogs = [replace(self.transcript.dialog(query, again=True), user_info=wish_text(wish)) for wish in wishes]
@@ -6684,7 +6750,7 @@ class Repl:
             auto = tier == "pref" and number.strip() == "auto"
             value: Any = "auto" if auto else checked_strength(f"/strength {tier}", number.strip())
             settings = self.chat.settings = replace(settings, **{f"{tier}_strength": value})
-        self.say(f"strength: system {settings.system_strength:g}, pref {shown_strength(settings)}")
+        self.screen.say(f"strength: system {settings.system_strength:g}, pref {shown_strength(settings)}")
 
     def think(self, text: str) -> None:
         """Show or set whether the model is to think."""
@@ -6694,13 +6760,13 @@ class Repl:
         if text:
             self.chat.options = self.chat.options._replace(think=states[text])
         (state,) = (name for name, value in states.items() if value is self.chat.options.think)
-        self.say(f"thinking: {state}" + (" (as the template does)" if state == "auto" else ""))
+        self.screen.say(f"thinking: {state}" + (" (as the template does)" if state == "auto" else ""))
 
     def lora(self, text: str) -> None:
         """Show or set the adapters that are laid over the model."""
         if text:
             self.chat.adapt(() if text == "-" else find_adapters([text]))
-        self.say(f"adapters: {name_adapters(self.chat.settings.adapters) or '(none)'}")
+        self.screen.say(f"adapters: {name_adapters(self.chat.settings.adapters) or '(none)'}")
 
     def stats(self, _: str) -> None:
         """Show the figures of the latest answer."""
@@ -6718,7 +6784,7 @@ class Repl:
             "template": answer.template,
             "session": self.transcript.name or "none: /save NAME begins one",
         }
-        self.say("\n".join(f"{name:<9} {value}" for name, value in rows.items()))
+        self.screen.say("\n".join(f"{name:<9} {value}" for name, value in rows.items()))
 
     def store(self, text: str) -> None:
         """Keep the conversation as a session, or export it."""
@@ -6729,26 +6795,24 @@ class Repl:
             if path.exists():
                 raise UsageError(f"{path} exists: name another file")
             write_whole(path, exported(self.transcript, path.suffix[1:]).encode("utf-8", "replace"))
-            self.say(f"written to {path}")
+            self.screen.say(f"written to {path}")
             return
         path = session_path(text)
         if path.exists():
             raise UsageError(f"there is a session {text}: choose another name, or `metaalign-edge sessions rm {text}`")
-        copy = Transcript(path)
-        copy.lines = self.transcript.lines
-        copy.save()
-        self.transcript = copy
-        self.say(f"this is session {text} from now on: metaalign-edge chat --session {text}")
+        kept = Transcript(path)
+        kept.lines = self.transcript.lines
+        kept.save()
+        self.transcript = kept
+        self.screen.say(f"this is session {text} from now on: metaalign-edge chat --session {text}")
 
     def load(self, text: str) -> None:
         """Go on with a session."""
-        path = session_path(text)
-        if not path.exists():
-            raise NotFound(f"no session {text}: there are {', '.join(session_names()) or 'none'}")
+        path = existing_session(text)
         if self.transcript.path is None and self.transcript.turns():
             raise UsageError("this conversation is not kept anywhere: /save it first, or /clear it")
         self.transcript, self.aside = Transcript.read(path), None
-        self.say(describe_session(self.transcript))
+        self.screen.say(describe_session(self.transcript))
 
     def clear(self, _: str) -> None:
         """Forget the turns."""
@@ -6756,7 +6820,7 @@ class Repl:
         if self.transcript.dialog().turns:
             self.transcript.clear()
             self.transcript.save()
-        self.say("the conversation is forgotten; the meta-prompt stays")
+        self.screen.say("the conversation is forgotten; the meta-prompt stays")
 
     def help(self, _: str) -> None:
         """List the commands."""
@@ -6770,7 +6834,7 @@ class Repl:
         ]:
             first = f"{head:<{margin}}" if columns > 60 else f"{head}\n{' ' * margin}"
             rows.append(first + f"\n{' ' * margin}".join(textwrap.wrap(help, max(12, columns - margin - 1))))
-        self.say("\n".join(rows))
+        self.screen.say("\n".join(rows))
 
     def leave(self, _: str) -> None:
         """End the conversation."""
@@ -6871,7 +6935,13 @@ ASIDE: Mapping[str, tuple[str, ...]] = {  # settings that a command leaves aside
     "compare": ("pref",),  # its columns are those that are asked for
     "eval": ("max_tokens", "temp", "seed", "remind", "think", "system_strength", "pref_strength"),  # it measures
 }
-REPLACED_BY = {"system": ("system_file",), "pref": ("pref_file", "no_pref")}  # flags of another name
+SHOWN = 60  # characters of a setting that are shown where it takes effect
+REPLACED_BY = {  # flags of another name
+    "system": ("system_file",),
+    "pref": ("pref_file", "no_pref"),
+    "quiet": ("verbose",),
+    "verbose": ("quiet",),
+}
 
 
 @dataclass(frozen=True)
@@ -6904,25 +6974,28 @@ class Setting:
 
     def __str__(self) -> str:
         """Return the value for people."""
-        parts = self.value if isinstance(self.value, list) else [self.value]
-        return ", ".join(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)
+        return ", ".join(written(self.value))
 
     def check(self) -> None:
         """Make sure of what an option's type does not know.
 
         Raises:
-            UsageError: no such strength or layers, an empty preference. NotFound: no such profile or file.
+            UsageError: no such context, strength or layers, an empty preference. NotFound: no such profile or file.
         """
         given, name = self(), self.option.name
         try:
             if name == "gpu_layers":
                 checked_gpu_layers(given)
+            elif name == "ctx_size":
+                checked_context(given)
             elif name in ("system_strength", "pref_strength") and given != "auto":
                 checked_strength(self.option.opts[0], given)
             elif name == "pref":
                 MetaPrompt(pref=given).dialog()
-            elif name == "model" and os.path.isabs(given):
+            elif name == "model" and (os.path.isabs(given) or "/" not in given):
                 resolve_model(given)
+            elif name == "template" and looks_like_path(given, ".jinja"):
+                read_text(Path(given).expanduser(), "the template")
         except (UsageError, NotFound) as error:
             raise self._refusal(type(error), error) from None
 
@@ -6940,29 +7013,56 @@ def settable(command: Any) -> dict[str, Any]:
     return found
 
 
-def standing(known: Mapping[str, Any]) -> dict[str, Setting]:
+def written(value: Any) -> list[str]:
+    """Return a setting's value for people and scripts: a line for each text."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    return [str(part).lower() if isinstance(part, bool) else str(part) for part in parts if part is not None]
+
+
+@functools.cache
+def all_commands() -> Any:
+    """Build Click's commands, every one of them."""
+    return typer.main.get_command(app)
+
+
+def called_command(name: str) -> Any:
+    """Build the command of a name with what stands around it, as that is all a call needs; all if it is none."""
+    one = copy.copy(app)
+    one.registered_commands = [
+        it for it in app.registered_commands if name == (it.name or getattr(it.callback, "__name__", ""))
+    ]
+    one.registered_groups = [group for group in app.registered_groups if group.name == name]
+    return typer.main.get_command(one) if one.registered_commands or one.registered_groups else all_commands()
+
+
+def standing() -> dict[str, Setting]:
     """Return what stands in files, by name: the user's, then the project's, then the environment's preference.
 
     Raises:
         UsageError, NotFound: a file is damaged, or has a key that means nothing.
     """
-    path = config_file()
+    path, project, pref = config_file(), find_project(), os.environ.get("METAALIGN_EDGE_PREF")
+    if not (project or pref or os.path.isfile(path)):
+        return {}
+    known = settable(all_commands())
     found = {key: Setting(known[key], value, str(path)) for key, value in read_settings(path, known).items()}
-    if project := find_project():
-        for key, value in project.settings.items():
-            found[key] = Setting(known[key], value, str(project.path), project)
-    if pref := os.environ.get("METAALIGN_EDGE_PREF"):  # Click would split it at its spaces
+    if project:
+        found |= {
+            key: Setting(known[key], value, str(project.path), project) for key, value in project.settings.items()
+        }
+    if pref:  # Click would split it at its spaces
         found["pref"] = Setting(known["pref"], pref, "METAALIGN_EDGE_PREF")
     return found
 
 
-def standing_here(context: typer.Context) -> dict[str, Setting]:
-    """Do the same for any command.
+def check_standing() -> None:
+    """Check everything that stands in files.
 
     Raises:
-        UsageError, NotFound: as above.
+        UsageError, NotFound: something makes no sense.
     """
-    return standing(settable(context.find_root().command))
+    for setting in standing().values():
+        setting.check()
 
 
 def take_settings(context: typer.Context) -> None:
@@ -6973,9 +7073,13 @@ def take_settings(context: typer.Context) -> None:
     if hasattr(called, "commands") or taken.keys() <= {"quiet", "verbose"}:
         return
     try:
-        found = standing(settable(root))
+        found = standing()
         defaults: dict[str, Any] = {key: replace(found[key], option=taken[key]) for key in found if key in taken}
+        if name == "doctor":
+            check_standing()
     except EdgeError as error:
+        if name == "doctor":  # looks without them, and says what is wrong with them
+            return
         damage = error  # raised only now, so that --help helps
 
         def complain() -> None:
@@ -6993,7 +7097,8 @@ def obey_settings(context: typer.Context, given: dict[str, Any]) -> None:
     """
     source = {name: getattr(context.get_parameter_source(name), "name", "") for name in given}
     for name, flags in REPLACED_BY.items():
-        if source.get(name) != "COMMANDLINE" and any(given.get(flag) for flag in flags):
+        wanted = any(given.get(flag) and source[flag] == "COMMANDLINE" for flag in flags)
+        if wanted and source.get(name) != "COMMANDLINE":
             given[name], source[name] = None, ""
     defaults = context.default_map or {}
     settings = [defaults[name] for name in given if source[name] == "DEFAULT_MAP"]
@@ -7003,21 +7108,15 @@ def obey_settings(context: typer.Context, given: dict[str, Any]) -> None:
     if project := next((setting.project for setting in settings if setting.project), None):
         announce(project, screen)
     for setting in settings:
-        screen.detail(f"{setting.option.name}: {shortened(setting)} (from {setting.origin})")
-
-
-def shortened(value: object) -> str:
-    """Return the beginning of a text, or of several, in one line."""
-    text = one_line(", ".join(map(str, value)) if isinstance(value, list) else value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
+        screen.detail(f"{setting.option.name}: {shortened(setting, SHOWN)} (from {setting.origin})")
 
 
 def announce(project: Project, screen: Screen) -> None:
     """Say what a project sets, at its first use; of another user's, at every use."""
     if screen.quiet or project.is_known():
         return
-    texts = {key: json.dumps(shortened(value), ensure_ascii=False) for key, value in project.settings.items()}
-    sets = ", ".join(f"{key} {text}" for key, text in texts.items())
+    texts = {key: shortened(", ".join(written(value)), SHOWN) for key, value in project.settings.items()}
+    sets = ", ".join(f"{key} {json.dumps(text, ensure_ascii=False)}" for key, text in texts.items())
     whose = "" if project.owner is None else f", another user's file (uid {project.owner}),"
     screen.note(f"metaalign-edge: note: {project.path}{whose} sets {sets} (METAALIGN_EDGE_PROJECT=0 ignores it)")
     project.remember()
@@ -7492,8 +7591,7 @@ def compare_command(
     if len(wishes) < 2:
         raise UsageError("compare needs two preferences or more: give each with --pref (a lone - is none)")
     asked = Turn(cast(str, read_query(query, no_stdin, repl=False)))
-    infos = ["" if wish == "-" else expand_profile(wish) for wish in wishes]
-    dialogs = [Dialog(meta_prompt.system_info(), info, (asked,)) for info in infos]
+    dialogs = [Dialog(meta_prompt.system_info(), wish_text(wish), (asked,)) for wish in wishes]
     settings = gathered(loaded, sampling, strengths, talk)
     interrupt, options = Interrupt(), rendered.options()
     model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen, len(dialogs))
@@ -7795,7 +7893,7 @@ def convert(
     options = converter.Options(imatrix, leave_output, *types, pure)
     if lora_only and (len(lora or []) != 1 or dry_run or options):
         raise UsageError("--lora-only writes one adapter: name it with one --lora, without --dry-run or quantisation")
-    if is_gguf(source):
+    if is_gguf(Path(source).expanduser()):
         if pre is not None or lora or template not in ("auto", "keep"):
             raise UsageError(
                 f"--pre, --lora and --template are for checkpoints: {source} is a GGUF file and keeps what it has"
@@ -7831,15 +7929,6 @@ def open_lora(name: str, checkpoint: Any, offline: bool, screen: Screen) -> Any:
     """Open the LoRA adapter `name`, a folder or a hub id, with `:SCALE` behind it or without."""
     folder, scale = split_scale(name)
     return part("convert").open_adapter(find_checkpoint(folder, screen, offline), checkpoint, scale)
-
-
-def is_gguf(source: str) -> bool:
-    """Say whether the source of a conversion is a GGUF file, by its first bytes."""
-    try:
-        with Path(source).expanduser().open("rb") as file:
-            return file.read(4) == b"GGUF"
-    except OSError:
-        return False
 
 
 def stem_of(source: str) -> str:
@@ -7882,7 +7971,7 @@ def show_plan(plan: Any, target: Path, as_json: bool, screen: Screen) -> None:
         f"  memory  about {memory:,.0f} MB, and more for the checks, unless --no-check",
         *(f"  note    {line}" for line in plan.checks),
     ]
-    screen.write("\n".join(rows) + "\n")
+    screen.lines(rows)
 
 
 def report_conversion(result: Any, as_json: bool, screen: Screen) -> None:
@@ -7958,18 +8047,10 @@ def cache_show(as_json: JsonOption = False) -> None:
         screen.json(document)
         return
     heads = ["state", "MB", "hits", "last used"]
-    rows = [
-        [
-            file.path.stem[:12],
-            f"{file.bytes / 1e6:.1f}",
-            str(file.hits),
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used)),
-        ]
-        for file in files
-    ]
+    rows = [[file.path.stem[:12], f"{file.bytes / 1e6:.1f}", str(file.hits), on_clock(file.used)] for file in files]
     lines = aligned(heads, rows) if rows else []
     total = f"{len(files)} states, {size / 1e6:,.1f} of {states.most / 1e6:,.0f} MB, {states.folder}"
-    screen.write("\n".join([*lines, total]) + "\n")
+    screen.lines([*lines, total])
 
 
 @cache.command("clear")
@@ -8021,7 +8102,7 @@ def pref_add(
 
 
 @pref.command("list")
-def pref_list(context: typer.Context, as_json: JsonOption = False) -> None:
+def pref_list(as_json: JsonOption = False) -> None:
     """List the profiles: your own, the built-in ones, and with a * those that stand.
 
     Examples:
@@ -8031,9 +8112,9 @@ def pref_list(context: typer.Context, as_json: JsonOption = False) -> None:
         metaalign-edge pref list --json
     """
     screen, built_in = Screen(), built_in_profiles()
-    own, stands = own_profiles(), standing_profiles(context)
+    own, stands = own_profiles(), standing_profiles()
     found: list[dict[str, Any]] = []
-    for name in sorted({*own, *built_in}):
+    for name in known_profiles():
         try:
             text = profile_text(name)
         except EdgeError as error:
@@ -8053,11 +8134,11 @@ def pref_list(context: typer.Context, as_json: JsonOption = False) -> None:
         for one in found
     ]
     wide = screen.terminal and shutil.get_terminal_size().columns >= 60  # narrower, a table would cut the names
-    screen.write("\n".join((rich_table if wide else aligned)(["  profile", "kind", "text"], rows)) + "\n")
+    screen.lines((rich_table if wide else aligned)(["  profile", "kind", "text"], rows))
 
 
 @pref.command("show")
-def pref_show(context: typer.Context, name: ProfileArgument, as_json: JsonOption = False) -> None:
+def pref_show(name: ProfileArgument, as_json: JsonOption = False) -> None:
     """Print the text of a profile.
 
     Examples:
@@ -8066,7 +8147,7 @@ def pref_show(context: typer.Context, name: ProfileArgument, as_json: JsonOption
     """
     name, screen = profile_name(name), Screen()
     text, own, built_in = profile_text(name), name in own_profiles(), name in built_in_profiles()
-    kind = {"own": own, "built_in": built_in, "default": name in standing_profiles(context)}
+    kind = {"own": own, "built_in": built_in, "default": name in standing_profiles()}
     screen.json({"name": name, "text": text, **kind}) if as_json else screen.write(f"{text}\n")
 
 
@@ -8104,7 +8185,7 @@ def edited(text: str, name: str) -> Iterator[str]:
 
     windows = os.name == "nt"
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
-    if not editor and not (sys.stdin and sys.stdin.isatty()):
+    if not editor and not at_terminal(sys.stdin):
         raise UsageError("no terminal for an editor: set VISUAL or EDITOR, or use `pref add --force`")
     editor = editor or ("notepad" if windows else "vi")
     draft = Path(tempfile.mkdtemp(prefix="metaalign-edge-")) / name
@@ -8117,14 +8198,14 @@ def edited(text: str, name: str) -> Iterator[str]:
     try:
         if status:
             raise EdgeError(f"the editor {editor!r} ended with {status}, so nothing is changed")
-        yield tidy(read_text(draft, "the draft"))
+        yield read_text(draft, "the draft").strip()
     except EdgeError as error:
         raise type(error)(f"{error}; what you wrote is in {draft}") from None
     shutil.rmtree(draft.parent, ignore_errors=True)
 
 
 @pref.command("rm")
-def pref_rm(context: typer.Context, names: ProfilesArgument = None, quiet: QuietOption = False) -> None:
+def pref_rm(names: ProfilesArgument = None, quiet: QuietOption = False) -> None:
     """Remove profiles of your own.
 
     Examples:
@@ -8135,7 +8216,7 @@ def pref_rm(context: typer.Context, names: ProfilesArgument = None, quiet: Quiet
         raise UsageError("name the profiles to remove: `pref list` shows them")
     bare = list(dict.fromkeys(map(profile_name, names)))
     gone = set(bare) - built_in_profiles().keys()
-    if lost := gone & set(standing_profiles(context)):
+    if lost := gone & set(standing_profiles()):
         first = min(lost)
         raise UsageError(f"@{first} stands by default: change that first, with `pref default NAME` or --none")
     remove_profiles(bare)
@@ -8169,26 +8250,26 @@ def pref_default(
     elif none:
         store_setting("pref", None)
     if none or names:
-        note_nearer(settable_key(context, "pref"), context, screen)
+        note_nearer(settable_key("pref"), context, screen)
         return
-    setting = standing_here(context).get("pref")
+    setting = standing().get("pref")
     wishes = [] if setting is None else setting()
     if as_json:
         screen.json(wishes)
     elif wishes:
-        screen.write("".join(f"{wish}\n" for wish in wishes))
+        screen.lines(wishes)
         screen.note(f"from {cast(Setting, setting).origin}")
     else:
         screen.note("no preference stands: `pref default NAME` sets one")
 
 
-def standing_profiles(context: typer.Context) -> list[str]:
+def standing_profiles() -> list[str]:
     """List the profiles that stand here, by name.
 
     Raises:
         UsageError, NotFound: a file of settings makes no sense.
     """
-    setting = standing_here(context).get("pref")
+    setting = standing().get("pref")
     return [name for wish in setting() for name in profile_names(wish)] if setting else []
 
 
@@ -8212,8 +8293,7 @@ def in_force(context: typer.Context) -> dict[str, InForce]:
     Raises:
         UsageError, NotFound: a file of settings makes no sense.
     """
-    known = settable(context.find_root().command)
-    found = standing(known)
+    known, found = settable(all_commands()), standing()
     values: dict[str, InForce] = {}
     for name, option in known.items():
         if (given := option.value_from_envvar(context)) is not None:
@@ -8225,13 +8305,13 @@ def in_force(context: typer.Context) -> dict[str, InForce]:
     return values
 
 
-def settable_key(context: typer.Context, key: str) -> Any:
+def settable_key(key: str) -> Any:
     """Return the option that a setting is named after.
 
     Raises:
         UsageError: there is none.
     """
-    known = settable(context.find_root().command)
+    known = settable(all_commands())
     name = key.removeprefix("--").replace("-", "_")
     if name not in known:
         raise UsageError(f"no setting {key!r}: {nearest(name, known, '`config show` lists all')}")
@@ -8242,16 +8322,10 @@ def note_nearer(option: Any, context: typer.Context, screen: Screen) -> None:
     """Say what comes before the user's file here, if anything does, for a setting that was just changed there."""
     nearer = option.envvar if option.value_from_envvar(context) is not None else None
     with contextlib.suppress(EdgeError):  # of another setting, which is not what was asked for
-        found = standing_here(context).get(option.name)
+        found = standing().get(option.name)
         nearer = nearer or (found and found.origin)
     if nearer and nearer != str(config_file()):
         screen.note(f"metaalign-edge: note: here {nearer} comes before it")
-
-
-def written(value: Any) -> str:
-    """Return a setting's value for people and scripts: a line for each text."""
-    lines = value if isinstance(value, list | tuple) else [value]
-    return "\n".join(str(line).lower() if isinstance(line, bool) else str(line) for line in lines if line is not None)
 
 
 @config.command("show")
@@ -8268,13 +8342,9 @@ def config_show(context: typer.Context, as_json: JsonOption = False) -> None:
     if as_json:
         screen.json({key: one._asdict() for key, one in values.items()})
         return
-    rows = [
-        [key, one_line(written(one.value)) if written(one.value) else "-", one.origin] for key, one in values.items()
-    ]
+    rows = [[key, one_line(" ".join(written(one.value)) or "-"), one.origin] for key, one in values.items()]
     widths = [max(len(row[place]) for row in rows) for place in (0, 1)]
-    screen.write(
-        "".join(f"{key:<{widths[0]}}  {value:<{min(widths[1], 40)}}  {origin}\n" for key, value, origin in rows)
-    )
+    screen.lines(f"{key:<{widths[0]}}  {value:<{min(widths[1], 40)}}  {origin}" for key, value, origin in rows)
 
 
 @config.command("path")
@@ -8296,14 +8366,14 @@ def config_get(context: typer.Context, key: KeyArgument, as_json: JsonOption = F
 
         metaalign-edge config get model
     """
-    name, screen = settable_key(context, key).name, Screen()
+    name, screen = settable_key(key).name, Screen()
     value = in_force(context)[name].value
     if as_json:
         screen.json(value)
     elif value is None:
         raise NotFound(f"{name} is not set: set it with `config set {name} VALUE`")
     else:
-        screen.write(f"{written(value)}\n")
+        screen.lines(written(value))
 
 
 @config.command("set")
@@ -8323,7 +8393,7 @@ def config_set(
 
         metaalign-edge config set pref @concise "I live in Rome."
     """
-    taken = settable_key(context, key)
+    taken = settable_key(key)
     if len(values) > 1 and not taken.multiple:
         raise UsageError(f"{taken.name} takes one value, not {len(values)}: put a text in quotes")
     try:
@@ -8341,14 +8411,14 @@ def config_set(
 
 
 @config.command("unset")
-def config_unset(context: typer.Context, key: KeyArgument) -> None:
+def config_unset(key: KeyArgument) -> None:
     """Remove a setting, also one that means nothing.
 
     Examples:
 
         metaalign-edge config unset max_tokens
     """
-    name = key if key in read_toml(config_file()) else settable_key(context, key).name
+    name = key if key in read_toml(config_file()) else settable_key(key).name
     store_setting(name, None)
 
 
@@ -8362,8 +8432,6 @@ def paths(as_json: JsonOption = False) -> None:
 
         metaalign-edge paths --json
     """
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     screen, project = Screen(), find_project()
     places = {
         "settings": config_file(),
@@ -8372,7 +8440,7 @@ def paths(as_json: JsonOption = False) -> None:
         "states": cache_folder() / "states",
         "answers": cache_folder() / "answers",
         "data": data_folder(),
-        "hub": Path(HF_HUB_CACHE),
+        "hub": hub_folder(),
     }
     sizes = {name: folder_bytes(cast(Path, places[name])) for name in ("states", "answers")}
     if as_json:
@@ -8469,7 +8537,7 @@ def show_choices(repository: str, wanted: str, as_json: bool, screen: Screen) ->
         for row in rows
     ]
     cells = [[choice.tag, in_bytes(choice.bytes), note] for choice, note in zip(choices, notes, strict=True)]
-    screen.write("\n".join((rich_table if screen.terminal else aligned)(["model", "size", ""], cells)) + "\n")
+    screen.lines(screen.lay_out(["model", "size", ""], cells))
 
 
 models = typer.Typer(no_args_is_help=True, help="The models on this machine.")
@@ -8554,8 +8622,7 @@ def models_list(as_json: JsonOption = False) -> None:
         for row in rows
     ]
     heads = ["model", "size", "architecture", "parameters", "quantisation", "context", "template"]
-    lines = (rich_table if screen.terminal else aligned)(heads, cells)
-    screen.write("\n".join(lines) + "\n")
+    screen.lines(screen.lay_out(heads, cells))
     if left := unfinished_downloads():
         size = in_bytes(sum(path.stat().st_size for path in left))
         screen.note(f"unfinished downloads: {size}; `pull` goes on with them, `models rm --unfinished` removes them")
@@ -8571,7 +8638,7 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
 
         metaalign-edge models show Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q8_0 --json
     """
-    screen, file = Screen(), find_model(name, True, Screen())
+    screen, file = Screen(), find_model(name, None, Screen())
     tokens, words = split_markers(file)
     native = choose_template("auto", file).native if file.templates else None
     by_layer = cache_bytes(file)
@@ -8602,7 +8669,7 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
         "words": " ".join(words) or "none",
         "licence": document["licence"] or "the file does not say",
     }
-    screen.write("".join(f"{head:<14}{text}\n" for head, text in rows.items()))
+    screen.lines(f"{head:<14}{text}" for head, text in rows.items())
 
 
 def split_markers(file: ModelFile) -> tuple[list[str], list[str]]:
@@ -8686,7 +8753,9 @@ def remove_models(stored: Sequence[Stored]) -> int:
 
 
 @models.command("default")
-def models_default(name: NameArgument = None, none: NoDefaultOption = False, as_json: JsonOption = False) -> None:
+def models_default(
+    context: typer.Context, name: NameArgument = None, none: NoDefaultOption = False, as_json: JsonOption = False
+) -> None:
     """Show the model that is used without -m, or choose another one.
 
     Examples:
@@ -8698,7 +8767,7 @@ def models_default(name: NameArgument = None, none: NoDefaultOption = False, as_
     if name and none:
         raise UsageError("--none takes no name")
     if name:
-        file = find_model(name, True, Screen())
+        file = find_model(name, None, Screen())
         store_setting("model", name_of(file.path.absolute()))
     elif none:
         store_setting("model", None)
@@ -8706,6 +8775,7 @@ def models_default(name: NameArgument = None, none: NoDefaultOption = False, as_
     path = resolve_model(chosen)
     screen = Screen()
     screen.json({"name": chosen, "path": path and str(path)}) if as_json else screen.write(f"{chosen}\n")
+    note_nearer(settable_key("model"), context, screen)
 
 
 sessions = typer.Typer(no_args_is_help=True, help="Conversations that are kept: chat --session NAME, chat --continue.")
@@ -8717,19 +8787,6 @@ FormatOption = Annotated[
     str | None, option("--format", help="md or json. Default: as the file's name ends, else md.", metavar="md|json")
 ]
 ExportOption = Annotated[Path | None, option("-o", "--output", help="Write to this file. Default: stdout.")]
-
-
-def find_session(name: str) -> Transcript:
-    """Read the session of a name.
-
-    Raises:
-        UsageError: it is no name, or the session is spoilt. NotFound: there is none.
-    """
-    path = session_path(name)
-    if not path.is_file():
-        known = ", ".join(session_names())
-        raise NotFound(f"no session {name}: there are {known}" if known else f"no session {name}: there are none yet")
-    return Transcript.read(path)
 
 
 @sessions.command("list")
@@ -8757,7 +8814,7 @@ def sessions_list(as_json: JsonOption = False) -> None:
         ]
         for row in found
     ]
-    screen.write("\n".join(aligned(["session", "turns", "last used", "preference"], rows)) + "\n")
+    screen.lines(aligned(["session", "turns", "last used", "preference"], rows))
 
 
 def summary(path: Path) -> dict[str, Any]:
@@ -8789,7 +8846,7 @@ def sessions_show(name: SessionArgument, as_json: JsonOption = False) -> None:
 
         metaalign-edge sessions show garden
     """
-    screen, transcript = Screen(), find_session(name)
+    screen, transcript = Screen(), Transcript.read(existing_session(name))
     if as_json:
         screen.json(as_document(transcript))
     else:
@@ -8804,10 +8861,7 @@ def sessions_rm(names: SessionArguments, quiet: QuietOption = False) -> None:
 
         metaalign-edge sessions rm garden kitchen
     """
-    paths = [session_path(name) for name in dict.fromkeys(names)]
-    for path in paths:
-        if not path.exists():
-            raise NotFound(f"no session {path.stem}: `metaalign-edge sessions list` shows them; none was removed")
+    paths = [existing_session(name) for name in dict.fromkeys(names)]
     try:
         with locked(paths[0].parent):
             for path in paths:
@@ -8835,7 +8889,7 @@ def sessions_export(
     form = form or ("json" if output and output.suffix.lower() == ".json" else "md")
     if form not in ("md", "json"):
         raise UsageError(f"--format takes md or json, not {form!r}")
-    text = exported(find_session(name), form)
+    text = exported(Transcript.read(existing_session(name)), form)
     if output is None:
         Screen().write(text)
         return
@@ -8909,10 +8963,8 @@ def bench(
     if chart:
         title = f"{found.model}: what this machine makes of it"
         write_whole(chart, preferences("report").draw(found.charts(), title, chart.suffix[1:].lower()))
-    lay_out = rich_table if screen.terminal else aligned
-    screen.json(asdict(found)) if as_json else screen.write(
-        "\n".join(lay_out(["", found.model, "", ""], found.rows())) + "\n"
-    )
+    heads = ["", found.model, "", ""]
+    screen.json(asdict(found)) if as_json else screen.lines(screen.lay_out(heads, found.rows()))
 
 
 NetworkOption = Annotated[bool, option("--network", help="Ask the hub, too, whether it can be reached.")]
@@ -8931,7 +8983,7 @@ def doctor(network: NetworkOption = False, as_json: JsonOption = False, *, loade
 
         metaalign-edge doctor -m model.gguf -c 8192 --json
     """
-    screen, patient = Screen(), Doctor(loaded.model, loaded.settings(), network)
+    screen, patient = Screen(), Doctor(loaded.model, loaded.settings(), network, check_standing)
     columns = shutil.get_terminal_size().columns if screen.terminal else None
     checks = []
     for check in patient.checks():
@@ -9005,7 +9057,7 @@ def eval_command(
     runs, findings = [candidate.run for candidate in candidates], preferences("findings")
     found = findings.Sweep(asked, runs, tier, grid) if grid else findings.Findings(asked, runs)
     write_outputs(found, report, chart)
-    screen.json(found.document()) if as_json else screen.write(found.text(rich_table if screen.terminal else aligned))
+    screen.json(found.document()) if as_json else screen.write(found.text(screen.lay_out))
 
 
 def rival(
@@ -9067,12 +9119,11 @@ def read_query(argument: str | None, no_stdin: bool, repl: bool) -> str | None:
     Raises:
         UsageError: there is no query, or stdin is not text.
     """
-    terminal = sys.stdin is not None and sys.stdin.isatty()
     piped = "" if no_stdin else read_stdin()
     query = "\n\n".join(text for text in (piped, argument or "") if text.strip())
     if query:
         return query
-    if repl and argument is None and terminal and not no_stdin and sys.stdout is not None and sys.stdout.isatty():
+    if repl and argument is None and not no_stdin and at_terminal(sys.stdin) and at_terminal(sys.stdout):
         return None
     raise UsageError("no query: give it as an argument or pipe it in")
 
@@ -9118,38 +9169,6 @@ def load_model(
         with STOPWATCH("template"):
             chosen = choose_template(rendered.template, file)
         return loading.take(), chosen, settings
-
-
-def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Screen) -> None:
-    """Say with -v what was chosen, and why."""
-    device = (
-        "the GPU"
-        if model.gpu_layers
-        else "the CPU (this build of llama.cpp has no GPU)"
-        if settings.gpu_layers != "0" and not gpus()
-        else "the CPU"
-    )
-    plan = cast(Plan, model.plan)
-    every = model.gpu_layers == len(plan.places)
-    layers = "all layers" if every else f"{model.gpu_layers} layers" if model.gpu_layers else "everything"
-    if plan.crawls:
-        main = plan.needs[0]
-        screen.note(
-            f"metaalign-edge: warning: {in_bytes(sum(main))} are needed for {model.file.path.name}, and "
-            f"{in_bytes(plan.free[0])} are free: its weights are read from the disk again and again, at a crawl; "
-            "take a smaller quantisation"
-        )
-    screen.detail(f"model {model.file.path}: {model.file.architecture}, loaded in {model.load_ms:.0f} ms")
-    screen.detail(f"template {chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}")
-    screen.detail(f"memory for {plan}")
-    screen.detail(f"{layers} on {device}, {threads_for(model, settings)} threads, seed {settings.seed}")
-    if settings.adapters:
-        screen.detail(f"adapters {name_adapters(settings.adapters)}")
-    if settings.schema and settings.schema.left:
-        left = ", ".join(settings.schema.left)
-        screen.note(f"metaalign-edge: note: the answer is held to the schema but for {left}, seen at the end only")
-    if (settings.system_strength, settings.pref_strength) != (1.0, 1.0):
-        screen.detail(f"guided: System Info {settings.system_strength:g}, User Info {settings.pref_strength}")
 
 
 def introduce(transcript: Transcript, model: str, screen: Screen, talking: bool) -> None:
@@ -9221,8 +9240,9 @@ def topics() -> dict[str, tuple[str, str]]:
 
 @app.command("help")
 def help_command(
-    context: typer.Context,
-    topic: Annotated[str | None, typer.Argument(help="A topic, or a command.", show_default=False)] = None,
+    topic: Annotated[
+        list[str] | None, typer.Argument(metavar="TOPIC", help="A topic, or a command.", show_default=False)
+    ] = None,
 ) -> None:
     """Explain a topic or a command; without one, list the topics.
 
@@ -9231,14 +9251,16 @@ def help_command(
         metaalign-edge help exit-codes
 
         metaalign-edge help chat
+
+        metaalign-edge help models show
     """
-    screen, known = Screen(), topics()
-    commands = cast(Any, context.find_root().command).commands
-    if topic is None:
+    screen, known, commands = Screen(), topics(), all_commands().commands
+    first, *more = topic or [""]
+    if not first:
         width = max(map(len, known))
-        screen.write("".join(f"{name:<{width}}  {heading}\n" for name, (heading, _) in known.items()))
-    elif topic in known:
-        heading, text = known[topic]
+        screen.lines(f"{name:<{width}}  {heading}" for name, (heading, _) in known.items())
+    elif first in known and not more:
+        heading, text = known[first]
         if screen.terminal:
             from rich.console import Console
             from rich.markdown import Markdown
@@ -9246,46 +9268,42 @@ def help_command(
             Console().print(Markdown(f"# {heading}\n\n{text}"))
         else:
             screen.write(f"{heading}\n\n{text}\n")
-    elif topic in commands:
-        app(args=[topic, "--help"], prog_name="metaalign-edge", standalone_mode=False)
+    elif first in commands:
+        all_commands()(args=[first, *more, "--help"], prog_name="metaalign-edge", standalone_mode=False)
     else:
-        alike = nearest(topic, [*known, *commands], "`metaalign-edge help` lists them")
-        raise UsageError(f"no topic {topic!r}: {alike}")
+        alike = nearest(first, [*known, *commands], "`metaalign-edge help` lists them")
+        raise UsageError(f"no topic {' '.join([first, *more])!r}: {alike}")
 
 
-def profile_values() -> Iterable[tuple[str, str]]:
+def profile_values() -> dict[str, str]:
     """Return the profiles and what they say."""
-    built_in = built_in_profiles()
-    return [(f"@{name}", own_text(name) or built_in.get(name, "")) for name in sorted({*own_profiles(), *built_in})]
+    found = dict.fromkeys(profile_words(), "")
+    for word in found:
+        with contextlib.suppress(EdgeError):  # it cannot be read
+            found[word] = profile_text(word[1:])
+    return found
 
 
-def own_text(name: str) -> str:
-    """Return the text of a profile of the user's own, nothing if it cannot be read."""
-    with contextlib.suppress(EdgeError):
-        return own_profile(name) or ""
-    return ""
-
-
-def model_values() -> Iterable[tuple[str, str]]:
+def model_values() -> dict[str, str]:
     """Return the names of the models on this machine."""
-    return [(name, "") for name in model_names()]
+    return dict.fromkeys(model_names(), "")
 
 
-def session_values() -> Iterable[tuple[str, str]]:
+def session_values() -> dict[str, str]:
     """Return the names of the sessions."""
-    return [(name, "") for name in session_names()]
+    return dict.fromkeys(session_names(), "")
 
 
-def template_values() -> Iterable[tuple[str, str]]:
+def template_values() -> dict[str, str]:
     """Return the names that --template takes."""
-    return [("auto", "the model's own"), *((name, "") for name in shipped_templates())]
+    return {"auto": "the model's own", **dict.fromkeys(shipped_templates(), "")}
 
 
 SHELLS = {"bash": "bash", "zsh": "zsh", "fish": "fish", "powershell": "ps1"}  # and what their scripts end with
 
 # What a shell completes: the values of a parameter, by its name, or by that behind its command's, with what they mean.
 # Anywhere else, files.
-VALUES: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
+VALUES: dict[str, Callable[[], dict[str, str]]] = {
     "pref": profile_values,
     "template": template_values,
     "against_template": template_values,
@@ -9298,12 +9316,12 @@ VALUES: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "chat name": session_values,
     "sessions name": session_values,
     "sessions names": session_values,
-    "ctx_size": lambda: [("auto", "as many as there is room for")],
-    "gpu_layers": lambda: [("auto", "as many as there is room for"), ("all", "")],
-    "pref_strength": lambda: [("auto", "as hard as the preference changes each token")],
-    "ifeval_tier": lambda: [("system", ""), ("user", ""), ("query", "as published")],
-    "topic": lambda: [(name, heading) for name, (heading, _) in topics().items()],
-    "shell": lambda: [(shell, "") for shell in SHELLS],
+    "ctx_size": lambda: {"auto": "as many as there is room for"},
+    "gpu_layers": lambda: {"auto": "as many as there is room for", "all": ""},
+    "pref_strength": lambda: {"auto": "as hard as the preference changes each token"},
+    "ifeval_tier": lambda: {"system": "", "user": "", "query": "as published"},
+    "topic": lambda: {name: heading for name, (heading, _) in topics().items()},
+    "shell": lambda: dict.fromkeys(SHELLS, ""),
 }
 
 
@@ -9351,13 +9369,12 @@ def suggestions(command: Any, words: Sequence[str]) -> list[tuple[str, str]]:
 def values_of(group: str, parameter: Any, word: str) -> list[tuple[str, str]]:
     """Return the values of a parameter that begin with a word; of joined profiles, the last may still change."""
     joined, plus, word = word.rpartition("+") if parameter.name == "pref" else ("", "", word)
-    found = VALUES.get(f"{group} {parameter.name}", VALUES.get(parameter.name, list))()
-    return [(f"{joined}{plus}{value}", says) for value, says in found if value.startswith(word)]
+    found = VALUES.get(f"{group} {parameter.name}", VALUES.get(parameter.name, dict))()
+    return [(f"{joined}{plus}{value}", says) for value, says in found.items() if value.startswith(word)]
 
 
 @app.command()
 def completion(
-    context: typer.Context,
     shell: Annotated[str, typer.Argument(help=f"{', '.join(SHELLS)}.", show_default=False)],
     words: Annotated[
         list[str] | None, typer.Argument(help="What the script asks: what could the last of these be?")
@@ -9377,9 +9394,8 @@ def completion(
         path = part_folder("completion") / f"metaalign-edge.{SHELLS[shell]}"
         Screen().write(read_text(path, "the completion"))
         return
-    found = suggestions(context.find_root().command, words)
-    lines = [value if shell == "bash" or not says else f"{value}\t{one_line(says)}" for value, says in found]
-    Screen().write("".join(f"{line}\n" for line in lines))
+    found = suggestions(all_commands(), words)
+    Screen().lines(value if shell == "bash" or not says else f"{value}\t{one_line(says)}" for value, says in found)
 
 
 # =====================================================================================================================
@@ -9424,7 +9440,7 @@ class Shared(Chat):
         if self._writer == threading.get_ident():
             raise RuntimeError("an answer is still being written: read its stream to the end, or close it")
         with self._free:
-            self._writer = threading.get_ident()
+            self._writer, self.interrupt.raised = threading.get_ident(), False
             try:
                 yield
             except Interrupted:
@@ -9555,9 +9571,7 @@ def compare(
         raise UsageError("compare needs a preference: an empty one is the answer without any")
     with session.turn(), session.interrupt:
         seed = session.take(options)
-        need = max(session.outline(one).context for one in dialogs)
-        how = (model, session.template, session.settings, session.options, session.interrupt)
-        with Parallel(*how, len(dialogs), need) as together:
+        with parallel_for(session, dialogs) as together:
             answers = dict(together.run(Job(one, seed, at) for at, one in enumerate(dialogs)))
     failed = next((one for one in answers.values() if isinstance(one, EdgeError)), None)
     if failed:
@@ -9592,9 +9606,11 @@ def run(arguments: Sequence[str] | None = None, leaving: bool = False) -> int:
     With `leaving` the process ends next: what is open goes with it.
     """
     try:
-        status = app(args=arguments, prog_name="metaalign-edge", standalone_mode=False)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        command = called_command(arguments[0] if arguments else "")
+        status = command(args=arguments, prog_name="metaalign-edge", standalone_mode=False)
         return status if isinstance(status, int) else 0
-    except OutputClosed:
+    except (OutputClosed, SystemExit):  # the other one is Rich's and Click's, where a help page finds the pipe closed
         sys.stdout = cast(TextIO, open(os.devnull, "w"))  # noqa: SIM115  so that the flush at exit finds no closed pipe
         return 0
     except KeyboardInterrupt:
@@ -9607,7 +9623,7 @@ def run(arguments: Sequence[str] | None = None, leaving: bool = False) -> int:
         if code is None:
             text = f"unexpected {type(error).__name__}: {error}: please report it with the command"
         if text:  # Typer shows the help where there are no arguments, and says no more
-            Screen._say(f"metaalign-edge: {one_line(text)}")
+            Screen.say(f"metaalign-edge: {one_line(text)}")
         return 1 if code is None else code
     finally:
         if not leaving or drives_gpu():  # a driver wants back what it gave

@@ -64,7 +64,7 @@ with edge.Model(file, settings) as model, edge.Bench(model, settings, interrupt,
 NODE = """
 import {readFileSync} from "node:fs";
 import {getLlama, LlamaCompletion, LlamaLogLevel} from "node-llama-cpp";
-const [path, prompt, context, threads, layers] = process.argv.slice(1);
+const [path, prompt, context, threads, layers] = process.argv.slice(2);
 const gpu = layers === "0" ? false : "auto";
 const llama = await getLlama({gpu, build: "never", logLevel: LlamaLogLevel.error, maxThreads: Number(threads)});
 const model = await llama.loadModel({modelPath: path, gpuLayers: layers === "-1" ? "max" : Number(layers)});
@@ -100,8 +100,8 @@ class Call(NamedTuple):
     megabytes: float  # the peak of resident memory
 
 
-def call(command: list[str], folder: Path) -> Call:
-    """Run a command to its end, with what it keeps in a folder.
+def call(command: list[str], folder: Path, to_first: bool = False) -> Call:
+    """Run a command to its end, or only to the first byte that it says, with what it keeps in a folder.
 
     Raises:
         SystemExit: it fails.
@@ -110,10 +110,15 @@ def call(command: list[str], folder: Path) -> Call:
     environment |= {"METAALIGN_EDGE_CACHE": str(folder / "kept"), "LLM_USER_PATH": str(folder / "llm")}
     with tempfile.TemporaryFile() as said:
         began = time.perf_counter()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment)
+        out = subprocess.PIPE if to_first else said
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=said, env=environment)
+        if process.stdout:
+            process.stdout.read(1)
+            first = time.perf_counter()
+            process.kill()
         _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        if status:
+        seconds = (first if process.stdout else time.perf_counter()) - began
+        if status and not to_first:
             said.seek(0)
             raise SystemExit(f"{' '.join(command)[:200]} failed: {said.read()[-400:].decode(errors='replace')}")
     return Call(seconds, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
@@ -176,7 +181,7 @@ def starts(path: Path, tools: Path, options: argparse.Namespace, folder: Path) -
     if options.llm:
         llm = [options.llm, "-m", "gguf/peer", "--no-log", "-s", META_PROMPT, QUERY]
         call([options.llm, "gguf", "register-model", "peer", str(path), "--n-ctx", context], folder)
-        ways["llm, a whole answer"] = lambda: call(llm, folder)
+        ways["llm (llm-gguf), to its first character"] = lambda: call(llm, folder, to_first=True)
     if options.node:
         script = options.node / "metaalign-edge-peer.mjs"
         script.write_text(NODE, encoding="utf-8")

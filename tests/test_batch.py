@@ -74,7 +74,7 @@ def test_a_row_says_everything_that_the_command_line_does_not(here: Run) -> None
 
 
 BAD = {
-    "no object": "[1]", "no JSON": "{'query': 1}", "no query": "{}", "an empty query": '{"query": " "}',
+    "a number without end": f'{{"query": "q", "seed": {"1" * 5000}}}', "no object": "[1]", "no JSON": "{'query': 1}", "no query": "{}", "an empty query": '{"query": " "}',
     "a query of another type": '{"query": 5}', "two preferences": '{"query": "q", "pref": "a", "user_info": "b"}',
     "an unknown profile": '{"query": "q", "pref": "@nobody"}', "a turn without an answer": '{"query": "q", "turns": [{"query": "a"}]}',
     "turns that are none": '{"query": "q", "turns": "a"}', "no number": '{"query": "q", "max_tokens": "5"}', "true": '{"query": "q", "seed": true}',

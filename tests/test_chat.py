@@ -119,6 +119,7 @@ def test_verbose_says_what_was_chosen_and_why(run: Run, tiny: Path) -> None:
     result = run("chat", "-m", str(tiny), "-n", "2", "--seed", "5", "-v", "tea?")
     assert "template metaalign, native: the model was tuned on it" in result.stderr
     assert "on the CPU" in result.stderr and "seed 5" in result.stderr and "llama_model_loader" in result.stderr
+    assert "create_tensor" not in result.stderr and "set_abort_callback" not in result.stderr  # llama.cpp's debugging
 
 
 def test_a_closed_pipe_ends_quietly_with_0(slow: Path) -> None:

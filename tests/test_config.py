@@ -167,6 +167,7 @@ def test_a_damaged_file_is_named_with_the_line_and_what_to_do(
     ("seed = 2026-11-27", "seed: it takes a text or a number"),
     ("template = {}", "template: it takes a text"),
     ('gpu_layers = "some"', "gpu_layers: -ngl takes auto"),
+    ('ctx_size = "most"', "ctx_size: -c takes auto"),
     ("pref_strength = -1", "pref_strength: --pref-strength takes"),
     ('pref = ""', "pref: the preference is empty"),
 ])  # fmt: skip
@@ -175,6 +176,20 @@ def test_a_value_that_its_option_does_not_take_is_named_with_its_file(
 ) -> None:
     file.write_text(f"{line}\n")
     assert f"{file}: {said}" in refuses(2, "chat", "tea?")
+
+
+@pytest.mark.parametrize("line", ['template = "none.jinja"', 'model = "none.gguf"', 'model = "none"', 'pref = "@none"'])
+def test_what_a_setting_names_and_is_not_there_is_named_with_the_file(line: str, refuses: Refuses, file: Path) -> None:
+    file.write_text(f"{line}\n")
+    assert f"{file}: {line.split()[0]}: " in refuses(3, "chat", "tea?")
+
+
+def test_quiet_and_verbose_replace_each_other(says: Says, tiny: Path, file: Path) -> None:
+    file.write_text("verbose = true\n")
+    assert "template metaalign" in says("chat", "-m", str(tiny), "-n", "1", "tea?")[1]
+    assert says("chat", "-m", str(tiny), "-n", "1", "-q", "tea?")[1] == ""
+    file.write_text("quiet = true\n")
+    assert "template metaalign" in says("chat", "-m", str(tiny), "-n", "1", "-v", "tea?")[1]
 
 
 def test_what_a_flag_replaces_is_not_looked_at(
@@ -192,7 +207,7 @@ def test_what_a_flag_replaces_is_not_looked_at(
 @pytest.mark.parametrize("arguments, said", [
     (("temp", "hot"), "temp: 'hot' is not a valid float"), (("seed", "-1"), "-1"), (("quiet", "perhaps"), "quiet"),
     (("gpu_layers", "some"), "-ngl"), (("temp", "1", "2"), "one value"), (("pref", ""), "empty"),
-    (("system", "caf\udce9"), "UTF-8"), (("pref_strength", "101"), "100"),
+    (("ctx_size", "8"), "-c"), (("system", "caf\udce9"), "UTF-8"), (("pref_strength", "101"), "100"),
 ])  # fmt: skip
 def test_set_refuses_what_the_option_would(arguments: tuple[str, ...], said: str, refuses: Refuses, file: Path) -> None:
     assert said in refuses(2, "config", "set", "--", *arguments)

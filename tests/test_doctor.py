@@ -52,6 +52,18 @@ def look(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
+@pytest.mark.parametrize("line", ["max_token = 1", "max_tokens = 0", "[model", 'model = "gone.gguf"', "ctx_size = 1"])
+def test_settings_that_are_wrong_are_a_line_and_keep_nothing_else_from_being_looked_at(
+    line: str, look: Callable[..., Found], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METAALIGN_EDGE_CONFIG", str(tmp_path))
+    (tmp_path / "config.toml").write_text(f"{line}\n")
+    checks = look()
+    status, detail = checks["config"]
+    assert status == "failed" and str(tmp_path / "config.toml") in detail
+    assert checks["llama.cpp"][0] == checks["data"][0] == "ok"
+
+
 @pytest.fixture
 def doctor(tiny: Path) -> Doctor:
     return Doctor(str(tiny), Settings(threads=1), network=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,22 @@ def test_a_section_has_its_subsections_and_ends_where_the_next_begins() -> None:
 
 def test_a_command_is_explained_by_its_help(capfd: pytest.CaptureFixture[str]) -> None:
     assert said(capfd, "help", "chat") == said(capfd, "chat", "--help")
+    assert said(capfd, "help", "models", "show") == said(capfd, "models", "show", "--help")
+
+
+@pytest.mark.parametrize("arguments", [("chat", "--help"), ("help", "chat"), ("--help",)])
+def test_help_into_a_pipe_that_is_closed_ends_quietly(arguments: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, "-m", "metaalign_edge", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (0, b"")
 
 
 def test_an_unknown_topic_names_the_nearest(refuses: Callable[..., str]) -> None:

@@ -234,6 +234,14 @@ def test_a_damaged_model_is_listed_as_such_and_the_others_too(
     assert "damaged: " in says("models", "list")
 
 
+def test_readings_of_one_file_do_not_disturb_each_other(demo: Path) -> None:
+    file, alone = edge.ModelFile(demo), edge.ModelFile(demo)  # a thread loads the model, one chooses its template
+    words, infos = file.items("tokenizer.ggml.tokens"), file.tensor_infos()
+    read = [(next(words), next(infos), file.token("eos")) for _ in range(3)]
+    assert [word for word, _, _ in read] == list(alone.items("tokenizer.ggml.tokens"))[:3]
+    assert [info for _, info, _ in read] == list(alone.tensor_infos())[:3] and read[0][2] == alone.token("eos") != ""
+
+
 def test_metadata_that_make_no_sense_are_damage(tmp_path: Path, says: Says) -> None:
     odd = {"split__count": "three", "llama__context_length": "long", "general__alignment": 32}
     write_gguf(tmp_path / "home/.lmstudio/models/some/odd/odd.gguf", **odd)
@@ -265,7 +273,7 @@ def test_show_tells_markers_that_are_tokens_from_mere_words(tiny: Path, tmp_path
 
 
 def test_show_of_what_is_not_here_asks_no_network(refuses: Refuses) -> None:
-    assert "not on this machine" in refuses(4, "models", "show", "some/none")
+    assert "not on this machine" in refuses(3, "models", "show", "some/none")
     assert "models list" in refuses(3, "models", "show", "zzz")
 
 
@@ -325,7 +333,7 @@ def test_a_default_that_is_gone_is_an_error_that_names_it(cached: Path, says: Sa
     says("models", "default", REPOSITORY)
     shutil.rmtree(edge.hub_folder())
     assert f"{REPOSITORY}:Q8_0 is not on this machine" in refuses(4, "chat", "--offline", "tea?")
-    assert "not on this machine" in refuses(4, "models", "default", "some/none")
+    assert "not on this machine" in refuses(3, "models", "default", "some/none")
     assert "takes no name" in refuses(2, "models", "default", "--none", REPOSITORY)
 
 

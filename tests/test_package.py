@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import bisect
 import re
 import shutil
 import subprocess
+import symtable
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -147,3 +149,25 @@ def test_every_dependency_says_why() -> None:
         r'^  "[A-Za-z].*$', text[text.index("dependencies = [") : text.index("[project.scripts]")], re.MULTILINE
     ):
         assert "# " in line or '"metaalign-edge[' in line, line
+
+
+def test_nothing_refers_upward() -> None:
+    source = Path(edge.__file__).read_text()
+    banners = [
+        source.count("\n", 0, banner.start())
+        for banner in re.finditer(r"^# ={100,}\n# [ \d]\d  ", source, re.MULTILINE)
+    ]
+    module = symtable.symtable(source, edge.__file__, "exec")
+    begins = {table.get_name(): bisect.bisect(banners, table.get_lineno()) for table in module.get_children()}
+
+    def used(table: symtable.SymbolTable) -> set[str]:
+        names = {one.get_name() for one in table.get_symbols() if one.is_global() and one.is_referenced()}
+        return names.union(*map(used, table.get_children()))
+
+    upward = {
+        (one.get_name(), name)
+        for one in module.get_children()
+        for name in used(one)
+        if begins.get(name, 0) > begins[one.get_name()]
+    }
+    assert upward == set()

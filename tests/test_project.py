@@ -54,6 +54,7 @@ def test_its_model_is_found_from_where_the_file_lies(says: Says, tiny: Path, pro
     (project.parent / "models").mkdir()
     (project.parent / "models" / "ours.gguf").symlink_to(tiny)
     project.write_text('model = "models/ours.gguf"\n')
+    assert f"{project} comes before it" in says("models", "default")[1]
     assert json.loads(says("chat", "-n", "1", "--json", "tea?")[0])["model"] == "ours.gguf"
 
 

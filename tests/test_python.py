@@ -227,3 +227,9 @@ def test_the_public_names_are_typed_and_stand_in_the_readme() -> None:
     assert set(edge.__all__) == defined - {"Options"}
     section = README.partition("\n## In Python\n")[2].partition("\n## ")[0]
     assert all(f"`{name}`" in section for name in edge.__all__)
+
+
+def test_an_interrupted_call_does_not_interrupt_the_next_one(demo: Path) -> None:
+    with Model.open(demo) as model:
+        edge.shared(model).interrupt.raised = True  # as Ctrl-C leaves it
+        assert all(answer.response for answer in compare(model, "What is tea?", ["", "@child"], max_tokens=3))

@@ -83,7 +83,7 @@ WRONG = {
     "/strength pref x": "a number from 0 to 100, not 'x'",
     "/think maybe": "on, off or auto, not 'maybe'",
     "/save": "takes a name",
-    "/save a b": "is no name",
+    "/save a b": "cannot name",
     "/load nobody": "no session nobody: there are none",
     "/keep": "nothing to keep",
     "/pref @nobody": "no preference profile @nobody",

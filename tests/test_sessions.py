@@ -121,7 +121,7 @@ def test_continue_is_the_session_used_last(ask: Ask, refuses: Callable[..., str]
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "-x", "x\n", "é" * 51, "\udcff"])
 def test_what_is_no_name_is_refused(name: str, refuses: Callable[..., str]) -> None:
-    assert "is no name for a session" in refuses(2, "chat", f"--session={name}", "tea?")
+    assert "cannot name a session" in refuses(2, "chat", f"--session={name}", "tea?")
 
 
 def test_another_model_is_said(ask: Ask) -> None:
