@@ -1584,6 +1584,11 @@ def store_setting(key: str, value: Value | None) -> None:
         write_text(path, tomlkit.dumps(document))
 
 
+def is_device(name: str) -> bool:
+    """Tell whether Windows keeps a name for a device, whatever stands behind a dot."""
+    return bool(re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE))
+
+
 def profile_name(name: str) -> str:
     """Return the name of a profile that is given as `name` or `@name`.
 
@@ -1594,7 +1599,7 @@ def profile_name(name: str) -> str:
     if not re.fullmatch(r"\w[\w.-]{,49}", bare):
         rule = "letters, digits, _ . and -, 50 at most, neither a dot nor a dash first"
         raise UsageError(f"{name!r} cannot name a profile: {rule}")
-    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", bare, re.IGNORECASE):
+    if is_device(bare):
         raise UsageError(f"{name!r} cannot name a profile: Windows keeps that name for a device; choose another")
     return bare
 
@@ -1633,11 +1638,15 @@ def profile_text(name: str) -> str:
     if text is None:
         built_in = built_in_profiles()
         if name not in built_in:
-            alike = nearest(f"@{name}", [f"@{one}" for one in (*own_profiles(), *built_in)], "`pref list` shows all")
+            alike = nearest(
+                f"@{name}", [f"@{one}" for one in (*own_profiles(), *built_in)], "`metaalign-edge pref list` shows all"
+            )
             raise NotFound(f"no preference profile @{name}: {alike}")
         text = built_in[name]
     if not text:
-        raise UsageError(f"the profile {profiles_folder() / name}.txt is empty: fill it with `pref edit {name}`")
+        raise UsageError(
+            f"the profile {profiles_folder() / name}.txt is empty: fill it with `metaalign-edge pref edit {name}`"
+        )
     return text
 
 
@@ -1691,7 +1700,7 @@ def remove_profiles(names: Sequence[str]) -> None:
                 continue
             if name in built_in_profiles():
                 raise UsageError(f"@{name} is built in and stays; an own profile of that name would win over it")
-            alike = nearest(f"@{name}", [f"@{one}" for one in own_profiles()], "`pref list` shows all")
+            alike = nearest(f"@{name}", [f"@{one}" for one in own_profiles()], "`metaalign-edge pref list` shows all")
             raise NotFound(f"no preference profile @{name} of your own: {alike}")
         for name in names:
             (profiles_folder() / f"{name}.txt").unlink(missing_ok=True)
@@ -1761,6 +1770,8 @@ def session_path(name: str) -> Path:
     """
     if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode("utf-8", "replace")) > 100:
         raise UsageError(f"{name!r} is no name for a session: take letters, digits, _ . - (a hundred at most)")
+    if is_device(name):
+        raise UsageError(f"{name!r} is no name for a session: Windows keeps it for a device; choose another")
     return data_folder() / "sessions" / f"{name}.jsonl"
 
 
@@ -1909,7 +1920,7 @@ class Transcript:
                     self._append(file)
         except OSError as error:
             raise CannotWrite(
-                f"cannot write the session {self.path}: {error.strerror}: METAALIGN_EDGE_DATA names another folder"
+                f"cannot write the session {self.path}: {error.strerror} (METAALIGN_EDGE_DATA names another folder)"
             ) from None
         self._saved = len(self.lines)
 
@@ -7488,6 +7499,7 @@ def chat(
         explain(model, chosen, settings, screen)
         session.think = Aside(screen).write
         introduce(transcript, model.file.path.name, screen, talking=asked is None)
+        markdown = markdown and settings.schema is None  # JSON would lose its stars and underscores
         if asked is None:
             Repl(session, transcript, screen, rendered.strict_tiers, markdown).run()
         else:
@@ -8047,7 +8059,9 @@ def pref_add(
         if not text:
             raise UsageError("no text: give it as an argument, with --file, or pipe it in")
     store_profile(name, text, force=force)
-    Screen(quiet).note(f"@{name} is kept: use it with --pref @{name}, or always with `pref default {name}`")
+    Screen(quiet).note(
+        f"@{name} is kept: use it with --pref @{name}, or always with `metaalign-edge pref default {name}`"
+    )
 
 
 @pref.command("list")
@@ -8135,7 +8149,7 @@ def edited(text: str, name: str) -> Iterator[str]:
     windows = os.name == "nt"
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
     if not editor and not (sys.stdin and sys.stdin.isatty()):
-        raise UsageError("no terminal for an editor: set VISUAL or EDITOR, or use `pref add --force`")
+        raise UsageError("no terminal for an editor: set VISUAL or EDITOR, or use `metaalign-edge pref add --force`")
     editor = editor or ("notepad" if windows else "vi")
     draft = Path(tempfile.mkdtemp(prefix="metaalign-edge-")) / name
     try:
@@ -8162,12 +8176,14 @@ def pref_rm(context: typer.Context, names: ProfilesArgument = None, quiet: Quiet
         metaalign-edge pref rm brief mood
     """
     if not names:
-        raise UsageError("name the profiles to remove: `pref list` shows them")
+        raise UsageError("name the profiles to remove: `metaalign-edge pref list` shows them")
     bare = list(dict.fromkeys(map(profile_name, names)))
     gone = set(bare) - built_in_profiles().keys()
     if lost := gone & set(standing_profiles(context)):
         first = min(lost)
-        raise UsageError(f"@{first} stands by default: change that first, with `pref default NAME` or --none")
+        raise UsageError(
+            f"@{first} stands by default: change that first, with `metaalign-edge pref default NAME` or --none"
+        )
     remove_profiles(bare)
     Screen(quiet).note(f"{', '.join(f'@{name}' for name in bare)} removed")
 
@@ -8209,7 +8225,7 @@ def pref_default(
         screen.write("".join(f"{wish}\n" for wish in wishes))
         screen.note(f"from {cast(Setting, setting).origin}")
     else:
-        screen.note("no preference stands: `pref default NAME` sets one")
+        screen.note("no preference stands: `metaalign-edge pref default NAME` sets one")
 
 
 def standing_profiles(context: typer.Context) -> list[str]:
@@ -8264,7 +8280,7 @@ def settable_key(context: typer.Context, key: str) -> Any:
     known = settable(context.find_root().command)
     name = key.removeprefix("--").replace("-", "_")
     if name not in known:
-        raise UsageError(f"no setting {key!r}: {nearest(name, known, '`config show` lists all')}")
+        raise UsageError(f"no setting {key!r}: {nearest(name, known, '`metaalign-edge config show` lists all')}")
     return known[name]
 
 
@@ -8331,7 +8347,7 @@ def config_get(context: typer.Context, key: KeyArgument, as_json: JsonOption = F
     if as_json:
         screen.json(value)
     elif value is None:
-        raise NotFound(f"{name} is not set: set it with `config set {name} VALUE`")
+        raise NotFound(f"{name} is not set: set it with `metaalign-edge config set {name} VALUE`")
     else:
         screen.write(f"{written(value)}\n")
 
