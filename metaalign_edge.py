@@ -102,6 +102,14 @@ TIERS: tuple[Tier, ...] = ("system_info", "user_info", "query", "response")
 LEAST_CONTEXT = 16  # tokens
 DEFAULT_CONTEXT = 4096  # tokens per sequence, unless the model has fewer or the dialog needs more
 PREFILL_CHUNK = 512  # tokens between two looks at the interrupt flag where llama.cpp has no abort callback (GPUs)
+BOUNDS: Mapping[str, tuple[float, float]] = {  # of what Python's callers give; the command line has its own ranges
+    "max_tokens": (1, math.inf),
+    "temperature": (0, math.inf),
+    "top_k": (0, math.inf),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repeat_penalty": (0.1, math.inf),
+}
 TINY_MODEL = 1 << 25  # bytes of weights; below, threads wait for each other longer than they compute
 LONG_WAY = 1 << 31  # bytes of weights times tokens, some 50 ms: a state that is reached by less is not worth a file
 TEXT_STACK = 1024  # bytes of stack per byte of text: llama.cpp's regex fallback recurses per character (400 were seen)
@@ -9499,12 +9507,15 @@ class Shared(Chat):
             raise TypeError(f"no option {min(unknown)!r}: there are {', '.join(Options.__annotations__)}")
         given: dict[str, Any] = {"seed": None, **options}
         self.options = RenderOptions(given.pop("remind", True), given.pop("think", None))
-        seed, most = given.pop("seed"), given.get("max_tokens")
+        seed = given.pop("seed")
         seed = random.SystemRandom().randrange(2**32) if seed is None else seed
         if not 0 <= seed < 2**32:
             raise UsageError(f"seed takes a number from 0 to {2**32 - 1}, not {seed}")
-        if most is not None and most < 1:
-            raise UsageError(f"max_tokens takes a number from 1 on, not {most}")
+        for name, (least, most) in BOUNDS.items():
+            value = given.get(name)
+            if value is not None and not least <= value <= most:
+                up = "on" if most == math.inf else f"to {most}"
+                raise UsageError(f"{name} takes a number from {least} {up}, not {value}")
         for strength in ("system_strength", "pref_strength"):
             if given.get(strength, "auto") != "auto":
                 checked_strength(strength, given[strength])
