@@ -104,6 +104,14 @@ TIERS: tuple[Tier, ...] = ("system_info", "user_info", "query", "response")
 LEAST_CONTEXT = 16  # tokens
 DEFAULT_CONTEXT = 4096  # tokens per sequence, unless the model has fewer or the dialog needs more
 PREFILL_CHUNK = 512  # tokens between two looks at the interrupt flag where llama.cpp has no abort callback (GPUs)
+BOUNDS: Mapping[str, tuple[float, float]] = {  # of what Python's callers give; the command line has its own ranges
+    "max_tokens": (1, math.inf),
+    "temperature": (0, math.inf),
+    "top_k": (0, math.inf),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repeat_penalty": (0.1, math.inf),
+}
 TINY_MODEL = 1 << 25  # bytes of weights; below, threads wait for each other longer than they compute
 LONG_WAY = 1 << 31  # bytes of weights times tokens, some 50 ms: a state that is reached by less is not worth a file
 TEXT_STACK = 1024  # bytes of stack per byte of text: llama.cpp's regex fallback recurses per character (400 were seen)
@@ -1678,11 +1686,13 @@ def profile_text(name: str) -> str:
     if text is None:
         built_in = built_in_profiles()
         if name not in built_in:
-            alike = nearest(f"@{name}", [f"@{one}" for one in known_profiles()], "`pref list` shows all")
+            alike = nearest(f"@{name}", [f"@{one}" for one in known_profiles()], "`metaalign-edge pref list` shows all")
             raise NotFound(f"no preference profile @{name}: {alike}")
         text = built_in[name]
     if not text:
-        raise UsageError(f"the profile {profiles_folder() / name}.txt is empty: fill it with `pref edit {name}`")
+        raise UsageError(
+            f"the profile {profiles_folder() / name}.txt is empty: fill it with `metaalign-edge pref edit {name}`"
+        )
     return text
 
 
@@ -1736,7 +1746,7 @@ def remove_profiles(names: Sequence[str]) -> None:
                 continue
             if name in built_in_profiles():
                 raise UsageError(f"@{name} is built in and stays; an own profile of that name would win over it")
-            alike = nearest(f"@{name}", [f"@{one}" for one in own_profiles()], "`pref list` shows all")
+            alike = nearest(f"@{name}", [f"@{one}" for one in own_profiles()], "`metaalign-edge pref list` shows all")
             raise NotFound(f"no preference profile @{name} of your own: {alike}")
         for name in names:
             (profiles_folder() / f"{name}.txt").unlink(missing_ok=True)
@@ -1967,7 +1977,7 @@ class Transcript:
                     self._append(file)
         except OSError as error:
             raise CannotWrite(
-                f"cannot write the session {self.path}: {error.strerror}: METAALIGN_EDGE_DATA names another folder"
+                f"cannot write the session {self.path}: {error.strerror} (METAALIGN_EDGE_DATA names another folder)"
             ) from None
         self._saved = len(self.lines)
 
@@ -7557,6 +7567,7 @@ def chat(
         explain(model, chosen, settings, screen)
         session.think = Aside(screen).write
         introduce(transcript, model.file.path.name, screen, talking=asked is None)
+        markdown = markdown and settings.schema is None  # JSON would lose its stars and underscores
         if asked is None:
             Repl(session, transcript, screen, rendered.strict_tiers, markdown).run()
         else:
@@ -8098,7 +8109,9 @@ def pref_add(
         if not text:
             raise UsageError("no text: give it as an argument, with --file, or pipe it in")
     store_profile(name, text, force=force)
-    Screen(quiet).note(f"@{name} is kept: use it with --pref @{name}, or always with `pref default {name}`")
+    Screen(quiet).note(
+        f"@{name} is kept: use it with --pref @{name}, or always with `metaalign-edge pref default {name}`"
+    )
 
 
 @pref.command("list")
@@ -8186,7 +8199,7 @@ def edited(text: str, name: str) -> Iterator[str]:
     windows = os.name == "nt"
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
     if not editor and not at_terminal(sys.stdin):
-        raise UsageError("no terminal for an editor: set VISUAL or EDITOR, or use `pref add --force`")
+        raise UsageError("no terminal for an editor: set VISUAL or EDITOR, or use `metaalign-edge pref add --force`")
     editor = editor or ("notepad" if windows else "vi")
     draft = Path(tempfile.mkdtemp(prefix="metaalign-edge-")) / name
     try:
@@ -8213,12 +8226,14 @@ def pref_rm(names: ProfilesArgument = None, quiet: QuietOption = False) -> None:
         metaalign-edge pref rm brief mood
     """
     if not names:
-        raise UsageError("name the profiles to remove: `pref list` shows them")
+        raise UsageError("name the profiles to remove: `metaalign-edge pref list` shows them")
     bare = list(dict.fromkeys(map(profile_name, names)))
     gone = set(bare) - built_in_profiles().keys()
     if lost := gone & set(standing_profiles()):
         first = min(lost)
-        raise UsageError(f"@{first} stands by default: change that first, with `pref default NAME` or --none")
+        raise UsageError(
+            f"@{first} stands by default: change that first, with `metaalign-edge pref default NAME` or --none"
+        )
     remove_profiles(bare)
     Screen(quiet).note(f"{', '.join(f'@{name}' for name in bare)} removed")
 
@@ -8260,7 +8275,7 @@ def pref_default(
         screen.lines(wishes)
         screen.note(f"from {cast(Setting, setting).origin}")
     else:
-        screen.note("no preference stands: `pref default NAME` sets one")
+        screen.note("no preference stands: `metaalign-edge pref default NAME` sets one")
 
 
 def standing_profiles() -> list[str]:
@@ -8314,7 +8329,7 @@ def settable_key(key: str) -> Any:
     known = settable(all_commands())
     name = key.removeprefix("--").replace("-", "_")
     if name not in known:
-        raise UsageError(f"no setting {key!r}: {nearest(name, known, '`config show` lists all')}")
+        raise UsageError(f"no setting {key!r}: {nearest(name, known, '`metaalign-edge config show` lists all')}")
     return known[name]
 
 
@@ -8371,7 +8386,7 @@ def config_get(context: typer.Context, key: KeyArgument, as_json: JsonOption = F
     if as_json:
         screen.json(value)
     elif value is None:
-        raise NotFound(f"{name} is not set: set it with `config set {name} VALUE`")
+        raise NotFound(f"{name} is not set: set it with `metaalign-edge config set {name} VALUE`")
     else:
         screen.lines(written(value))
 
@@ -9458,12 +9473,15 @@ class Shared(Chat):
             raise TypeError(f"no option {min(unknown)!r}: there are {', '.join(Options.__annotations__)}")
         given: dict[str, Any] = {"seed": None, **options}
         self.options = RenderOptions(given.pop("remind", True), given.pop("think", None))
-        seed, most = given.pop("seed"), given.get("max_tokens")
+        seed = given.pop("seed")
         seed = random.SystemRandom().randrange(2**32) if seed is None else seed
         if not 0 <= seed < 2**32:
             raise UsageError(f"seed takes a number from 0 to {2**32 - 1}, not {seed}")
-        if most is not None and most < 1:
-            raise UsageError(f"max_tokens takes a number from 1 on, not {most}")
+        for name, (least, most) in BOUNDS.items():
+            value = given.get(name)
+            if value is not None and not least <= value <= most:
+                up = "on" if most == math.inf else f"to {most}"
+                raise UsageError(f"{name} takes a number from {least} {up}, not {value}")
         for strength in ("system_strength", "pref_strength"):
             if given.get(strength, "auto") != "auto":
                 checked_strength(strength, given[strength])

@@ -272,6 +272,11 @@ def test_markdown_takes_the_place_of_what_was_streamed() -> None:
     assert whole.rest() == shown and whole.leave() == 0
 
 
+def test_json_is_not_taken_for_markdown() -> None:
+    screen = Emulator("chat", "--markdown", "-j", '{"const": "*tea*"}', "What is tea?")
+    assert '"*tea*"' in screen.rest() and screen.leave() == 0
+
+
 @pytest.mark.slow
 def test_what_is_typed_meanwhile_does_not_disturb_the_markdown(slow: Path) -> None:
     screen = Emulator("chat", "-m", str(slow), "-n", "60", "--markdown", "--seed", "1")

@@ -119,7 +119,7 @@ def test_continue_is_the_session_used_last(ask: Ask, refuses: Callable[..., str]
     assert "give one" in refuses(2, "chat", "-C", "--session", "new", "tea?")
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "-x", "x\n", "é" * 51, "\udcff"])
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "-x", "x\n", "é" * 51, "\udcff", "con", "NUL.x"])
 def test_what_is_no_name_is_refused(name: str, refuses: Callable[..., str]) -> None:
     assert "cannot name a session" in refuses(2, "chat", f"--session={name}", "tea?")
 
@@ -277,7 +277,7 @@ def test_a_full_disk_is_exit_8_after_the_answer_and_what_was_there_stays(room: i
     )
     assert result.returncode == 8 and len(result.stdout) > 1
     assert result.stderr.startswith(
-        f"metaalign-edge: cannot write the session {path}: File too large: METAALIGN_EDGE_DATA"
+        f"metaalign-edge: cannot write the session {path}: File too large (METAALIGN_EDGE_DATA"
     )
     assert path.read_bytes() == before
     kept_on = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
