@@ -126,9 +126,10 @@ with Model.open({str(slow)!r}, gpu_layers=0, verbose=True) as model:
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=log)
     assert process.stdout
-    while "set_abort_callback" not in (tmp_path / "log").read_text():  # llama.cpp begins with the prompt
+    while "reserve took" not in (tmp_path / "log").read_text():  # the context is made
         assert process.poll() is None
         time.sleep(0.01)
+    time.sleep(0.3)  # and of the prompt, which takes seconds, something has been read
     process.send_signal(signal.SIGINT)
     lines = [process.stdout.readline() for _ in range(3)]
     process.send_signal(signal.SIGINT)

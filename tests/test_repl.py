@@ -7,6 +7,7 @@ import re
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -184,9 +185,8 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation_and_ctrl_d_leaves(slo
     terminal = Terminal("chat", "-m", str(slow), "-ngl", "0", "-n", "8000", "--temp", "0", "-v", "--session", "work")
     terminal.until("> ")
     terminal.type("What is tea?\n")
-    for _ in range(2):  # before the prompt is read, and after
-        terminal.until("set_abort_callback: call\n")
-    assert terminal.screen or terminal.look()
+    terminal.until("reserve took")  # the context is made
+    time.sleep(0.5)  # and of the answer, which takes seconds, something has been written
     terminal.type("\x03")
     assert "interrupted" in terminal.until("\n> ")
     while "> " not in terminal.screen:  # between its prompt and its first look at the keyboard, nobody sees the signal
