@@ -3207,6 +3207,7 @@ class Loading:
             except BaseException as error:
                 self._error = error
 
+        llama_cpp()  # Python in both threads at a time would be slower than one after the other
         sys.setswitchinterval(1e-5)  # seconds; for each line of its log llama.cpp would wait longer for this thread
         self._thread = threading.Thread(target=load)
         self._thread.start()
