@@ -516,7 +516,7 @@ def test_a_marker_cannot_be_put_together_from_the_ends_of_two_tiers(case: Case) 
 GIANTS = """
 import sys
 from pathlib import Path
-from metaalign_edge import *
+from metaalign_edge import ContextOverflow, Dialog, Model, ModelFile, Settings, Turn, choose_template, render, tokenize
 file = ModelFile(Path(sys.argv[1]))
 chat_template = choose_template("chatml", file)
 megabytes = ["The quick brown fox, 12 times.\\n" * 34000, "a" * 2**20]
