@@ -117,6 +117,7 @@ LONG_WAY = 1 << 31  # bytes of weights times tokens, some 50 ms: a state that is
 TEXT_STACK = 1024  # bytes of stack per byte of text: llama.cpp's regex fallback recurses per character (400 were seen)
 BINARY = getattr(os, "O_BINARY", 0)  # without it, Windows writes two bytes for a newline
 BYTES_PER_TOKEN = 512  # no vocabulary in the wild has a longer token; bounds what a context could ever hold
+LIKELY_BYTES = 16  # of a token, at most, in any text that people write: more are worth asking the vocabulary
 
 
 class Stopwatch:
@@ -1120,7 +1121,7 @@ def tokenize(rendering: Rendering, vocabulary: Vocabulary, context: int) -> Toke
         TierViolation: an id in a tier is one that only the scaffold may use, or characters were lost.
     """
     prompt, size = rendering.prompt, len(rendering.prompt.encode())
-    if size > context and size > context * min(vocabulary.longest, BYTES_PER_TOKEN):
+    if size > context * LIKELY_BYTES and size > context * min(vocabulary.longest, BYTES_PER_TOKEN):
         raise ContextOverflow(
             f"the prompt has {size:,} bytes; a context of {context:,} tokens can never hold them: shorten it"
         )
@@ -3075,8 +3076,86 @@ def physical_cores() -> int:
     return len(cores)
 
 
+class Loading(Closing):
+    """A file's vocabulary, which a thread loads while this one goes on: llama.cpp takes some 0.25 s for 150,000 tokens.
+
+    Close it, or use it in a `with`; a vocabulary that nobody has taken by its end is freed.
+
+    Raises:
+        LoadError: llama.cpp does not run on this machine.
+    """
+
+    def __init__(self, path: Path, verbose: bool = False) -> None:
+        llama = llama_cpp()  # before the thread: Python in both at a time would be slower than one after the other
+        LOG.attach(verbose)
+        LOG.errors.clear()
+        llama.llama_backend_init()
+        self.began = time.monotonic()
+        self._pointer: Any = None  # until it is taken
+        self._usual = sys.getswitchinterval()
+        params = llama.llama_model_default_params()
+        params.vocab_only, params.n_gpu_layers = True, 0
+
+        def load() -> None:
+            self._pointer = llama.llama_model_load_from_file(os.fsencode(path), params)
+
+        self._thread = threading.Thread(target=load)
+        if path.is_file():  # a pipe would be read up, or waited for
+            sys.setswitchinterval(1e-5)  # seconds; for each line of its log llama.cpp would wait longer for this thread
+            self._thread.start()
+
+    def close(self) -> None:
+        """Wait for what nobody needs any more, and free it; again is harmless."""
+        self._join()
+        if self._pointer:
+            llama_cpp().llama_model_free(self._pointer)
+            self._pointer = None
+
+    def _join(self) -> None:
+        if self._thread.ident is not None:
+            self._thread.join()
+        sys.setswitchinterval(self._usual)
+
+    def take(self, file: ModelFile) -> LlamaVocabulary:
+        """Wait for the vocabulary, which is this file's, and return it. Close that, too.
+
+        Raises:
+            LoadError: llama.cpp refuses it, or it is of no kind that chat models have.
+        """
+        self._join()
+        if not self._pointer:
+            raise LoadError(f"cannot load {file.path}: {LOG.reason()}")
+        pointer, self._pointer = self._pointer, None
+        return LlamaVocabulary(pointer, file)
+
+
+def load_vocabulary(file: ModelFile, verbose: bool = False) -> LlamaVocabulary:
+    """Load a vocabulary without the weights. Close it, or use it in a `with`.
+
+    Raises:
+        LoadError: as `Loading.take`.
+    """
+    with Loading(file.path, verbose) as loading:
+        return loading.take(file)
+
+
+def without_vocabulary(file: ModelFile) -> Any:
+    """Return what makes llama.cpp load a file's weights as if it had so many tokens, but no words for them."""
+    llama, size = llama_cpp(), file.metadata.get("tokenizer.ggml.tokens")
+    integer, text = llama.LLAMA_KV_OVERRIDE_TYPE_INT, llama.LLAMA_KV_OVERRIDE_TYPE_STR
+    overrides = (llama.llama_model_kv_override * 3)()  # the last one stays empty: it ends them
+    overrides[0].tag, overrides[0].key, overrides[0].value.val_str = text, b"tokenizer.ggml.model", b"no_vocab"
+    if isinstance(size, GGUFArray):
+        key = f"{file.architecture}.vocab_size".encode()[:127]  # a longer name is no architecture
+        overrides[1].tag, overrides[1].key, overrides[1].value.val_i64 = integer, key, size.length
+    return overrides
+
+
 class Model(Closing):
-    """A GGUF loaded by llama.cpp, or only its vocabulary. Close it, or use it in a `with`.
+    """A GGUF loaded by llama.cpp. Close it, or use it in a `with`.
+
+    llama.cpp loads it twice at the same time: the vocabulary without weights, and the weights without a vocabulary.
+    With a `loading` the vocabulary may still be on its way; it is waited for when it is asked for.
 
     A program opens one with `Model.open`, and hands it to `generate`, `stream` and `compare`.
 
@@ -3088,38 +3167,62 @@ class Model(Closing):
     session: Any = None  # the context that a program's calls share; it ends with the model
 
     def __init__(
-        self, file: ModelFile, settings: Settings, interrupt: Interrupt | None = None, vocab_only: bool = False
+        self, file: ModelFile, settings: Settings, interrupt: Interrupt | None = None, loading: Loading | None = None
     ) -> None:
-        llama = llama_cpp()
-        LOG.attach(settings.verbose)
-        LOG.errors.clear()
-        llama.llama_backend_init()
-        self.file, self.plan = file, None if vocab_only else plan_for(file, settings, gpus())
-        if self.plan:
-            self.plan.check(file.path)
-        self.gpu_layers = self.plan.offloaded if self.plan else 0
-        self.settings = settings
-        params = llama.llama_model_default_params()
-        params.vocab_only, params.n_gpu_layers = vocab_only, self.gpu_layers
-        going = llama.llama_progress_callback(lambda _progress, _data: not (interrupt and interrupt.raised))
-        params.progress_callback = going
-        started = time.monotonic()
-        with STOPWATCH("model"):
-            self.pointer = llama.llama_model_load_from_file(os.fsencode(file.path), params)
-        if not self.pointer:
-            if interrupt:
-                interrupt.check()
-            raise LoadError(f"cannot load {file.path}: {LOG.reason()}")
-        self.load_ms = (time.monotonic() - started) * 1000
-        self.bytes = int(llama.llama_model_size(self.pointer))  # of its weights
+        self.file, self.settings = file, settings
+        self.ready = math.inf  # when all of it was loaded
         self._adapters: dict[str, Any] = {}
+        self._held = contextlib.ExitStack()
+        self._loading = loading or Loading(file.path, settings.verbose)
+        self._held.enter_context(self._loading)
         try:
-            self.vocabulary = LlamaVocabulary(llama.llama_model_get_vocab(self.pointer), file)
-            for adapter in () if vocab_only else settings.adapters:
+            self.plan = plan_for(file, settings, gpus())
+            self.plan.check(file.path)
+            self.gpu_layers = self.plan.offloaded
+            with STOPWATCH("model"):
+                self.pointer = self._load(interrupt)
+            if not self.pointer or loading is None:
+                self.vocabulary  # noqa: B018  # its error is the better one
+            if not self.pointer:
+                if interrupt:
+                    interrupt.check()
+                raise LoadError(f"cannot load {file.path}: {LOG.reason()}")
+            self.bytes = int(llama_cpp().llama_model_size(self.pointer))  # of its weights
+            for adapter in settings.adapters:
                 self.adapter(adapter)
         except EdgeError:
             self.close()
             raise
+
+    @functools.cached_property
+    def vocabulary(self) -> LlamaVocabulary:
+        """Wait for the vocabulary.
+
+        Raises:
+            LoadError: as `Loading.take`.
+        """
+        with STOPWATCH("vocabulary"):
+            found = self._held.enter_context(self._loading.take(self.file))
+        self.ready = time.monotonic()
+        return found
+
+    @property
+    def load_ms(self) -> float:
+        """Return how long all of it took to load, in milliseconds; wait for that."""
+        self.vocabulary  # noqa: B018
+        return (self.ready - self._loading.began) * 1000
+
+    def _load(self, interrupt: Interrupt | None) -> Any:
+        """Load the weights; return llama.cpp's pointer, which is null if they do not load."""
+        llama = llama_cpp()
+        params, overrides = llama.llama_model_default_params(), without_vocabulary(self.file)
+        params.n_gpu_layers, params.kv_overrides = self.gpu_layers, overrides
+        going = llama.llama_progress_callback(lambda _progress, _data: not (interrupt and interrupt.raised))
+        params.progress_callback = going
+        pointer = llama.llama_model_load_from_file(os.fsencode(self.file.path), params)
+        if pointer:
+            self._held.callback(llama.llama_model_free, pointer)
+        return pointer
 
     @classmethod
     def open(
@@ -3185,57 +3288,8 @@ class Model(Closing):
         """Free the model; again is harmless."""
         if self.session:
             self.session.close()
-        if self.pointer:
-            llama_cpp().llama_model_free(self.pointer)
-            self.pointer = None
-
-
-class Loading:
-    """A model that is loaded in a thread, while this one chooses a template and imports what that takes.
-
-    Use it in a `with`; a model that nobody has taken by its end is freed.
-    """
-
-    def __init__(self, file: ModelFile, settings: Settings, interrupt: Interrupt) -> None:
-        self.left: Model | None = None  # until it is taken
-        self._error: BaseException | None = None
-        self._interrupt, self._usual = interrupt, sys.getswitchinterval()
-
-        def load() -> None:
-            try:
-                self.left = Model(file, settings, interrupt)
-            except BaseException as error:
-                self._error = error
-
-        llama_cpp()  # Python in both threads at a time would be slower than one after the other
-        sys.setswitchinterval(1e-5)  # seconds; for each line of its log llama.cpp would wait longer for this thread
-        self._thread = threading.Thread(target=load)
-        self._thread.start()
-
-    def __enter__(self) -> Loading:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind:
-            self._interrupt.raised = True  # nobody needs it any more
-        self._thread.join()
-        sys.setswitchinterval(self._usual)
-        if self.left:
-            self.left.close()
-            self.left = None
-
-    @STOPWATCH("model")
-    def take(self) -> Model:
-        """Wait for the model.
-
-        Raises:
-            LoadError: llama.cpp refuses the file. Interrupted: Ctrl-C.
-        """
-        self._thread.join()
-        if self._error:
-            raise self._error
-        model, self.left = cast(Model, self.left), None
-        return model
+        self._held.close()
+        self.pointer = None
 
 
 def threads_for(model: Model, settings: Settings) -> int:
@@ -3276,13 +3330,18 @@ def gpus() -> list[Device]:
     return usable(devices()) if llama_cpp().llama_supports_gpu_offload() else []
 
 
+def least_context(file: ModelFile, settings: Settings) -> int:
+    """Return how many tokens a context has, unless a dialog needs more."""
+    return settings.context or min(file.context, DEFAULT_CONTEXT)
+
+
 def plan_for(file: ModelFile, settings: Settings, devices: Sequence[Device]) -> Plan:
     """Plan where a model goes, by what is free now in main memory, and on these devices.
 
     Raises:
         LoadError: the list of tensors is damaged. NotFound: a part of the model is missing.
     """
-    context = settings.context or min(file.context, DEFAULT_CONTEXT)
+    context = least_context(file, settings)
     plan = make_plan(Footprint.of(file), free_memory(), devices, context, settings.sequences, settings.gpu_layers)
     return replace(plan, lanes=settings.lanes)
 
@@ -3308,33 +3367,47 @@ def check_memory(model: Model, context: int, sequences: int) -> None:
     Raises:
         LoadError: with the numbers, and what would fit.
     """
-    if model.plan:
-        free = (free_memory(), *(device.free for device in gpus()))
-        replace(model.plan, context=context, sequences=sequences, free=free, loaded=True).check(model.file.path)
+    free = (free_memory(), *(device.free for device in gpus()))
+    replace(model.plan, context=context, sequences=sequences, free=free, loaded=True).check(model.file.path)
 
 
-class LlamaVocabulary:
-    """llama.cpp's vocabulary, as `tokenize` needs it."""
+class LlamaVocabulary(Closing):
+    """llama.cpp's vocabulary, as `tokenize` needs it. `load_vocabulary` loads one. Close it, or use it in a `with`.
 
-    def __init__(self, pointer: Any, file: ModelFile) -> None:
-        self._llama, self._vocab = llama_cpp(), pointer
-        self.size: int = self._llama.llama_vocab_n_tokens(pointer)
-        kind = self._llama.llama_vocab_type(pointer)
+    Args:
+        model: llama.cpp's pointer to a model; the vocabulary frees it.
+
+    Raises:
+        LoadError: it is of no kind that chat models have.
+    """
+
+    def __init__(self, model: Any, file: ModelFile) -> None:
+        self._llama, self._model = llama_cpp(), model
+        self.pointer = self._llama.llama_model_get_vocab(model)
+        self.size: int = self._llama.llama_vocab_n_tokens(self.pointer)
+        kind = self._llama.llama_vocab_type(self.pointer)
         if kind not in (1, 2):  # LLAMA_VOCAB_TYPE_SPM, LLAMA_VOCAB_TYPE_BPE
-            model = file.metadata.get("tokenizer.ggml.model", "none")
+            self.close()
+            name = file.metadata.get("tokenizer.ggml.model", "none")
             raise LoadError(
-                f"{file.path} has a vocabulary of the kind {model!r}; chat models have SentencePiece or BPE ones"
+                f"{file.path} has a vocabulary of the kind {name!r}; chat models have SentencePiece or BPE ones"
             )
         self.escapes_spaces = kind == 1
         self.space_prefix = kind == 1 and bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
-        bos = self._llama.llama_vocab_bos(pointer)
-        self.bos: int | None = bos if bos >= 0 and self._llama.llama_vocab_get_add_bos(pointer) else None
+        bos = self._llama.llama_vocab_bos(self.pointer)
+        self.bos: int | None = bos if bos >= 0 and self._llama.llama_vocab_get_add_bos(self.pointer) else None
         self._pieces: dict[int, bytes] = {}
         self._buffer = ctypes.create_string_buffer(256)
         if not self.escapes_spaces:  # some BPE vocabularies write a space as SentencePiece does (Gemma 4)
             probe = b"".join(map(self.piece, self._encode("\u2581".encode(), special=False)))
             self.escapes_spaces = probe == b" "
             self._pieces.clear()
+
+    def close(self) -> None:
+        """Free it; again is harmless."""
+        if self._model:
+            self._llama.llama_model_free(self._model)
+            self._model = None
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Tokenise; long text on a thread with a stack for it, as llama.cpp's regex fallback recurses per character."""
@@ -3358,7 +3431,7 @@ class LlamaVocabulary:
     def _encode(self, data: bytes, special: bool) -> list[int]:
         room = len(data) + 16  # never more tokens than bytes, but for the space that SentencePiece puts in front
         ids = (ctypes.c_int32 * room)()
-        count = self._llama.llama_tokenize(self._vocab, data, len(data), ids, room, False, special)
+        count = self._llama.llama_tokenize(self.pointer, data, len(data), ids, room, False, special)
         if count < 0:
             raise TierViolation("llama.cpp cannot tokenise this text")
         return ids[:count]
@@ -3367,10 +3440,10 @@ class LlamaVocabulary:
         """Return the bytes a token stands for."""
         found = self._pieces.get(token)
         if found is None:
-            length = self._llama.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, True)
+            length = self._llama.llama_token_to_piece(self.pointer, token, self._buffer, len(self._buffer), 0, True)
             if length < 0:
                 self._buffer = ctypes.create_string_buffer(-length)
-                length = self._llama.llama_token_to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, True)
+                length = self._llama.llama_token_to_piece(self.pointer, token, self._buffer, len(self._buffer), 0, True)
             found = self._buffer.raw[:length]
             if self.escapes_spaces:
                 found = found.replace("\u2581".encode(), b" ")
@@ -3379,11 +3452,11 @@ class LlamaVocabulary:
 
     def attributes(self, token: int) -> int:
         """Return llama.cpp's attribute bits of a token."""
-        return int(self._llama.llama_vocab_get_attr(self._vocab, token))
+        return int(self._llama.llama_vocab_get_attr(self.pointer, token))
 
     def is_end(self, token: int) -> bool:
         """Tell whether a token ends a generation."""
-        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
+        return bool(self._llama.llama_vocab_is_eog(self.pointer, token))
 
     @functools.cached_property
     def longest(self) -> int:
@@ -3928,7 +4001,7 @@ class SchemaSampler(Sampler):
     ) -> None:
         super().__init__(model.file, settings)
         llama, self._vocabulary, self._markers, self._thinking = self._llama, model.vocabulary, markers, thinking
-        vocabulary, root = llama.llama_model_get_vocab(model.pointer), b"after" if marks else b"root"
+        vocabulary, root = model.vocabulary.pointer, b"after" if marks else b"root"
         self._shortlist = llama.llama_sampler_init_top_k(SHORTLIST)
         self._grammar = llama.llama_sampler_init_grammar(vocabulary, grammar.encode(), root)
         if not self._grammar:
@@ -4193,14 +4266,24 @@ class Session(Closing):
         interrupt: Interrupt,
         parallel: int = 1,
         states: States | None = None,
+        context: int | None = None,
     ) -> None:
+        """Begin; with a `context`, of so many tokens for each sequence, it is made at once."""
         self.model, self.template, self.parallel = model, chat_template, parallel
         self.states = states
         self._unsaved: list[tuple[str, bytearray]] = []
         self.settings, self.options, self.interrupt = settings, options, interrupt
         self.engine: Engine | None = None
         self.forged: list[str] = []  # marker words in the tiers of the latest prompt
-        self.marks = thinking_marks(chat_template.template.source, model.vocabulary)
+        self._untold_ms = 0.0  # of contexts that were made since the latest answer began
+        try:
+            if context:
+                self.open(context, parallel * len(self.guidance(Dialog("both", "tiers")).dialogs))
+            self.marks = thinking_marks(chat_template.template.source, model.vocabulary)
+        except EdgeError:
+            self.close()
+            raise
+        self._untold_ms += model.load_ms
 
     def close(self) -> None:
         """Free the context and write down the states; again is harmless."""
@@ -4264,8 +4347,8 @@ class Session(Closing):
     def _tokenize(self, dialog: Dialog) -> Tokens:
         return tokenize(render(dialog, self.template, self.options), self.model.vocabulary, self.limit)
 
-    def open(self, context: int, sequences: int = 1) -> float:
-        """Make the context anew; return the milliseconds that it and the loading of the model took.
+    def open(self, context: int, sequences: int) -> None:
+        """Make the context anew.
 
         Raises:
             LoadError: llama.cpp cannot make it.
@@ -4273,16 +4356,18 @@ class Session(Closing):
         self.close()
         started = time.monotonic()
         self.engine = Engine(self.model, self.settings, self.interrupt, context, sequences)
-        return round(self.model.load_ms + (time.monotonic() - started) * 1000, 1)
+        if math.isfinite(self.model.ready):  # otherwise that time is a part of the model's
+            self._untold_ms += (time.monotonic() - started) * 1000
 
     def prepare(self, outline: Outline) -> Engine:
-        """Return a context with room for an answer.
+        """Return a context with room for an answer, and tell it what was loaded for it.
 
         Raises:
             LoadError: llama.cpp cannot make it. RuntimeError: it is closed.
         """
         if self.engine is None:
             raise RuntimeError("the context is closed")
+        outline.answer.load_ms, self._untold_ms = round(self._untold_ms, 1), 0.0
         return self.engine
 
     def run(
@@ -4441,11 +4526,24 @@ class Chat(Session):
 
     think: Callable[[str], None] = staticmethod(lambda _: None)
 
+    def __init__(
+        self,
+        model: Model,
+        chat_template: ChatTemplate,
+        settings: Settings,
+        options: RenderOptions,
+        interrupt: Interrupt,
+        states: States | None = None,
+    ) -> None:
+        guided = settings.system_strength != 1 or settings.pref_strength != 1
+        context = None if guided else least_context(model.file, settings)  # the dialog decides how many sequences
+        super().__init__(model, chat_template, settings, options, interrupt, states=states, context=context)
+
     def prepare(self, outline: Outline) -> Engine:
-        """Return the context, made anew if the dialog needs more of it; its time is this answer's."""
+        """Return the context, made anew if the dialog needs more of it."""
         engine, sequences = self.engine, len(outline.prompts)
         if engine is None or engine.context < outline.context or len(engine.sequences) < sequences:
-            outline.answer.load_ms = self.open(outline.context, sequences)
+            self.open(outline.context, sequences)
         return super().prepare(outline)
 
     def answer(
@@ -4516,15 +4614,9 @@ class Parallel(Session):
         context: int | None = None,
         states: States | None = None,
     ) -> None:
-        context = context or settings.context or min(model.file.context, DEFAULT_CONTEXT)
-        super().__init__(model, chat_template, replace(settings, context=context), options, interrupt, parallel, states)
-        lanes = len(self.guidance(Dialog("both", "tiers")).dialogs)
-        self._load_ms = self.open(context, parallel * lanes)  # the first answer's
-
-    def prepare(self, outline: Outline) -> Engine:
-        """Return the context."""
-        outline.answer.load_ms, self._load_ms = self._load_ms, 0.0
-        return super().prepare(outline)
+        context = context or least_context(model.file, settings)
+        settings = replace(settings, context=context)
+        super().__init__(model, chat_template, settings, options, interrupt, parallel, states, context)
 
     def _end(self, running: Running) -> None:
         """Complete an answer and leave its prompt in the cache, for one that begins alike."""
@@ -4769,7 +4861,7 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
         if settings.gpu_layers != "0" and not gpus()
         else "the CPU"
     )
-    plan = cast(Plan, model.plan)
+    plan = model.plan
     every = model.gpu_layers == len(plan.places)
     layers = "all layers" if every else f"{model.gpu_layers} layers" if model.gpu_layers else "everything"
     if plan.crawls:
@@ -5250,7 +5342,7 @@ def make_candidate(
     Raises:
         UsageError: the file of answers is another run's. CannotWrite: the user named it, and it cannot be written.
     """
-    room = settings.context or min(file.context, DEFAULT_CONTEXT)
+    room = least_context(file, settings)
     most = settings.max_tokens or min(EVAL_TOKENS.get(suite.kind, EVAL_TOKENS["builtin"]), max(1, room // 3))
     settings = replace(settings, max_tokens=most)
     run = {
@@ -5913,14 +6005,13 @@ def download_model(repository: str, wanted: str, screen: Screen) -> Path:
     return paths[0]
 
 
-def find_model(name: str | None, offline: bool | None, screen: Screen) -> ModelFile:
-    """Open the model that -m names; one of the hub's that is not here is downloaded, unless offline.
+def find_model(name: str | None, offline: bool | None, screen: Screen) -> Path:
+    """Return where the model is that -m names; one of the hub's that is not here is downloaded, unless offline.
 
     None: nobody asked for a download.
 
     Raises:
-        NotFound: there is no such one. LoadError: the file is bad, or no model. NetworkError, CannotWrite: it cannot be
-        had from the hub.
+        NotFound: there is no such one. NetworkError, CannotWrite: it cannot be had from the hub.
     """
     path, name = resolve_model(name), name or setting("model") or ""
     if path is None:
@@ -5930,6 +6021,15 @@ def find_model(name: str | None, offline: bool | None, screen: Screen) -> ModelF
             raise absent(name)
         repository, _, wanted = name.partition(":")
         path = download_model(repository, wanted, screen)
+    return path
+
+
+def open_model(path: Path) -> ModelFile:
+    """Read a model's metadata.
+
+    Raises:
+        NotFound: there is no such file. LoadError: it is bad, or no model.
+    """
     file = ModelFile(path)
     if file.purpose in ("adapter", "mmproj", "imatrix"):
         raise LoadError(f"{path} is no model but a file for one ({file.purpose}): name the model itself with -m")
@@ -6192,7 +6292,7 @@ class Doctor:
 
     def metadata(self) -> Finding:
         """Look at the model's file."""
-        self.file = find_model(self.model, None, Screen(quiet=True))
+        self.file = open_model(find_model(self.model, None, Screen(quiet=True)))
         footprint = Footprint.of(self.file)
         size = in_bytes(sum(footprint.weights) + footprint.embedding)
         known = f"{self.file.architecture}, {size} of weights, {self.file.context:,} tokens of context"
@@ -7370,13 +7470,21 @@ class Loaded(NamedTuple):
     offline: OfflineOption = False
     lora: AdapterOption = None
 
-    def file(self, screen: Screen) -> ModelFile:
-        """Open the model.
+    def path(self, screen: Screen) -> Path:
+        """Return where the model is.
 
         Raises:
             EdgeError: as `find_model`.
         """
         return find_model(self.model, self.offline, screen)
+
+    def file(self, screen: Screen) -> ModelFile:
+        """Read the model's metadata.
+
+        Raises:
+            EdgeError: as `find_model` and `open_model`.
+        """
+        return open_model(self.path(screen))
 
     def settings(self) -> Settings:
         """Return what the engine has to know.
@@ -7766,14 +7874,14 @@ def render_command(
     """
     screen, dialog = talk.screen(), meta_prompt.dialog()
     dialog = replace(dialog, turns=(Turn(cast(str, read_query(query, no_stdin, repl=False))),))
-    file = find_model(model, offline, screen)
+    file = open_model(find_model(model, offline, screen))
     chosen = choose_template(rendered.template, file)
     screen.detail(f"template {chosen.name}: {chosen.why}")
     rendering = render(dialog, chosen, rendered.options())
     rows: list[Token] | None = None
     if tokens or count or rendered.strict_tiers:
-        with Model(file, Settings(verbose=talk.verbose), vocab_only=True) as loaded:
-            tokenized = tokenize(rendering, loaded.vocabulary, file.context)
+        with load_vocabulary(file, talk.verbose) as vocabulary:
+            tokenized = tokenize(rendering, vocabulary, file.context)
         check_forged(tokenized.forged, screen, rendered.strict_tiers)
         rows = tokenized.tokens if tokens or count else None
     elif not as_json:
@@ -8654,7 +8762,7 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
 
         metaalign-edge models show Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q8_0 --json
     """
-    screen, file = Screen(), find_model(name, None, Screen())
+    screen, file = Screen(), open_model(find_model(name, None, Screen()))
     tokens, words = split_markers(file)
     native = choose_template("auto", file).native if file.templates else None
     by_layer = cache_bytes(file)
@@ -8783,7 +8891,7 @@ def models_default(
     if name and none:
         raise UsageError("--none takes no name")
     if name:
-        file = find_model(name, None, Screen())
+        file = open_model(find_model(name, None, Screen()))
         store_setting("model", name_of(file.path.absolute()))
     elif none:
         store_setting("model", None)
@@ -9060,7 +9168,7 @@ def eval_command(
         models.append(rival(models, against, against_template))
     chosen = []
     for name, wanted, how in models:  # before the suite is composed
-        file = find_model(name, loaded.offline, screen)
+        file = open_model(find_model(name, loaded.offline, screen))
         chosen.append((file, choose_template(wanted, file), loaded.fitted(how, file, parallel)))
     asked = find_suite(suite, seed, size, ifeval_tier)
     files = [answers and answers.with_name(f"{answers.stem}{name}{answers.suffix}") for name in names]
@@ -9171,20 +9279,24 @@ def checked_context(value: str | None) -> int | None:
 def load_model(
     loaded: Loaded, rendered: Rendered, settings: Settings, interrupt: Interrupt, screen: Screen, columns: int = 1
 ) -> tuple[Model, ChatTemplate, Settings]:
-    """Load a model, and choose its template meanwhile.
+    """Load a model, and choose its template while its vocabulary loads.
 
     Raises:
         NotFound, NetworkError, LoadError: there is no such model, or it is none. Interrupted: Ctrl-C.
         TemplateError, UsageError: there is no such template.
     """
+    path = loaded.path(screen)
     STOPWATCH.mark("options")
-    with STOPWATCH("metadata"):
-        file = loaded.file(screen)
-        settings = loaded.fitted(settings, file, columns=columns)
-    with interrupt, Loading(file, settings, interrupt) as loading:
+    with interrupt, contextlib.ExitStack() as unless_loaded:
+        loading = unless_loaded.enter_context(Loading(path, settings.verbose))
+        with STOPWATCH("metadata"):
+            file = open_model(path)
+            settings = loaded.fitted(settings, file, columns=columns)
         with STOPWATCH("template"):
             chosen = choose_template(rendered.template, file)
-        return loading.take(), chosen, settings
+        model = Model(file, settings, interrupt, loading)
+        unless_loaded.pop_all()
+        return model, chosen, settings
 
 
 def introduce(transcript: Transcript, model: str, screen: Screen, talking: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import metaalign_edge as edge
-from metaalign_edge import Interrupt, LoadError, Loading, ModelFile, Settings
+from metaalign_edge import Interrupt, LoadError, Loading, Model, ModelFile, Settings
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 CPU = Settings(threads=1, gpu_layers="0")
@@ -38,7 +40,7 @@ def test_verbose_says_where_the_time_went(run: Run) -> None:
     spent, memory = line.split("; ")
     total, *laps = (int(number) for number in re.findall(r"\d+", spent))
     names = re.findall(r"[a-z.]+(?= \d)", spent)[1:]
-    assert names == [*"start options metadata template model tokens context prompt answer other".split()]
+    assert names == [*"start options metadata template model context vocabulary tokens prompt answer other".split()]
     assert abs(sum(laps) - total) <= len(laps)
     assert re.fullmatch(r"memory \d{2,} MB at most", memory)
 
@@ -57,26 +59,51 @@ def test_laps_of_another_thread_are_not_the_calls() -> None:
     assert "elsewhere" not in watch.laps and watch.laps["so far"] >= 10
 
 
-def test_a_model_is_loaded_while_something_else_is_done(demo: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_is_loaded_while_something_else_is_done(demo: Path) -> None:
     usual = sys.getswitchinterval()
-    with Loading(ModelFile(demo), CPU, Interrupt()) as loading, loading.take() as model:
-        assert model.vocabulary.encode("tea", special=False)
-    assert sys.getswitchinterval() == usual
-    damaged = tmp_path / "damaged.gguf"
+    with Loading(demo) as loading, Model(ModelFile(demo), CPU, Interrupt(), loading) as model:
+        assert math.isinf(model.ready) and model.pointer
+        assert model.vocabulary.encode("tea", special=False) and model.load_ms > 0
+        assert sys.getswitchinterval() == usual
+
+
+@pytest.mark.parametrize("name", ["demo", "tiny", "parts"])
+def test_weights_are_loaded_without_words_but_with_as_many_tokens(name: str, request: pytest.FixtureRequest) -> None:
+    found = request.getfixturevalue(name)
+    with Model(ModelFile(found[0] if name == "parts" else found), CPU) as model:
+        llama, other = edge.llama_cpp(), edge.llama_cpp().llama_model_get_vocab(model.pointer)
+        assert llama.llama_vocab_type(other) == 0 != llama.llama_vocab_type(model.vocabulary.pointer)
+        assert llama.llama_vocab_n_tokens(other) == model.vocabulary.size > 100
+
+
+def test_a_file_that_does_not_load_is_refused_and_nothing_stays_of_it(demo: Path, tmp_path: Path) -> None:
+    damaged, unknown = tmp_path / "damaged.gguf", tmp_path / "unknown.gguf"
     damaged.write_bytes(demo.read_bytes()[:-1000])
-    with pytest.raises(LoadError, match="cannot load"), Loading(ModelFile(damaged), CPU, Interrupt()) as loading:
-        loading.take()
+    unknown.write_bytes(demo.read_bytes().replace(b"gpt2", b"gpt9", 1))
+    for path, reason in ((damaged, "cannot load"), (unknown, "unknown tokenizer: 'gpt9'")):
+        with Loading(path) as loading, pytest.raises(LoadError, match=reason):
+            Model(ModelFile(path), CPU, Interrupt(), loading).vocabulary  # noqa: B018
+        with pytest.raises(LoadError, match=reason):
+            Model(ModelFile(path), CPU)
 
 
-def test_a_model_that_nobody_takes_is_freed(demo: Path) -> None:
-    loading = Loading(ModelFile(demo), CPU, Interrupt())
+def test_a_vocabulary_that_nobody_takes_is_freed(demo: Path) -> None:
+    loading = Loading(demo)
     with pytest.raises(ZeroDivisionError), loading:
         1 / 0  # noqa: B018
-    assert loading.left is None
+    with pytest.raises(LoadError):
+        loading.take(ModelFile(demo))
+    loading.close()
 
 
 def test_ctrl_c_stops_a_load(demo: Path) -> None:
     interrupt = Interrupt()
     interrupt.raised = True
-    with pytest.raises(edge.Interrupted), Loading(ModelFile(demo), CPU, interrupt) as loading:
-        loading.take()
+    with pytest.raises(edge.Interrupted):
+        Model(ModelFile(demo), CPU, interrupt)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path, demo: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with Loading(tmp_path / "pipe") as loading, pytest.raises(LoadError):
+        loading.take(ModelFile(demo))

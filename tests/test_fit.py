@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -334,10 +335,16 @@ def test_weights_that_main_memory_cannot_keep_are_a_warning_and_what_must_stay_i
     assert re.search(r"a context of 256 tokens takes .* MB are free: take a smaller model", outputs[2].err)
 
 
-def test_the_command_line_refuses_it_in_one_line_before_anything_is_loaded(
+def test_the_command_line_refuses_it_in_one_line_before_weights_are_loaded(
     refuses: Refuses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edge.llama_cpp(), "llama_model_load_from_file", None)
+    load = edge.llama_cpp().llama_model_load_from_file
+
+    def only_vocabularies(path: bytes, params: Any) -> Any:
+        assert params.vocab_only
+        return load(path, params)
+
+    monkeypatch.setattr(edge.llama_cpp(), "llama_model_load_from_file", only_vocabularies)
     line = refuses(5, "chat", "-ngl", "0", "-c", "2000000000", "What is tea?")
     assert re.search(r"a context of 2,000,000,000 tokens takes [\d,.]+ GB .*, and [\d,.]+ [GM]B are free: -c \d+", line)
 

@@ -253,7 +253,7 @@ def test_of_what_is_implausible_the_model_itself_decides_where_a_grammar_leaves_
     with Engine(model, GREEDY, Interrupt(), 256, sequences=2) as engine:
         prompts = [prompt_of(model, dialog) for dialog in (BOTH, replace(BOTH, user_info=""))]
         rows = engine.step([Feed(one, prompt) for one, prompt in zip(engine.sequences, prompts, strict=True)])
-        grammar = llama.llama_sampler_init_grammar(model.vocabulary._vocab, b'root ::= "zebra" [0-9]+', b"root")
+        grammar = llama.llama_sampler_init_grammar(model.vocabulary.pointer, b'root ::= "zebra" [0-9]+', b"root")
         with Sampler(model.file, replace(GREEDY, temperature=0.8)) as sampler:
             written = b""
             for _ in range(6):

@@ -171,11 +171,11 @@ def test_what_is_trained_is_what_is_run(name: str, base: Base, tmp_path: Path) -
     chat = edge.choose_template("auto", file)
     theirs = AutoTokenizer.from_pretrained(out)
     assert (chat.name, chat.native) == ("metaalign", True)
-    with edge.Model(file, edge.Settings(), vocab_only=True) as model:
+    with edge.load_vocabulary(file) as vocabulary:
         for number, text in enumerate(BENIGN + HOSTILE):
             dialog = edge.Dialog(text, text, (edge.Turn(text, text), edge.Turn(text)))
             ours = encode_prompt(tokenizer, dialog)
-            run = edge.tokenize(edge.render(dialog, chat), model.vocabulary, 4096)
+            run = edge.tokenize(edge.render(dialog, chat), vocabulary, 4096)
             assert ours == run.ids, text
             assert [i for i in ours if i in new] == [
                 token.id for token in run.tokens if token.id in new and not token.tier

@@ -24,15 +24,14 @@ from metaalign_edge import (
     Dialog,
     LlamaVocabulary,
     LoadError,
-    Model,
     ModelFile,
     Rendering,
-    Settings,
     Template,
     Tokens,
     Turn,
     choose_template,
     llama_cpp,
+    load_vocabulary,
     render,
     tokenize,
 )
@@ -114,8 +113,8 @@ def case(request: pytest.FixtureRequest, reference: Reference) -> Iterator[Case]
     real = reference.llama_cpp / "models" / "templates"
     names = [*VOCABULARIES[request.param], *SHIPPED]
     names = [str(real / f"{name}.jinja") if (real / f"{name}.jinja").is_file() else name for name in names]
-    with Model(file, Settings(), vocab_only=True) as model:
-        yield Case(request.param, file, model.vocabulary, [choose_template(name, file) for name in names])
+    with load_vocabulary(file) as vocabulary:
+        yield Case(request.param, file, vocabulary, [choose_template(name, file) for name in names])
 
 
 def tokens_of(case: Case, template: ChatTemplate, dialog: Dialog) -> tuple[Rendering, Tokens]:
@@ -129,7 +128,7 @@ def test_every_vocabulary_at_hand_is_compared_or_is_not_for_chat(reference: Refe
     assert found.keys() == VOCABULARIES.keys() | NOT_FOR_CHAT
     for name in NOT_FOR_CHAT:
         with pytest.raises(LoadError, match="vocabulary of the kind"):
-            Model(ModelFile(found[name]), Settings(), vocab_only=True)
+            load_vocabulary(ModelFile(found[name]))
 
 
 # Benign text: the ids are the reference's
@@ -193,8 +192,8 @@ def test_the_texts_that_llama_cpp_tests_its_tokenizers_with_have_its_ids(case: C
 
 def test_phi_3_loses_space_after_a_marker_and_tier_text_keeps_it(reference: Reference) -> None:
     file = ModelFile(reference.vocabulary("phi-3"))
-    with Model(file, Settings(), vocab_only=True) as model:
-        case = Case("phi-3", file, model.vocabulary, [choose_template("auto", file)])
+    with load_vocabulary(file) as vocabulary:
+        case = Case("phi-3", file, vocabulary, [choose_template("auto", file)])
         for text in SPACED["spaces around"].turns[0].query, "\n\n\nq", " Yes.":
             dialog = Dialog("", "", (Turn("q", text), Turn("q")))
             rendering, tokens = tokens_of(case, case.templates[0], dialog)
@@ -318,9 +317,9 @@ def family(request: pytest.FixtureRequest, reference: Reference) -> Iterator[Cas
     """Load the vocabularies whose reference tokenizer can be rebuilt, each with its family's template."""
     file, name = ModelFile(reference.vocabulary(request.param)), FAMILIES[request.param].template
     real = reference.llama_cpp / "models" / "templates" / f"{name}.jinja"
-    with Model(file, Settings(), vocab_only=True) as model:
+    with load_vocabulary(file) as vocabulary:
         template = choose_template(str(real) if real.is_file() else name, file)
-        yield Case(request.param, file, model.vocabulary, [template])
+        yield Case(request.param, file, vocabulary, [template])
 
 
 def same_as_transformers(family: Case, dialog: Dialog) -> bool:
@@ -347,8 +346,8 @@ def test_benign_prompts_have_the_ids_that_transformers_gives_them(family: Case) 
 
 def test_phi_3_keeps_the_space_that_transformers_too_strips(reference: Reference) -> None:
     file = ModelFile(reference.vocabulary("phi-3"))
-    with Model(file, Settings(), vocab_only=True) as model:
-        phi_3 = Case("phi-3", file, model.vocabulary, [choose_template("auto", file)])
+    with load_vocabulary(file) as vocabulary:
+        phi_3 = Case("phi-3", file, vocabulary, [choose_template("auto", file)])
         for turn in (Turn("q", " Yes."), Turn("q", "\n\nYes.")):
             dialog, stripped = (Dialog("", "", (Turn("q", text), Turn("q"))) for text in (turn.response, "Yes."))
             assert not same_as_transformers(phi_3, dialog) and same_as_transformers(phi_3, stripped)
@@ -365,8 +364,8 @@ def test_sentencepiece_doubles_a_leading_space_where_a_metaspace_tokenizer_does_
     path = tmp_path / "bare.jinja"
     path.write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
     file = ModelFile(reference.vocabulary("llama-spm"))
-    with Model(file, Settings(), vocab_only=True) as model:
-        spm = Case("llama-spm", file, model.vocabulary, [choose_template(str(path), file)])
+    with load_vocabulary(file) as vocabulary:
+        spm = Case("llama-spm", file, vocabulary, [choose_template(str(path), file)])
         old = reference_tokenizer(file.path, "llama-spm")
         new = Tokenizer.from_str(old.backend_tokenizer.to_str())
         new.normalizer = normalizers.Sequence([])
@@ -516,17 +515,17 @@ def test_a_marker_cannot_be_put_together_from_the_ends_of_two_tiers(case: Case) 
 GIANTS = """
 import sys
 from pathlib import Path
-from metaalign_edge import ContextOverflow, Dialog, Model, ModelFile, Settings, Turn, choose_template, render, tokenize
+from metaalign_edge import ContextOverflow, Dialog, ModelFile, Turn, choose_template, load_vocabulary, render, tokenize
 file = ModelFile(Path(sys.argv[1]))
 chat_template = choose_template("chatml", file)
 megabytes = ["The quick brown fox, 12 times.\\n" * 34000, "a" * 2**20]
 runs = [letter * 30000 for letter in ("a", " ", "\\n", "7", "!", "中", "😀")]
 outcomes = []
-with Model(file, Settings(), vocab_only=True) as model:
+with load_vocabulary(file) as vocabulary:
     for text, context in [(text, 131072) for text in megabytes + runs] + [(megabytes[0] * 3, 4096)]:
         try:
             rendering = render(Dialog("s", "p", (Turn(text),)), chat_template)
-            tokens = tokenize(rendering, model.vocabulary, context).tokens
+            tokens = tokenize(rendering, vocabulary, context).tokens
             assert text.encode() in b"".join(token.data for token in tokens if token.tier == "query")
             outcomes.append("survived")
         except ContextOverflow:
@@ -552,11 +551,11 @@ import metaalign_edge as edge
 texts = {"megabyte": " tea" * 262_144, "letter": "a" * 30_000, "spaces": "x" + " " * 100_000 + "x", "lines": "\\n" * 50_000}
 file = edge.ModelFile(Path(sys.argv[1]))
 chat = edge.choose_template("chatml", file)
-with edge.Model(file, edge.Settings(), vocab_only=True) as model:
+with edge.load_vocabulary(file) as vocabulary:
     for name, text in texts.items():
         print(name, flush=True)
         rendering = edge.render(edge.Dialog(turns=(edge.Turn(text),)), chat)
-        tokens = edge.tokenize(rendering, model.vocabulary, 1 << 20).tokens
+        tokens = edge.tokenize(rendering, vocabulary, 1 << 20).tokens
         assert text.strip() in b"".join(token.data for token in tokens if token.tier).decode()
 print("survived")
 """
