@@ -4,8 +4,8 @@
     python benchmarks/decode.py [--tokens 128] [--rounds 7] [--threads N] [--llama-bench PATH] [--model GGUF]
 
 The model has the shape of a 0.5B one (24 layers of 896, 14 heads on 2, 151,936 tokens, Q8_0, 528 MB) and random
-weights; it is made once, in the folder for temporary files. Its end tokens have zero rows in the embedding, which is
-the output matrix too, so their logit is 0 while the greatest of 150,000 random ones never is: no answer ends early.
+weights; it is made once, in the folder for temporary files. Its special tokens have zero rows in the embedding, which
+is the output matrix too, so their logit is 0 while the greatest of 150,000 random ones never is: no answer ends early.
 
 Every round runs each way once, greedily, after the same prompt:
 
@@ -23,12 +23,13 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -54,7 +55,35 @@ CONTEXT = 1024
 QUERY = "What is the difference between a hare and a rabbit?"
 
 
-def make_model(path: Path) -> None:
+class Tokenizer(NamedTuple):
+    """Byte-level BPE, in the terms of a GGUF."""
+
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    end: int
+
+    @classmethod
+    def plain(cls) -> Tokenizer:
+        """Make one of a single merge: the 256 letters of bytes, made-up words, and the end tokens."""
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        letters = [chr(code) for code in plain] + [chr(256 + number) for number in range(256 - len(plain))]
+        words = [f"Ġw{number}" for number in range(VOCABULARY - len(letters) - len(ENDS))]
+        types = [gguf.TokenType.NORMAL] * (VOCABULARY - len(ENDS)) + [gguf.TokenType.CONTROL] * len(ENDS)
+        return cls("qwen2", [*letters, *words, *ENDS], types, ["Ġ w"], VOCABULARY - 1)
+
+    @classmethod
+    def of(cls, path: Path) -> Tokenizer:
+        """Read the one of a GGUF; it has VOCABULARY tokens."""
+        fields = gguf.GGUFReader(path).fields
+        names = ("pre", "tokens", "token_type", "merges", "eos_token_id")
+        found = cls(*(fields[f"tokenizer.ggml.{name}"].contents() for name in names))
+        assert len(found.tokens) == VOCABULARY, f"{path} has {len(found.tokens)} tokens"
+        return found
+
+
+def make_model(path: Path, tokenizer: Tokenizer) -> None:
     """Write the random model; no more than one tensor is in memory."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(4096)
@@ -65,7 +94,14 @@ def make_model(path: Path) -> None:
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_dimension_count(WIDTH // HEADS)
-    add_vocabulary(writer)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(tokenizer.pre)
+    writer.add_token_list(tokenizer.tokens)
+    writer.add_token_types(tokenizer.types)
+    writer.add_token_merges(tokenizer.merges)
+    writer.add_eos_token_id(tokenizer.end)
+    writer.add_add_bos_token(False)
+    special = np.flatnonzero(np.array(tokenizer.types) != gguf.TokenType.NORMAL)
     tensors = tensor_shapes()
     for name, shape in tensors.items():
         if len(shape) == 1:
@@ -90,24 +126,19 @@ def make_model(path: Path) -> None:
             data = np.take(pool, np.arange(number * 4099, number * 4099 + blocks), axis=0, mode="wrap")
             data = data.reshape(shape[0], -1)
         if name == "token_embd.weight":
-            data[-len(ENDS) :] = 0
+            data[special] = 0
         writer.write_tensor_data(data)
     writer.close()
 
 
-def add_vocabulary(writer: gguf.GGUFWriter) -> None:
-    """Add byte-level BPE of one merge: the 256 letters of bytes, made-up words, and the end tokens."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(code) for code in plain] + [chr(256 + number) for number in range(256 - len(plain))]
-    words = [f"Ġw{number}" for number in range(VOCABULARY - len(letters) - len(ENDS))]
-    control = gguf.TokenType.CONTROL
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list([*letters, *words, *ENDS])
-    writer.add_token_types([gguf.TokenType.NORMAL] * (VOCABULARY - len(ENDS)) + [control] * len(ENDS))
-    writer.add_token_merges(["Ġ w"])
-    writer.add_eos_token_id(VOCABULARY - 1)
-    writer.add_add_bos_token(False)
+def random_model(name: str, tokenizer: Callable[[], Tokenizer]) -> Path:
+    """Return where the random model of this name is, in the folder for temporary files; make it if it is not there."""
+    path = Path(tempfile.gettempdir()) / name
+    if not path.is_file():
+        print(f"making {path}", file=sys.stderr)
+        make_model(path.with_suffix(".part"), tokenizer())
+        path.with_suffix(".part").replace(path)
+    return path
 
 
 def tensor_shapes() -> dict[str, tuple[int, ...]]:
@@ -220,11 +251,7 @@ def main() -> None:
     parser.add_argument("--llama-bench", metavar="PATH", help="llama.cpp's benchmark program")
     parser.add_argument("--model", metavar="GGUF", type=Path, help="a model of yours, that does not end early")
     options = parser.parse_args()
-    path = options.model or Path(tempfile.gettempdir()) / "metaalign-edge-bench-0.5b-q8_0.gguf"
-    if not path.is_file():
-        print(f"making {path}")
-        make_model(path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+    path = options.model or random_model("metaalign-edge-bench-0.5b-q8_0.gguf", Tokenizer.plain)
     speeds = measure(path, options)
     print(f"{path.name}, {options.tokens} tokens, {options.threads} threads, {options.rounds} rounds\n")
     medians = {name: statistics.median(found) for name, found in speeds.items()}

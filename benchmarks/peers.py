@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Compare with what people use, on the same GGUF, in the same run: starts of a call, many answers at a time, memory.
 
-    python benchmarks/peers.py --build DIR [--rounds 5] [--threads N] [--model GGUF]
-    python benchmarks/peers.py --tools DIR [--llm PATH] [--node DIR] ...
+    python benchmarks/peers.py --build DIR [--rounds 5] [--threads N] [--model GGUF] [--without llm] [--without node]
     CMAKE_ARGS=-DGGML_CUDA=on python benchmarks/peers.py --build DIR -ngl all --sequences 1,2,8,32
 
-llama.cpp's own programs (llama-completion, llama-batched-bench) are taken from --tools, or built into --build from the
-source package of the llama-cpp-python that is installed, which pip downloads; that takes cmake, a C++ compiler and some
-ten minutes. `llm` with its plugin llm-gguf is compared if its console script is named, node-llama-cpp if the folder
-that has it in its `node_modules` is. Without --model it is the random one of decode.py, of the shape of a 0.5B one in
-Q8_0. With -ngl all everything is on the GPU, on both sides; where llama-cpp-python has none, the table says so.
+What it compares with is made in --build, once: llama.cpp's own programs (llama-completion, llama-batched-bench) from
+the source package of the llama-cpp-python that is installed, which pip downloads and which takes cmake, a C++ compiler
+and some ten minutes; `llm` with its plugin llm-gguf in a virtual environment; node-llama-cpp, where there is npm.
+Without --model it is the random one of decode.py, of the shape of a 0.5B one in Q8_0, with the vocabulary of Qwen 2,
+which that source has. With -ngl all everything is on the GPU, on both sides; where llama-cpp-python has none, the table
+says so. Install the project without -e, as its users do: looking for the files of an editable install takes each start
+of Python 14 ms.
 
 Every round runs each way once; the first extra round only fills caches. Prints the median of each way, and ratios:
 
@@ -37,17 +38,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from decode import make_model
+from decode import Tokenizer, random_model
 
-from metaalign_edge import Dialog, ModelFile, Turn, choose_template, llama_cpp, physical_cores, render
+from metaalign_edge import (
+    ChatTemplate,
+    Dialog,
+    ModelFile,
+    Turn,
+    choose_template,
+    llama_cpp,
+    load_vocabulary,
+    physical_cores,
+    render,
+    tokenize,
+)
 
 PACKAGE = "llama-cpp-python"
 PROGRAMS = ("llama-completion", "llama-batched-bench")
 CONTEXT = 2048
 LENGTH = 48  # tokens that each sequence writes
-META_PROMPT = " ".join(
-    ["The tone is calm, and every answer names its source."] * 14
-)  # a token a letter, for the random one
+META_PROMPT = " ".join(["The tone is calm, and every answer names its source."] * 63)  # of 12 tokens each
 QUERY, OTHER = "What is tea?", "What is ice?"
 TOGETHER = """
 import json, sys
@@ -124,8 +134,8 @@ def call(command: list[str], folder: Path, to_first: bool = False) -> Call:
     return Call(seconds, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
 
 
-def build(folder: Path) -> Path:
-    """Download the source of the installed llama-cpp-python and build llama.cpp's programs; return their folder."""
+def source_of(folder: Path) -> Path:
+    """Return llama.cpp's source as the installed llama-cpp-python has it; pip downloads it into a folder, once."""
     version = importlib.metadata.version(PACKAGE)
     source = folder / f"{PACKAGE.replace('-', '_')}-{version}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,23 +144,64 @@ def build(folder: Path) -> Path:
         subprocess.run([*command, f"{PACKAGE}=={version}"], check=True)
         with tarfile.open(folder / f"{source.name}.tar.gz") as archive:
             archive.extractall(folder, filter="data")
+    return source / "vendor" / "llama.cpp"
+
+
+def build(source: Path, made: Path) -> Path:
+    """Build llama.cpp's programs, unless they are there; return their folder."""
+    tools = made / "bin"
+    if all(shutil.which(program, path=tools) for program in PROGRAMS):
+        return tools
     if not shutil.which("cmake"):
         raise SystemExit("cmake is missing: pip install cmake")
-    made = folder / "build"
     options = [
         "-DCMAKE_BUILD_TYPE=Release",
         "-DLLAMA_CURL=OFF",
         "-DLLAMA_BUILD_TESTS=OFF",
         *os.getenv("CMAKE_ARGS", "").split(),
     ]
-    subprocess.run(["cmake", "-S", str(source / "vendor" / "llama.cpp"), "-B", str(made), *options], check=True)
+    subprocess.run(["cmake", "-S", str(source), "-B", str(made), *options], check=True)
     subprocess.run(["cmake", "--build", str(made), "-j", str(os.cpu_count()), "--target", *PROGRAMS], check=True)
-    return made / "bin"
+    return tools
+
+
+def install_llm(folder: Path) -> Path:
+    """Install `llm` and its plugin in a virtual environment, unless it is there; return its console script."""
+    script = folder / ("Scripts" if os.name == "nt" else "bin") / "llm"
+    if not script.with_suffix(".exe" if os.name == "nt" else "").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(script.with_name("python")), "-m", "pip", "install", "llm", "llm-gguf"], check=True)
+    return script
+
+
+def install_node(folder: Path) -> Path:
+    """Install node-llama-cpp, unless it is there; return the folder that has it in its `node_modules`."""
+    if not (folder / "node_modules" / "node-llama-cpp").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "install", "--ignore-scripts", "--prefix", str(folder), "node-llama-cpp"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    return folder
+
+
+def template_for(path: Path) -> ChatTemplate:
+    """Return a model's template; the random one has none."""
+    file = ModelFile(path)
+    return choose_template("auto" if file.templates else "chatml", file)
+
+
+def prompt_sizes(path: Path) -> tuple[int, int]:
+    """Return how many tokens come before a query, and how many with it and behind it."""
+    file = ModelFile(path)
+    with load_vocabulary(file) as vocabulary:
+        rendering = render(Dialog(META_PROMPT, "", (Turn(QUERY),)), template_for(path))
+        tokens = tokenize(rendering, vocabulary, CONTEXT)
+    (before,) = tokens.queries()
+    return before, len(tokens.tokens) - before
 
 
 def starts(path: Path, tools: Path, options: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Call]]:
     """Return the ways to get one token after a long meta-prompt."""
-    template = choose_template("auto" if ModelFile(path).templates else "chatml", ModelFile(path))
+    template = template_for(path)
     prompts, kept = {query: folder / f"{query[8:-1]}.txt" for query in (QUERY, OTHER)}, folder / "prompt-cache"
     for query, prompt in prompts.items():
         text = render(Dialog(META_PROMPT, "", (Turn(query),)), template).prompt
@@ -179,8 +230,8 @@ def starts(path: Path, tools: Path, options: argparse.Namespace, folder: Path) -
         "llama-completion --prompt-cache, the same query": lambda: cached(QUERY),
     }
     if options.llm:
-        llm = [options.llm, "-m", "gguf/peer", "--no-log", "-s", META_PROMPT, QUERY]
-        call([options.llm, "gguf", "register-model", "peer", str(path), "--n-ctx", context], folder)
+        llm = [str(options.llm), "-m", "gguf/peer", "--no-log", "-s", META_PROMPT, QUERY]
+        call([str(options.llm), "gguf", "register-model", "peer", str(path), "--n-ctx", context], folder)
         ways["llm (llm-gguf), to its first character"] = lambda: call(llm, folder, to_first=True)
     if options.node:
         script = options.node / "metaalign-edge-peer.mjs"
@@ -251,7 +302,7 @@ def versions(options: argparse.Namespace) -> str:
     """Return what was compared, on what."""
     found = [f"{PACKAGE} {importlib.metadata.version(PACKAGE)}", f"Python {platform.python_version()}"]
     if options.llm:
-        said = subprocess.run([options.llm, "--version"], capture_output=True, text=True, check=True).stdout
+        said = subprocess.run([str(options.llm), "--version"], capture_output=True, text=True, check=True).stdout
         found.append(said.strip().replace(", version", ""))
     if options.node:
         package = options.node / "node_modules" / "node-llama-cpp" / "package.json"
@@ -262,26 +313,28 @@ def versions(options: argparse.Namespace) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tools", metavar="DIR", type=Path, help="where llama.cpp's programs are")
-    parser.add_argument("--build", metavar="DIR", type=Path, help="download their source and build them here")
+    parser.add_argument("--build", metavar="DIR", type=Path, required=True, help="where the peers are, or are made")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; the first extra one is not counted")
     parser.add_argument("--threads", type=int, default=physical_cores(), help="default: one per physical core")
     parser.add_argument("-ngl", dest="ngl", default="0", help="layers on the GPU: a number, or all")
     parser.add_argument("--sequences", default="1,2,8", help="how many together (default: %(default)s)")
     parser.add_argument("--model", metavar="GGUF", type=Path, help="a model of yours, that does not end early")
-    parser.add_argument("--llm", metavar="PATH", help="the console script of the package `llm`")
-    parser.add_argument("--node", metavar="DIR", type=Path, help="where `npm install node-llama-cpp` was run")
+    peers = ("llm", "node")
+    parser.add_argument("--without", choices=peers, action="append", default=[], help="do not compare with this one")
     options = parser.parse_args()
-    if (options.tools is None) == (options.build is None):
-        parser.error("give --tools or --build")
     options.layers = "-1" if options.ngl == "all" else options.ngl
     options.sequences = [int(count) for count in options.sequences.split(",")]
-    tools = options.tools or build(options.build)
-    path = options.model or Path(tempfile.gettempdir()) / "metaalign-edge-bench-0.5b-q8_0.gguf"
-    if not path.is_file():
-        print(f"making {path}", file=sys.stderr)
-        make_model(path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+    source = source_of(options.build)
+    tools = build(source, options.build / "build")
+    options.llm = None if "llm" in options.without else install_llm(options.build / "llm")
+    options.node = None
+    if "node" not in options.without:
+        if shutil.which("npm"):
+            options.node = install_node(options.build / "node")
+        else:
+            print("npm is missing: not compared with node-llama-cpp", file=sys.stderr)
+    vocabulary = source / "models" / "ggml-vocab-qwen2.gguf"
+    path = options.model or random_model("metaalign-edge-peers-0.5b-q8_0.gguf", lambda: Tokenizer.of(vocabulary))
     calls: dict[str, list[Call]] = {}
     speeds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -297,7 +350,9 @@ def main() -> None:
             print(f"round {number} of {options.rounds}", file=sys.stderr)
     gpu = llama_cpp().llama_supports_gpu_offload()
     where = f"-ngl {options.ngl} on the GPU" if gpu and options.ngl != "0" else f"the CPU, {options.threads} threads"
-    print(f"{path.name}, {where}, {options.rounds} rounds, {time.strftime('%Y-%m-%d')}, {versions(options)}\n")
+    print(f"{path.name}, {where}, {options.rounds} rounds, {time.strftime('%Y-%m-%d')}, {versions(options)}")
+    before, behind = prompt_sizes(path)
+    print(f"a prompt of {before} tokens before the query, and {behind} more\n")
     show_starts(calls)
     print()
     show_rates(speeds)
