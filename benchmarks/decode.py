@@ -70,7 +70,7 @@ class Tokenizer(NamedTuple):
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
         letters = [chr(code) for code in plain] + [chr(256 + number) for number in range(256 - len(plain))]
         words = [f"Ġw{number}" for number in range(VOCABULARY - len(letters) - len(ENDS))]
-        types = [gguf.TokenType.NORMAL] * (VOCABULARY - len(ENDS)) + [gguf.TokenType.CONTROL] * len(ENDS)
+        types = [int(gguf.TokenType.NORMAL)] * (VOCABULARY - len(ENDS)) + [int(gguf.TokenType.CONTROL)] * len(ENDS)
         return cls("qwen2", [*letters, *words, *ENDS], types, ["Ġ w"], VOCABULARY - 1)
 
     @classmethod
@@ -119,6 +119,7 @@ def make_model(path: Path, tokenizer: Tokenizer) -> None:
     pool = random.integers(-127, 128, (1 << 20, BLOCK + 2), dtype=np.int8).view(np.uint8)  # a million blocks
     pool[:, :2] = np.array([0.02 / 73], np.float16).view(np.uint8)  # weights of a standard deviation of 0.02
     for number, (name, shape) in enumerate(tensors.items()):
+        data: np.ndarray[Any, Any]
         if len(shape) == 1:
             data = np.ones(shape, np.float32)
         else:
@@ -221,7 +222,7 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, list[float]]:
         model = stack.enter_context(Model(file, settings, interrupt))
         template = choose_template("auto" if file.templates else "chatml", file)
         chat = stack.enter_context(Chat(model, template, settings, RenderOptions(), interrupt))
-        prompt = chat.fit(Dialog("", "", (Turn(QUERY),)))[1]
+        (prompt,) = chat.outline(Dialog("", "", (Turn(QUERY),))).prompts
         bare = BareLoop(model, options.threads)
         llama = Llama(
             str(path), n_ctx=CONTEXT, n_threads=options.threads, n_threads_batch=options.threads, verbose=False

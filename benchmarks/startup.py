@@ -40,12 +40,9 @@ app()
 """
 HEAVY = ("llama_cpp", "numpy", "huggingface_hub", "gguf", "torch", "jinja2", "metaalign_edge_convert")
 WATCH = """
-import runpy, sys
-sys.argv = sys.argv[2:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit:
-    pass
+import sys
+import metaalign_edge
+metaalign_edge.run(sys.argv[1:])
 heavy = [name for name in {heavy!r} if name in sys.modules or any(m.startswith(name + ".") for m in sys.modules)]
 print("imported:", len(sys.modules), "modules;", "of the heavy ones", ", ".join(heavy) or "none", file=sys.stderr)
 """
@@ -70,9 +67,9 @@ def wall(command: list[str]) -> float:
     return took
 
 
-def imported(script: str, arguments: list[str]) -> str:
-    """Run a console script inside a watching Python; return what it imported."""
-    command = [sys.executable, "-c", WATCH.format(heavy=HEAVY), "-", script, *arguments]
+def imported(arguments: list[str]) -> str:
+    """Run the command line inside a watching Python; return what it imported."""
+    command = [sys.executable, "-c", WATCH.format(heavy=HEAVY), *arguments]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     return done.stderr.strip().splitlines()[-1]
 
@@ -117,7 +114,7 @@ def main() -> None:
         print("\nllm is not installed: pip install llm (in a virtual environment of its own), then --llm PATH")
     print()
     for arguments in (["--help"], render):
-        print(f"metaalign-edge {arguments[0]}: {imported(ours, arguments)}")
+        print(f"metaalign-edge {arguments[0]}: {imported(arguments)}")
 
 
 if __name__ == "__main__":

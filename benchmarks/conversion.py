@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compare conversion, in whole processes: `metaalign-edge convert` and llama.cpp's own converter, and how cost grows.
 
-    python benchmarks/convert.py --reference DIR [--rounds 3] [--outtype f16 --outtype q8_0 …] [--folder DIR]
-    python benchmarks/convert.py --sizes [0.1 0.5 2 8] [--outtype q8_0]
+    python benchmarks/conversion.py --reference DIR [--rounds 3] [--outtype f16 --outtype q8_0 …] [--folder DIR]
+    python benchmarks/conversion.py --sizes [0.1 0.5 2 8] [--outtype q8_0]
 
 The checkpoint has the shape of a 0.5B one (24 layers of 896, 14 heads on 2, 151,936 tokens, bfloat16, 988 MB), random
 weights and Qwen2's real vocabulary; it is made once, in the folder for temporary files. --reference, or the variable
@@ -46,14 +46,14 @@ POOL = 1 << 24  # random weights, used again and again
 # Run a module or a file, then say the highest memory of the process, which getrusage would mix with its parent's.
 WATCHED = """
 import runpy, sys
-kind, name, *sys.argv[1:] = sys.argv[1:]
-sys.argv[0] = name
+name, *sys.argv[1:] = sys.argv[1:]
 try:
-    if kind == "module":
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-    else:
-        sys.path.insert(0, name.rpartition("/")[0])
-        runpy.run_path(name, run_name="__main__")
+    if name == "metaalign-edge":
+        from metaalign_edge import run
+        sys.exit(run(sys.argv[1:]))
+    sys.argv[0] = name
+    sys.path.insert(0, name.rpartition("/")[0])
+    runpy.run_path(name, run_name="__main__")
 except SystemExit as end:
     if end.code:
         raise
@@ -178,7 +178,8 @@ def real_tokenizer(reference: Path) -> dict[str, Any]:
 
 def made_up_tokenizer(size: int) -> dict[str, Any]:
     """Return a vocabulary of ``size`` words, each but the letters made by a merge."""
-    words, pairs = byte_letters(), []
+    words = byte_letters()
+    pairs: list[str] = []
     for first in list(words):
         for second in words[:]:
             if len(words) == size - 1:
@@ -191,13 +192,13 @@ def made_up_tokenizer(size: int) -> dict[str, Any]:
     raise ValueError(f"no {size} words")
 
 
-def run(kind: str, name: str, *arguments: str) -> Run:
-    """Run a module or a file to its end.
+def run(name: str, *arguments: str) -> Run:
+    """Run metaalign-edge, or a file of Python, to its end.
 
     Raises:
         SystemExit: it fails.
     """
-    command = [sys.executable, "-c", WATCHED, kind, name, *arguments]
+    command = [sys.executable, "-c", WATCHED, name, *arguments]
     started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -209,7 +210,7 @@ def run(kind: str, name: str, *arguments: str) -> Run:
 
 def ours(source: Path, output: Path, outtype: str, *more: str) -> Run:
     """Convert with the command."""
-    return run("module", "metaalign_edge", "convert", str(source), "-o", str(output), "--outtype", outtype, "-q", *more)
+    return run("metaalign-edge", "convert", str(source), "-o", str(output), "--outtype", outtype, "-q", *more)
 
 
 def warm(source: Path) -> None:
@@ -232,7 +233,7 @@ def compare(source: Path, reference: Path, outtypes: list[str], rounds: int) -> 
     here, there = source.parent / "ours.gguf", source.parent / "theirs.gguf"
     print(f"{'way':<34}{'median s':>9}{'ratio':>7}{'CPU s':>8}{'ratio':>7}{'peak MB':>9}")
     for outtype in outtypes:
-        theirs = ("file", script, str(source), "--outfile", str(there), "--outtype", outtype)
+        theirs = (script, str(source), "--outfile", str(there), "--outtype", outtype)
         ways = {
             "convert": partial(ours, source, here, outtype, "--force"),
             "convert --no-check": partial(ours, source, here, outtype, "--force", "--no-check"),
@@ -242,9 +243,9 @@ def compare(source: Path, reference: Path, outtypes: list[str], rounds: int) -> 
         for number in range(rounds + 1):
             for name, way in ways.items():
                 warm(source)
-                found = way()
+                one = way()
                 if number:  # the first round writes bytecode
-                    runs[name].append(found)
+                    runs[name].append(one)
         if not filecmp.cmp(here, there, shallow=False):
             raise SystemExit(f"{outtype}: the files differ")
         base = middle(runs["reference"])
