@@ -68,6 +68,7 @@ from typing import (
     Annotated,
     Any,
     AnyStr,
+    ClassVar,
     Literal,
     NamedTuple,
     Protocol,
@@ -2985,11 +2986,37 @@ class Settings:
         return [value for name, value in asdict(self).items() if name not in aside]
 
 
+def checked_gpu_layers(value: str, flag: str = "-ngl") -> str:
+    """Return how many layers go to the GPU.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if value in ("auto", "all") or value.isdecimal():
+        return value
+    raise UsageError(f"{flag} takes auto, all or a number of layers, not {value!r}")
+
+
+def checked_context(value: str | None, flag: str = "-c") -> int | None:
+    """Return how many tokens a context has; None if nothing says so, or auto.
+
+    Raises:
+        UsageError: it is something else, or too small for any dialog.
+    """
+    if value is None or value == "auto":
+        return None
+    if not value.isdecimal() or int(value) < LEAST_CONTEXT:
+        raise UsageError(f"{flag} takes auto or a number of tokens, at least {LEAST_CONTEXT}, not {value!r}")
+    return int(value)
+
+
 class Interrupt:
     """Ctrl-C as a flag: an exception inside a ctypes callback would be lost, and llama.cpp be left in the middle.
 
     A second Ctrl-C while the first is still being honoured ends the process at once.
     """
+
+    undo: ClassVar[list[Callable[[], object]]] = []  # gives a terminal back what was taken from it
 
     def __init__(self) -> None:
         self.raised = False
@@ -3010,6 +3037,9 @@ class Interrupt:
 
     def _raise(self, number: int, frame: object) -> None:
         if self.raised:
+            for undo in reversed(self.undo):
+                with contextlib.suppress(Exception):  # the terminal may be gone
+                    undo()
             os._exit(Interrupted.exit_code)
         self.raised = True
 
@@ -3017,6 +3047,21 @@ class Interrupt:
         """Raise `Interrupted` if Ctrl-C was pressed."""
         if self.raised:
             raise Interrupted("interrupted")
+
+
+@contextlib.contextmanager
+def undone_at_once(undo: Callable[[], object]) -> Iterator[None]:
+    """Have a second Ctrl-C, which ends the process, undo what is done to the terminal inside."""
+    Interrupt.undo.append(undo)
+    try:
+        yield
+    finally:
+        Interrupt.undo.remove(undo)
+
+
+def hidden_cursor(stream: TextIO) -> contextlib.AbstractContextManager[None]:
+    """Have the cursor shown again that Rich hides on a terminal, whatever happens."""
+    return undone_at_once(lambda: os.write(stream.fileno(), b"\x1b[?25h"))
 
 
 class Log:
@@ -3263,14 +3308,19 @@ class Model(Closing):
 
         Raises:
             NotFound: there is no such model or adapter. LoadError: llama.cpp refuses it.
-            TemplateError: it carries no template, and none is given. UsageError: no template has that name.
+            TemplateError: it carries no template, and none is given. UsageError: no template has that name, or a
+                number is none.
         """
+        size = checked_context(None if context is None else str(context), "context")
+        layers = checked_gpu_layers(str(gpu_layers), "gpu_layers")
+        if threads is not None and not (isinstance(threads, int) and threads > 0):
+            raise UsageError(f"threads takes a number from 1 on, not {threads!r}")
         path = resolve_model(None if name is None else os.fspath(name))
         if path is None:
             raise NotFound(f"{name} is not on this machine: `metaalign-edge pull {name}` downloads it")
         file = ModelFile(path)
         chosen, interrupt = choose_template(template, file), Interrupt()
-        settings = Settings(context, str(gpu_layers), threads, verbose=verbose, adapters=find_adapters(lora))
+        settings = Settings(size, layers, threads, verbose=verbose, adapters=find_adapters(lora))
         try:
             with interrupt:
                 model = cls(file, settings, interrupt)
@@ -4807,7 +4857,7 @@ def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None]]:
 
     name, size = TextColumn("{task.description}", markup=False), DownloadColumn()
     columns = (name, BarColumn(), size, TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with hidden_cursor(sys.stderr), Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("", total=None)
         yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
 
@@ -4824,8 +4874,8 @@ def answers_bar(screen: Screen, name: str, done: int, total: int | None) -> Iter
     speed = TextColumn("{task.fields[speed]:.1f} answers/s")
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), speed)
     started = time.monotonic()
-    bar = (*columns, TimeRemainingColumn())
-    with Progress(*bar, console=Console(stderr=True), transient=True, redirect_stdout=False) as bars:
+    bar, console = (*columns, TimeRemainingColumn()), Console(stderr=True)
+    with hidden_cursor(sys.stderr), Progress(*bar, console=console, transient=True, redirect_stdout=False) as bars:
         task = bars.add_task(name, total=total, completed=done, speed=0.0)
         mine = 0
 
@@ -4919,6 +4969,7 @@ class Columns:
         self._texts = [""] * len(heads)
         self._at, self._done = -1, set[int]()  # of those one after the other
         self._live: Any = None
+        self._shown = hidden_cursor(sys.stdout)
         if screen.terminal and shutil.get_terminal_size().columns >= COLUMN * len(heads):
             from rich.live import Live
 
@@ -4926,6 +4977,7 @@ class Columns:
 
     def __enter__(self) -> Columns:
         if self._live:
+            self._shown.__enter__()
             self._live.start()
         else:
             self._head(0)
@@ -4935,6 +4987,7 @@ class Columns:
         """Leave what was said so far on the screen."""
         if self._live:
             self._live.stop()
+            self._shown.__exit__(None, None, None)
             self._live.console.print(self._table())
             return
         for place in range(len(self._heads)):
@@ -6497,11 +6550,13 @@ class Reply:
 
         before = termios.tcgetattr(sys.stdout)
         silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-        termios.tcsetattr(sys.stdout, termios.TCSANOW, silent)
-        try:
-            yield
-        finally:
-            termios.tcsetattr(sys.stdout, termios.TCSANOW, before)
+        restore = functools.partial(termios.tcsetattr, sys.stdout, termios.TCSANOW, before)
+        with undone_at_once(restore):
+            termios.tcsetattr(sys.stdout, termios.TCSANOW, silent)
+            try:
+                yield
+            finally:
+                restore()
 
     def show(self, piece: str) -> None:
         """Take a piece."""
@@ -9265,30 +9320,6 @@ def read_query(argument: str | None, no_stdin: bool, repl: bool) -> str | None:
     if repl and argument is None and not no_stdin and at_terminal(sys.stdin) and at_terminal(sys.stdout):
         return None
     raise UsageError("no query: give it as an argument or pipe it in")
-
-
-def checked_gpu_layers(value: str) -> str:
-    """Return the value of -ngl if it is auto, all or a number.
-
-    Raises:
-        UsageError: it is something else.
-    """
-    if value in ("auto", "all") or value.isdecimal():
-        return value
-    raise UsageError(f"-ngl takes auto, all or a number of layers, not {value!r}")
-
-
-def checked_context(value: str | None) -> int | None:
-    """Return the number of -c; None if there is none, or it is auto.
-
-    Raises:
-        UsageError: it is something else, or too small for any dialog.
-    """
-    if value is None or value == "auto":
-        return None
-    if not value.isdecimal() or int(value) < LEAST_CONTEXT:
-        raise UsageError(f"-c takes auto or a number of tokens, at least {LEAST_CONTEXT}, not {value!r}")
-    return int(value)
 
 
 def load_model(

@@ -74,8 +74,8 @@ class Terminal:
 class Emulator(Terminal):
     """A terminal that moves its cursor, erases and answers as a real one; `screen` is what stands on it."""
 
-    def __init__(self, *arguments: str, columns: int = 80, lines: int = 30) -> None:
-        super().__init__(*arguments, columns=columns, kind="xterm-256color")
+    def __init__(self, *arguments: str, columns: int = 80, lines: int = 30, program: tuple[str, ...] = COMMAND) -> None:
+        super().__init__(*arguments, columns=columns, kind="xterm-256color", program=program)
         fcntl.ioctl(self.process[1], termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         descriptor = self.process[1]
 

@@ -209,6 +209,11 @@ def test_a_model_that_cannot_be_opened_is_said(tmp_path: Path, tiny: Path) -> No
     for name, template, error in (("none.gguf", "auto", NotFound), (tiny, "nonsense", UsageError)):
         with pytest.raises(error):
             Model.open(name, template=template)
+    wrong: dict[str, Any] = {"context": ("x", 8, -5), "gpu_layers": ("many", -1), "threads": ("x", 0, 1.5)}
+    for option, values in wrong.items():
+        for value in values:
+            with pytest.raises(UsageError, match=option):
+                Model.open(tiny, **{option: value})
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     with pytest.raises(EdgeError, match="damaged"):
         Model.open(tmp_path / "bad.gguf")

@@ -7,6 +7,7 @@ import re
 import stat
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -347,3 +348,33 @@ def test_the_conversation_of_the_readme_happens() -> None:
     assert terminal.leave() == 0
     kinds = [json.loads(line)["kind"] for line in session_path("garden").read_text().splitlines()]
     assert kinds == ["session", "meta_prompt", "turn", "meta_prompt", "turn"]
+
+
+TAKEN = {
+    "echo": "edge.Reply(edge.Screen(), markdown=True).alone()",
+    "bar": "edge.answers_bar(edge.Screen(), 'rows', 0, 8)",
+    "download": "edge.progress_bar(edge.Screen())",
+    "columns": "edge.Columns(['a', 'b'], edge.Screen())",
+}
+
+
+@pytest.mark.parametrize("what", TAKEN)
+def test_a_second_ctrl_c_gives_the_terminal_back(what: str) -> None:
+    code = f"""
+import os, signal
+import metaalign_edge as edge
+with edge.Interrupt(), {TAKEN[what]}:
+    print("taken", flush=True)
+    input()
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+    screen = Emulator("-c", code, program=(sys.executable,))
+    screen.until("taken")
+    echoes = bool(termios.tcgetattr(screen.process[1])[3] & termios.ECHO)
+    assert (not echoes) if what == "echo" else screen.glass.cursor.hidden
+    screen.type("\n")
+    screen.rest()
+    assert not screen.glass.cursor.hidden
+    assert termios.tcgetattr(screen.process[1])[3] & termios.ECHO
+    assert screen.leave() == 130
