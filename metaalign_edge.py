@@ -14,21 +14,32 @@ Contents, in dependency order (nothing refers upward):
      5  Template sandbox
      6  Rendering
      7  Tier-safe tokens
-     8  Stores
-     9  Memory
-    10  Engine
-    11  Guidance
-    12  Generation
-    13  Presentation
-    14  Batch
-    15  Evaluation
-    16  Bench
-    17  Hub
-    18  Doctor
-    19  Conversations
-    20  Commands
-    21  Python
-    22  Main
+     8  Files and folders
+     9  States on disk
+    10  Settings and profiles
+    11  Sessions on disk
+    12  Models on disk
+    13  Templates and schemas
+    14  Memory
+    15  Engine
+    16  Guidance
+    17  Generation
+    18  Presentation
+    19  Batch
+    20  Evaluation
+    21  Bench
+    22  Hub
+    23  Doctor
+    24  Conversations
+    25  Options
+    26  Answers
+    27  Conversion
+    28  What stays
+    29  Models and sessions
+    30  Measurements
+    31  Help and completion
+    32  Python
+    33  Main
 """
 
 from __future__ import annotations
@@ -91,6 +102,7 @@ __all__ = [
     "Answer", "ContextOverflow", "Dialog", "EdgeError", "LoadError", "Model", "NetworkError", "NotFound",
     "TemplateError", "TierViolation", "Turn", "UsageError", "compare", "generate", "stream",
 ]  # fmt: skip
+
 
 # =====================================================================================================================
 #  1  Constants, and what a call costs
@@ -337,6 +349,7 @@ class RenderOptions(NamedTuple):
 
 
 AS_USUAL = RenderOptions()
+
 
 # =====================================================================================================================
 #  4  Tier text
@@ -1242,7 +1255,7 @@ def marker_words(fragment: TierText) -> set[str]:
 
 
 # =====================================================================================================================
-#  8  Stores
+#  8  Files and folders
 # =====================================================================================================================
 
 
@@ -1364,6 +1377,81 @@ def room_at(folder: Path) -> tuple[Path, int]:
     return there, shutil.disk_usage(there).free
 
 
+def from_bytes(data: bytes) -> str:
+    """Decode a text that may come from Windows: with a byte order mark, and two characters at the end of a line.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return data.decode("utf-8-sig").replace("\r\n", "\n")
+
+
+def read_text(path: Path, what: str) -> str:
+    """Read a user's text file.
+
+    Raises:
+        NotFound: it is not there or not readable. UsageError: it is not UTF-8.
+    """
+    try:
+        return from_bytes(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{what} {path} is not UTF-8 text (byte {error.start}): re-encode it") from None
+    except OSError as error:
+        raise NotFound(f"cannot read {what} {path}: {error.strerror}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all, where a link at its place leads, and with the rights it had.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = path.resolve()
+    with replacing(path) as part:
+        part.write_bytes(text.encode())
+        if path.exists():
+            shutil.copymode(path, part)
+
+
+def write_whole(path: Path, data: bytes | None) -> None:
+    """Write a file that is there whole or not at all; None only tries.
+
+    Raises:
+        CannotWrite: it cannot be written.
+    """
+    try:
+        with replacing(path, keep=data is not None) as part:
+            if data is not None or part != path:  # a pipe would wait for its reader
+                part.write_bytes(data or b"")
+    except OSError as error:
+        raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
+
+
+def file_name(name: str, what: str) -> str:
+    """Return a name that the user gives to something which is kept in a file.
+
+    Raises:
+        UsageError: a file could not have that name on every system.
+    """
+    if not re.fullmatch(r"\w[\w.-]{,49}", name):
+        rule = "letters, digits, _ . and -, 50 at most, neither a dot nor a dash first"
+        raise UsageError(f"{name!r} cannot name a {what}: {rule}")
+    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE):
+        raise UsageError(f"{name!r} cannot name a {what}: Windows keeps that name for a device; choose another")
+    return name
+
+
+def looks_like_path(name: str, suffix: str) -> bool:
+    """Tell whether a name is meant as a path."""
+    return "/" in name or os.sep in name or name.startswith((".", "~")) or name.endswith(suffix) or os.path.isfile(name)
+
+
+# =====================================================================================================================
+#  9  States on disk
+# =====================================================================================================================
+# What a model has read of a meta-prompt is kept, so that the next call need not read it. Each file tells by a checksum
+# whether it is whole; a call that finds none, or a damaged one, reads the meta-prompt itself.
+
 STATE_MAGIC = b"MAEKV\x00\x00\x01"  # of a file that holds a state, with the version of its layout
 STATE_HEAD = struct.Struct("<8sQ32s")  # magic, hits, digest of what follows
 STATES_BYTES = 1 << 30  # of all files together; the least recently used go first
@@ -1471,28 +1559,10 @@ def state_checksum(key: str, data: bytes | bytearray) -> bytes:
     return checksum.digest()
 
 
-def from_bytes(data: bytes) -> str:
-    """Decode a text that may come from Windows: with a byte order mark, and two characters at the end of a line.
-
-    Raises:
-        UnicodeDecodeError: it is not UTF-8.
-    """
-    return data.decode("utf-8-sig").replace("\r\n", "\n")
-
-
-def read_text(path: Path, what: str) -> str:
-    """Read a user's text file.
-
-    Raises:
-        NotFound: it is not there or not readable. UsageError: it is not UTF-8.
-    """
-    try:
-        return from_bytes(path.read_bytes())
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{what} {path} is not UTF-8 text (byte {error.start}): re-encode it") from None
-    except OSError as error:
-        raise NotFound(f"cannot read {what} {path}: {error.strerror}") from None
-
+# =====================================================================================================================
+# 10  Settings and profiles
+# =====================================================================================================================
+# What the user decides once: TOML for settings, a text file for each profile, and a project's own file.
 
 Value = str | int | float | bool | list[str]  # of a setting in a file
 PROJECT_KEYS = ("system", "pref", "model")  # nothing that runs code or reads another file
@@ -1573,33 +1643,6 @@ def changing(path: Path) -> Iterator[None]:
         raise CannotWrite(f"cannot write {error.filename or path}: {reason}") from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all, where a link at its place leads, and with the rights it had.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path = path.resolve()
-    with replacing(path) as part:
-        part.write_bytes(text.encode())
-        if path.exists():
-            shutil.copymode(path, part)
-
-
-def write_whole(path: Path, data: bytes | None) -> None:
-    """Write a file that is there whole or not at all; None only tries.
-
-    Raises:
-        CannotWrite: it cannot be written.
-    """
-    try:
-        with replacing(path, keep=data is not None) as part:
-            if data is not None or part != path:  # a pipe would wait for its reader
-                part.write_bytes(data or b"")
-    except OSError as error:
-        raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
-
-
 def setting(key: str) -> Any:
     """Return what the user's file says; None if it says nothing.
 
@@ -1630,20 +1673,6 @@ def store_setting(key: str, value: Value | None) -> None:
         else:
             return
         write_text(path, tomlkit.dumps(document))
-
-
-def file_name(name: str, what: str) -> str:
-    """Return a name that the user gives to something which is kept in a file.
-
-    Raises:
-        UsageError: a file could not have that name on every system.
-    """
-    if not re.fullmatch(r"\w[\w.-]{,49}", name):
-        rule = "letters, digits, _ . and -, 50 at most, neither a dot nor a dash first"
-        raise UsageError(f"{name!r} cannot name a {what}: {rule}")
-    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE):
-        raise UsageError(f"{name!r} cannot name a {what}: Windows keeps that name for a device; choose another")
-    return name
 
 
 def profile_name(name: str) -> str:
@@ -1806,6 +1835,11 @@ def find_project() -> Project | None:
             return Project(path, read_settings(path, PROJECT_KEYS), None if mine else owner)
     return None
 
+
+# =====================================================================================================================
+# 11  Sessions on disk
+# =====================================================================================================================
+# A session is JSON Lines: what was said, a line a turn, each on the disk before the next one is asked for.
 
 STAMP = "%Y-%m-%dT%H:%M:%SZ"  # of times in a session's file
 SESSION_VERSION = 1  # of the lines of a session's file
@@ -2023,6 +2057,12 @@ def readable(data: bytes) -> list[Line]:
         with contextlib.suppress(ValueError, RecursionError):
             lines.append(session_line(text))
     return lines
+
+
+# =====================================================================================================================
+# 12  Models on disk
+# =====================================================================================================================
+# A GGUF's metadata is read without llama.cpp, as far as it is asked for; and models are found where programs keep them.
 
 
 class GGUFArray(NamedTuple):
@@ -2467,6 +2507,11 @@ def resolve_model(name: str | None) -> Path | None:
     raise NotFound(f"no model file {name}: give the path of a GGUF file, or leave -m out for the default model")
 
 
+# =====================================================================================================================
+# 13  Templates and schemas
+# =====================================================================================================================
+
+
 def shipped_templates() -> dict[str, Path]:
     """Return the chat templates that come with the toolkit, by name."""
     own = ("meta_prompt", "reminder", "report.html")
@@ -2579,13 +2624,8 @@ def make_schema(document: Any, where: str = "the schema") -> Schema:
     return Schema(document, grammar.text, tuple(grammar.left))
 
 
-def looks_like_path(name: str, suffix: str) -> bool:
-    """Tell whether a name is meant as a path."""
-    return "/" in name or os.sep in name or name.startswith((".", "~")) or name.endswith(suffix) or os.path.isfile(name)
-
-
 # =====================================================================================================================
-#  9  Memory
+# 14  Memory
 # =====================================================================================================================
 # Will it fit? What a model takes is computed from its file's metadata, before anything is loaded: the weights and the
 # KV cache to the byte, what llama.cpp computes in to some per cent. Which layer goes where is llama.cpp's own rule.
@@ -2891,7 +2931,7 @@ def free_memory() -> float:
 
 
 # =====================================================================================================================
-# 10  Engine
+# 15  Engine
 # =====================================================================================================================
 # llama.cpp through the low-level interface of llama-cpp-python. A context holds several sequences in one unified KV
 # cache, and a step decodes any number of them in one llama_decode.
@@ -3822,7 +3862,7 @@ class Sampler(Closing):
 
 
 # =====================================================================================================================
-# 11  Guidance
+# 16  Guidance
 # =====================================================================================================================
 # A strength for each tier. With l0 the logits given the query alone, l1 given System Info too, and l2 given both tiers,
 #
@@ -3908,7 +3948,7 @@ def checked_strength(flag: str, value: str | float) -> float:
 
 
 # =====================================================================================================================
-# 12  Generation
+# 17  Generation
 # =====================================================================================================================
 # Three layers: pieces of text, an answer with its figures, and sessions, in which any number of them are written.
 
@@ -4722,7 +4762,7 @@ def place(engine: Engine, prompt: list[int], busy: Mapping[int, Lane]) -> Lane:
 
 
 # =====================================================================================================================
-# 13  Presentation
+# 18  Presentation
 # =====================================================================================================================
 # stdout is the answer, or one JSON document; everything else is on stderr.
 
@@ -5075,7 +5115,7 @@ def check_forged(forged: Sequence[str], screen: Screen, strict: bool) -> None:
 
 
 # =====================================================================================================================
-# 14  Batch
+# 19  Batch
 # =====================================================================================================================
 # A line of JSON in, a line of JSON out. What is finished is on the disk, whatever happens next.
 
@@ -5365,7 +5405,7 @@ class Batch:
 
 
 # =====================================================================================================================
-# 15  Evaluation
+# 20  Evaluation
 # =====================================================================================================================
 # Every answer to a suite is the model's own, those of earlier turns too. Each is written down as it comes: a run that
 # was stopped goes on where it was, and one that is complete prints its results again without the model.
@@ -5555,7 +5595,7 @@ def write_outputs(found: Any, report: Path | None, chart: Path | None) -> None:
 
 
 # =====================================================================================================================
-# 16  Bench
+# 21  Bench
 # =====================================================================================================================
 
 BENCH_PROMPT, BENCH_TOKENS = 512, 48  # tokens that are read, and that are written, in a measurement
@@ -5731,7 +5771,7 @@ def time_calls(
 
 
 # =====================================================================================================================
-# 17  Hub
+# 22  Hub
 # =====================================================================================================================
 # huggingface_hub keeps nothing of a download that was stopped, and compares no checksums. So what is large is fetched
 # here, into its place in the hub's own cache; the library does the rest.
@@ -6122,7 +6162,7 @@ def find_checkpoint(source: str, screen: Screen, offline: bool = False) -> Path:
 
 
 # =====================================================================================================================
-# 18  Doctor
+# 23  Doctor
 # =====================================================================================================================
 # Is it well? What can end a process (llama.cpp's library, a driver, a model) is tried in a child of this one, so that
 # an illegal instruction is a line in a table.
@@ -6504,7 +6544,7 @@ def check_lines(check: Check, width: int, columns: int | None) -> str:
 
 
 # =====================================================================================================================
-# 19  Conversations
+# 24  Conversations
 # =====================================================================================================================
 # What is said at a terminal, turn by turn, and how it is shown afterwards. The line editor is prompt_toolkit: it costs
 # 80 ms at the start of a conversation where readline costs 3, and only there. For that, pasted lines are one question,
@@ -7061,8 +7101,9 @@ class Repl:
 
 
 # =====================================================================================================================
-# 20  Commands
+# 25  Options
 # =====================================================================================================================
+# The options that commands share, in groups that a command takes as one parameter, and what files say for them.
 
 app = typer.Typer(
     name="metaalign-edge",
@@ -7663,6 +7704,117 @@ def gathered(loaded: Loaded, sampling: Sampling, strengths: Strengths, talk: Tal
     return replace(strengths.added(sampling.added(loaded.settings())), verbose=talk.verbose)
 
 
+# =====================================================================================================================
+# 26  Answers
+# =====================================================================================================================
+# The commands that render and answer.
+
+STDIN_LIMIT = 1 << 23  # bytes; no context holds more, and /dev/zero never ends
+
+
+def read_stdin() -> str:
+    """Read what is piped in, without its final newline; nothing at a terminal.
+
+    Raises:
+        UsageError: stdin is not text. ContextOverflow: there is no end to it.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    try:
+        data = sys.stdin.buffer.read(STDIN_LIMIT + 1)
+        text = from_bytes(data)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin is not UTF-8 text (byte {error.start}): pipe text, or use --no-stdin") from None
+    except OSError as error:
+        raise UsageError(f"cannot read stdin ({error.strerror}): pipe text, or use --no-stdin") from None
+    if len(data) > STDIN_LIMIT:
+        raise ContextOverflow(f"stdin has more than {STDIN_LIMIT:,} bytes: no context holds that")
+    return text.removesuffix("\n")
+
+
+def read_query(argument: str | None, no_stdin: bool, repl: bool) -> str | None:
+    """Read the query from the argument and a piped stdin; None asks for a conversation.
+
+    Raises:
+        UsageError: there is no query, or stdin is not text.
+    """
+    piped = "" if no_stdin else read_stdin()
+    query = "\n\n".join(text for text in (piped, argument or "") if text.strip())
+    if query:
+        return query
+    if repl and argument is None and not no_stdin and at_terminal(sys.stdin) and at_terminal(sys.stdout):
+        return None
+    raise UsageError("no query: give it as an argument or pipe it in")
+
+
+def load_model(
+    loaded: Loaded, rendered: Rendered, settings: Settings, interrupt: Interrupt, screen: Screen, columns: int = 1
+) -> tuple[Model, ChatTemplate, Settings]:
+    """Load a model, and choose its template while its vocabulary loads.
+
+    Raises:
+        NotFound, NetworkError, LoadError: there is no such model, or it is none. Interrupted: Ctrl-C.
+        TemplateError, UsageError: there is no such template.
+    """
+    path = loaded.path(screen)
+    STOPWATCH.mark("options")
+    with interrupt, contextlib.ExitStack() as unless_loaded:
+        loading = unless_loaded.enter_context(Loading(path, settings.verbose))
+        with STOPWATCH("metadata"):
+            file = open_model(path)
+            settings = loaded.fitted(settings, file, columns=columns)
+        with STOPWATCH("template"):
+            chosen = choose_template(rendered.template, file)
+        model = Model(file, settings, interrupt, loading)
+        unless_loaded.pop_all()
+        return model, chosen, settings
+
+
+def introduce(transcript: Transcript, model: str, screen: Screen, talking: bool) -> None:
+    """Say which session goes on, and whether another model answered last."""
+    if transcript.path is None:
+        return
+    (screen.note if talking else screen.detail)(describe_session(transcript))
+    before = [str(turn["model"]) for turn in transcript.turns() if turn.get("model")]
+    if before and before[-1] != model:
+        screen.note(f"metaalign-edge: note: in this session {before[-1]} answered last; this is {model} (-m chooses)")
+
+
+def answer_once(
+    session: Chat, transcript: Transcript, query: str, screen: Screen, strict: bool, reply: Reply | None
+) -> None:
+    """Answer one query on stdout, as JSON without a `reply`; a session keeps it, also what was cut off.
+
+    Raises:
+        Interrupted: Ctrl-C; what there was of the answer is printed.
+    """
+    begun: list[Answer] = []
+
+    def before(answer: Answer) -> None:
+        warn(session, answer, screen, strict)
+        begun.append(answer)
+
+    complete = False
+    try:
+        with session.interrupt, reply.alone() if reply else contextlib.nullcontext():
+            show = reply.show if reply else lambda _: None
+            answer = session.answer(transcript.dialog(query), session.settings.seed, show, before)
+        complete = True
+        if reply:
+            reply.end(answer.response)
+        else:
+            screen.json({**asdict(answer), **({"session": transcript.name} if transcript.path else {})})
+    finally:
+        for answer in begun:
+            answer.finish_reason = answer.finish_reason if complete else "interrupted"  # stdout was closed, say
+            transcript.add(asdict(answer))
+            transcript.save()
+    screen.detail(describe(answer))
+    screen.detail(f"time {STOPWATCH}; memory {peak_mb():.0f} MB at most")
+    session.interrupt.check()
+    check_answer(answer, session.settings.schema, screen)
+
+
 def go_on(name: str | None, newest: bool) -> Transcript:
     """Return the session of a name, or the one that was used last; without either, a conversation that is not kept.
 
@@ -7984,6 +8136,10 @@ def rendering_document(rendering: Rendering, tokens: list[Token] | None) -> dict
     }
 
 
+# =====================================================================================================================
+# 27  Conversion
+# =====================================================================================================================
+
 SourceArgument = Annotated[
     str,
     typer.Argument(
@@ -8213,6 +8369,11 @@ def verify_conversion(path: Path, settings: Settings) -> list[str]:
     except (LoadError, TemplateError, TierViolation, ContextOverflow) as error:
         raise type(error)(f"the result fails its check, so it was removed (--no-check keeps it): {error}") from error
 
+
+# =====================================================================================================================
+# 28  What stays
+# =====================================================================================================================
+# States, preferences and settings: what is kept between calls, and where.
 
 cache = typer.Typer(no_args_is_help=True, help="What was read of meta-prompts, kept on the disk.")
 app.add_typer(cache, name="cache")
@@ -8654,6 +8815,10 @@ def folder_bytes(folder: Path) -> int:
     return sizes
 
 
+# =====================================================================================================================
+# 29  Models and sessions
+# =====================================================================================================================
+
 RepositoryArgument = Annotated[
     str, typer.Argument(metavar="REPO[:QUANT]", help="A repository of the hub: user/repo, user/repo:Q4_K_M or :FILE.")
 ]
@@ -9092,6 +9257,10 @@ def sessions_export(
     write_whole(output, text.encode("utf-8", "replace"))
 
 
+# =====================================================================================================================
+# 30  Measurements
+# =====================================================================================================================
+
 SuiteOption = Annotated[
     str, option("--suite", help="builtin, ifeval, or a file: a suite of your own or IFEval's rows.")
 ]
@@ -9284,110 +9453,9 @@ def read_grid(text: str) -> tuple[str, list[float]]:
     return tier, found
 
 
-STDIN_LIMIT = 1 << 23  # bytes; no context holds more, and /dev/zero never ends
-
-
-def read_stdin() -> str:
-    """Read what is piped in, without its final newline; nothing at a terminal.
-
-    Raises:
-        UsageError: stdin is not text. ContextOverflow: there is no end to it.
-    """
-    if sys.stdin is None or sys.stdin.isatty():
-        return ""
-    try:
-        data = sys.stdin.buffer.read(STDIN_LIMIT + 1)
-        text = from_bytes(data)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"stdin is not UTF-8 text (byte {error.start}): pipe text, or use --no-stdin") from None
-    except OSError as error:
-        raise UsageError(f"cannot read stdin ({error.strerror}): pipe text, or use --no-stdin") from None
-    if len(data) > STDIN_LIMIT:
-        raise ContextOverflow(f"stdin has more than {STDIN_LIMIT:,} bytes: no context holds that")
-    return text.removesuffix("\n")
-
-
-def read_query(argument: str | None, no_stdin: bool, repl: bool) -> str | None:
-    """Read the query from the argument and a piped stdin; None asks for a conversation.
-
-    Raises:
-        UsageError: there is no query, or stdin is not text.
-    """
-    piped = "" if no_stdin else read_stdin()
-    query = "\n\n".join(text for text in (piped, argument or "") if text.strip())
-    if query:
-        return query
-    if repl and argument is None and not no_stdin and at_terminal(sys.stdin) and at_terminal(sys.stdout):
-        return None
-    raise UsageError("no query: give it as an argument or pipe it in")
-
-
-def load_model(
-    loaded: Loaded, rendered: Rendered, settings: Settings, interrupt: Interrupt, screen: Screen, columns: int = 1
-) -> tuple[Model, ChatTemplate, Settings]:
-    """Load a model, and choose its template while its vocabulary loads.
-
-    Raises:
-        NotFound, NetworkError, LoadError: there is no such model, or it is none. Interrupted: Ctrl-C.
-        TemplateError, UsageError: there is no such template.
-    """
-    path = loaded.path(screen)
-    STOPWATCH.mark("options")
-    with interrupt, contextlib.ExitStack() as unless_loaded:
-        loading = unless_loaded.enter_context(Loading(path, settings.verbose))
-        with STOPWATCH("metadata"):
-            file = open_model(path)
-            settings = loaded.fitted(settings, file, columns=columns)
-        with STOPWATCH("template"):
-            chosen = choose_template(rendered.template, file)
-        model = Model(file, settings, interrupt, loading)
-        unless_loaded.pop_all()
-        return model, chosen, settings
-
-
-def introduce(transcript: Transcript, model: str, screen: Screen, talking: bool) -> None:
-    """Say which session goes on, and whether another model answered last."""
-    if transcript.path is None:
-        return
-    (screen.note if talking else screen.detail)(describe_session(transcript))
-    before = [str(turn["model"]) for turn in transcript.turns() if turn.get("model")]
-    if before and before[-1] != model:
-        screen.note(f"metaalign-edge: note: in this session {before[-1]} answered last; this is {model} (-m chooses)")
-
-
-def answer_once(
-    session: Chat, transcript: Transcript, query: str, screen: Screen, strict: bool, reply: Reply | None
-) -> None:
-    """Answer one query on stdout, as JSON without a `reply`; a session keeps it, also what was cut off.
-
-    Raises:
-        Interrupted: Ctrl-C; what there was of the answer is printed.
-    """
-    begun: list[Answer] = []
-
-    def before(answer: Answer) -> None:
-        warn(session, answer, screen, strict)
-        begun.append(answer)
-
-    complete = False
-    try:
-        with session.interrupt, reply.alone() if reply else contextlib.nullcontext():
-            show = reply.show if reply else lambda _: None
-            answer = session.answer(transcript.dialog(query), session.settings.seed, show, before)
-        complete = True
-        if reply:
-            reply.end(answer.response)
-        else:
-            screen.json({**asdict(answer), **({"session": transcript.name} if transcript.path else {})})
-    finally:
-        for answer in begun:
-            answer.finish_reason = answer.finish_reason if complete else "interrupted"  # stdout was closed, say
-            transcript.add(asdict(answer))
-            transcript.save()
-    screen.detail(describe(answer))
-    screen.detail(f"time {STOPWATCH}; memory {peak_mb():.0f} MB at most")
-    session.interrupt.check()
-    check_answer(answer, session.settings.schema, screen)
+# =====================================================================================================================
+# 31  Help and completion
+# =====================================================================================================================
 
 
 def topics() -> dict[str, tuple[str, str]]:
@@ -9573,7 +9641,7 @@ def completion(
 
 
 # =====================================================================================================================
-# 21  Python
+# 32  Python
 # =====================================================================================================================
 # What a program needs: a model that is open, and three functions. Nothing is written to stdout, stderr or the disk.
 
@@ -9758,7 +9826,7 @@ def compare(
 
 
 # =====================================================================================================================
-# 22  Main
+# 33  Main
 # =====================================================================================================================
 
 
