@@ -73,7 +73,7 @@ class Case(NamedTuple):
     def raw_ids(self, text: str) -> list[int]:
         """Tokenise a whole text by llama.cpp alone, special tokens on; BOS once, where the vocabulary wants it."""
         llama, data = llama_cpp(), text.encode()
-        pointer = self.vocabulary._vocab
+        pointer = self.vocabulary.pointer
         room = (llama.llama_token * (len(data) + 16))()
         count = llama.llama_tokenize(pointer, data, len(data), room, len(room), False, True)
         ids = list(room[:count])
@@ -82,7 +82,7 @@ class Case(NamedTuple):
 
     def reserved(self, token: int, source: str) -> bool:
         """Tell whether only the scaffold may use a token, by llama.cpp's own account of it."""
-        llama, pointer = llama_cpp(), self.vocabulary._vocab
+        llama, pointer = llama_cpp(), self.vocabulary.pointer
         attributes = llama.llama_vocab_get_attr(pointer, token)
         text = llama.llama_vocab_get_text(pointer, token).decode()
         marker = (
@@ -96,7 +96,7 @@ class Case(NamedTuple):
 
     def specials(self) -> list[str]:
         """List the texts of all tokens that a text must not become: control, end, unknown and user-defined ones."""
-        llama, pointer = llama_cpp(), self.vocabulary._vocab
+        llama, pointer = llama_cpp(), self.vocabulary.pointer
         return [
             text
             for token in range(llama.llama_vocab_n_tokens(pointer))
