@@ -21,25 +21,28 @@ Contents, in dependency order (nothing refers upward):
     12  Models on disk
     13  Templates and schemas
     14  Memory
-    15  Engine
-    16  Guidance
-    17  Generation
-    18  Presentation
-    19  Batch
-    20  Evaluation
-    21  Bench
-    22  Hub
-    23  Doctor
-    24  Conversations
-    25  Options
-    26  Answers
-    27  Conversion
-    28  What stays
-    29  Models and sessions
-    30  Measurements
-    31  Help and completion
-    32  Python
-    33  Main
+    15  What a call asks for
+    16  llama.cpp
+    17  Engine
+    18  Guidance
+    19  Text of an answer
+    20  Sessions
+    21  Presentation
+    22  Batch
+    23  Evaluation
+    24  Bench
+    25  Hub
+    26  Doctor
+    27  Conversations
+    28  Options
+    29  Answers
+    30  Conversion
+    31  What stays
+    32  Models and sessions
+    33  Measurements
+    34  Help and completion
+    35  Python
+    36  Main
 """
 
 from __future__ import annotations
@@ -2931,10 +2934,8 @@ def free_memory() -> float:
 
 
 # =====================================================================================================================
-# 15  Engine
+# 15  What a call asks for
 # =====================================================================================================================
-# llama.cpp through the low-level interface of llama-cpp-python. A context holds several sequences in one unified KV
-# cache, and a step decodes any number of them in one llama_decode.
 
 
 class Adapter(NamedTuple):
@@ -3104,6 +3105,12 @@ def hidden_cursor(stream: TextIO) -> contextlib.AbstractContextManager[None]:
     return undone_at_once(lambda: os.write(stream.fileno(), b"\x1b[?25h"))
 
 
+# =====================================================================================================================
+# 16  llama.cpp
+# =====================================================================================================================
+# The low-level interface of llama-cpp-python: its log, a model and its vocabulary, and the devices they lie on.
+
+
 class Log:
     """llama.cpp's log: shown with -v, otherwise only its last errors are kept, to say why a load failed."""
 
@@ -3173,6 +3180,132 @@ def physical_cores() -> int:
     except OSError:
         return len(allowed)
     return len(cores)
+
+
+class LlamaVocabulary(Closing):
+    """llama.cpp's vocabulary, as `tokenize` needs it. `load_vocabulary` loads one. Close it, or use it in a `with`.
+
+    Args:
+        model: llama.cpp's pointer to a model; the vocabulary frees it.
+
+    Raises:
+        LoadError: it is of no kind that chat models have.
+    """
+
+    def __init__(self, model: Any, file: ModelFile) -> None:
+        self._llama, self._model = llama_cpp(), model
+        self.pointer = self._llama.llama_model_get_vocab(model)
+        self.size: int = self._llama.llama_vocab_n_tokens(self.pointer)
+        kind = self._llama.llama_vocab_type(self.pointer)
+        if kind not in (1, 2):  # LLAMA_VOCAB_TYPE_SPM, LLAMA_VOCAB_TYPE_BPE
+            self.close()
+            name = file.metadata.get("tokenizer.ggml.model", "none")
+            raise LoadError(
+                f"{file.path} has a vocabulary of the kind {name!r}; chat models have SentencePiece or BPE ones"
+            )
+        self.escapes_spaces = kind == 1
+        self.space_prefix = kind == 1 and bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
+        bos = self._llama.llama_vocab_bos(self.pointer)
+        self.bos: int | None = bos if bos >= 0 and self._llama.llama_vocab_get_add_bos(self.pointer) else None
+        self._pieces: dict[int, bytes] = {}
+        self._buffer = ctypes.create_string_buffer(256)
+        if not self.escapes_spaces:  # some BPE vocabularies write a space as SentencePiece does (Gemma 4)
+            probe = b"".join(map(self.piece, self._encode("\u2581".encode(), special=False)))
+            self.escapes_spaces = probe == b" "
+            self._pieces.clear()
+
+    def close(self) -> None:
+        """Free it; again is harmless."""
+        if self._model:
+            self._llama.llama_model_free(self._model)
+            self._model = None
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Tokenise; long text on a thread with a stack for it, as llama.cpp's regex fallback recurses per character."""
+        data = text.encode()
+        if len(data) < 2048:
+            return self._encode(data, special)
+        result: list[list[int]] = []
+        before = threading.stack_size(max(TEXT_STACK * len(data), 1 << 24))
+        try:
+            thread = threading.Thread(target=lambda: result.append(self._encode(data, special)))
+            thread.start()
+            thread.join()
+        except RuntimeError:
+            raise ContextOverflow(
+                f"{len(data):,} bytes are too many to tokenise on this machine: shorten the text"
+            ) from None
+        finally:
+            threading.stack_size(before)
+        return result[0]
+
+    def _encode(self, data: bytes, special: bool) -> list[int]:
+        room = len(data) + 16  # never more tokens than bytes, but for the space that SentencePiece puts in front
+        ids = (ctypes.c_int32 * room)()
+        count = self._llama.llama_tokenize(self.pointer, data, len(data), ids, room, False, special)
+        if count < 0:
+            raise TierViolation("llama.cpp cannot tokenise this text")
+        return ids[:count]
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes a token stands for."""
+        found = self._pieces.get(token)
+        if found is None:
+            length = self._llama.llama_token_to_piece(self.pointer, token, self._buffer, len(self._buffer), 0, True)
+            if length < 0:
+                self._buffer = ctypes.create_string_buffer(-length)
+                length = self._llama.llama_token_to_piece(self.pointer, token, self._buffer, len(self._buffer), 0, True)
+            found = self._buffer.raw[:length]
+            if self.escapes_spaces:
+                found = found.replace("\u2581".encode(), b" ")
+            self._pieces[token] = found
+        return found
+
+    def attributes(self, token: int) -> int:
+        """Return llama.cpp's attribute bits of a token."""
+        return int(self._llama.llama_vocab_get_attr(self.pointer, token))
+
+    def is_end(self, token: int) -> bool:
+        """Tell whether a token ends a generation."""
+        return bool(self._llama.llama_vocab_is_eog(self.pointer, token))
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(len(self.piece(token)) for token in range(self.size))
+
+    @functools.cached_property
+    def _letters(self) -> dict[bytes, int]:
+        """Tokens of one byte or one character, by their bytes; a byte token only where no ordinary one is."""
+        letters: dict[bytes, int] = {}
+        for token in range(self.size):
+            attributes, data = self.attributes(token), self.piece(token)
+            if not attributes & (ATTR_NORMAL | ATTR_BYTE) or len(data) > 4 or self.is_end(token):
+                continue
+            if len(data) == 1 or len(data.decode("utf-8", "ignore")) == 1:
+                if attributes & ATTR_BYTE:
+                    letters.setdefault(data, token)
+                else:
+                    letters[data] = token
+        return letters
+
+    def spell(self, text: str) -> list[int]:
+        """Write text one character, or one byte, per token.
+
+        Raises:
+            TierViolation: the vocabulary lacks a letter.
+        """
+        ids: list[int] = []
+        for character in text:
+            data = character.encode()
+            try:
+                whole = self._letters.get(data)
+                ids += [self._letters[bytes([byte])] for byte in data] if whole is None else [whole]
+            except KeyError:
+                raise TierViolation(
+                    f"this vocabulary has no token for {character!r}: take it out of the text"
+                ) from None
+        return ids
 
 
 class Loading(Closing):
@@ -3476,130 +3609,10 @@ def check_memory(model: Model, context: int, sequences: int) -> None:
     replace(model.plan, context=context, sequences=sequences, free=free, loaded=True).check(model.file.path)
 
 
-class LlamaVocabulary(Closing):
-    """llama.cpp's vocabulary, as `tokenize` needs it. `load_vocabulary` loads one. Close it, or use it in a `with`.
-
-    Args:
-        model: llama.cpp's pointer to a model; the vocabulary frees it.
-
-    Raises:
-        LoadError: it is of no kind that chat models have.
-    """
-
-    def __init__(self, model: Any, file: ModelFile) -> None:
-        self._llama, self._model = llama_cpp(), model
-        self.pointer = self._llama.llama_model_get_vocab(model)
-        self.size: int = self._llama.llama_vocab_n_tokens(self.pointer)
-        kind = self._llama.llama_vocab_type(self.pointer)
-        if kind not in (1, 2):  # LLAMA_VOCAB_TYPE_SPM, LLAMA_VOCAB_TYPE_BPE
-            self.close()
-            name = file.metadata.get("tokenizer.ggml.model", "none")
-            raise LoadError(
-                f"{file.path} has a vocabulary of the kind {name!r}; chat models have SentencePiece or BPE ones"
-            )
-        self.escapes_spaces = kind == 1
-        self.space_prefix = kind == 1 and bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
-        bos = self._llama.llama_vocab_bos(self.pointer)
-        self.bos: int | None = bos if bos >= 0 and self._llama.llama_vocab_get_add_bos(self.pointer) else None
-        self._pieces: dict[int, bytes] = {}
-        self._buffer = ctypes.create_string_buffer(256)
-        if not self.escapes_spaces:  # some BPE vocabularies write a space as SentencePiece does (Gemma 4)
-            probe = b"".join(map(self.piece, self._encode("\u2581".encode(), special=False)))
-            self.escapes_spaces = probe == b" "
-            self._pieces.clear()
-
-    def close(self) -> None:
-        """Free it; again is harmless."""
-        if self._model:
-            self._llama.llama_model_free(self._model)
-            self._model = None
-
-    def encode(self, text: str, special: bool) -> list[int]:
-        """Tokenise; long text on a thread with a stack for it, as llama.cpp's regex fallback recurses per character."""
-        data = text.encode()
-        if len(data) < 2048:
-            return self._encode(data, special)
-        result: list[list[int]] = []
-        before = threading.stack_size(max(TEXT_STACK * len(data), 1 << 24))
-        try:
-            thread = threading.Thread(target=lambda: result.append(self._encode(data, special)))
-            thread.start()
-            thread.join()
-        except RuntimeError:
-            raise ContextOverflow(
-                f"{len(data):,} bytes are too many to tokenise on this machine: shorten the text"
-            ) from None
-        finally:
-            threading.stack_size(before)
-        return result[0]
-
-    def _encode(self, data: bytes, special: bool) -> list[int]:
-        room = len(data) + 16  # never more tokens than bytes, but for the space that SentencePiece puts in front
-        ids = (ctypes.c_int32 * room)()
-        count = self._llama.llama_tokenize(self.pointer, data, len(data), ids, room, False, special)
-        if count < 0:
-            raise TierViolation("llama.cpp cannot tokenise this text")
-        return ids[:count]
-
-    def piece(self, token: int) -> bytes:
-        """Return the bytes a token stands for."""
-        found = self._pieces.get(token)
-        if found is None:
-            length = self._llama.llama_token_to_piece(self.pointer, token, self._buffer, len(self._buffer), 0, True)
-            if length < 0:
-                self._buffer = ctypes.create_string_buffer(-length)
-                length = self._llama.llama_token_to_piece(self.pointer, token, self._buffer, len(self._buffer), 0, True)
-            found = self._buffer.raw[:length]
-            if self.escapes_spaces:
-                found = found.replace("\u2581".encode(), b" ")
-            self._pieces[token] = found
-        return found
-
-    def attributes(self, token: int) -> int:
-        """Return llama.cpp's attribute bits of a token."""
-        return int(self._llama.llama_vocab_get_attr(self.pointer, token))
-
-    def is_end(self, token: int) -> bool:
-        """Tell whether a token ends a generation."""
-        return bool(self._llama.llama_vocab_is_eog(self.pointer, token))
-
-    @functools.cached_property
-    def longest(self) -> int:
-        """Bytes of the longest token."""
-        return max(len(self.piece(token)) for token in range(self.size))
-
-    @functools.cached_property
-    def _letters(self) -> dict[bytes, int]:
-        """Tokens of one byte or one character, by their bytes; a byte token only where no ordinary one is."""
-        letters: dict[bytes, int] = {}
-        for token in range(self.size):
-            attributes, data = self.attributes(token), self.piece(token)
-            if not attributes & (ATTR_NORMAL | ATTR_BYTE) or len(data) > 4 or self.is_end(token):
-                continue
-            if len(data) == 1 or len(data.decode("utf-8", "ignore")) == 1:
-                if attributes & ATTR_BYTE:
-                    letters.setdefault(data, token)
-                else:
-                    letters[data] = token
-        return letters
-
-    def spell(self, text: str) -> list[int]:
-        """Write text one character, or one byte, per token.
-
-        Raises:
-            TierViolation: the vocabulary lacks a letter.
-        """
-        ids: list[int] = []
-        for character in text:
-            data = character.encode()
-            try:
-                whole = self._letters.get(data)
-                ids += [self._letters[bytes([byte])] for byte in data] if whole is None else [whole]
-            except KeyError:
-                raise TierViolation(
-                    f"this vocabulary has no token for {character!r}: take it out of the text"
-                ) from None
-        return ids
+# =====================================================================================================================
+# 17  Engine
+# =====================================================================================================================
+# A context holds several sequences in one unified KV cache, and a step decodes any number of them in one llama_decode.
 
 
 @dataclass
@@ -3862,7 +3875,7 @@ class Sampler(Closing):
 
 
 # =====================================================================================================================
-# 16  Guidance
+# 18  Guidance
 # =====================================================================================================================
 # A strength for each tier. With l0 the logits given the query alone, l1 given System Info too, and l2 given both tiers,
 #
@@ -3948,9 +3961,9 @@ def checked_strength(flag: str, value: str | float) -> float:
 
 
 # =====================================================================================================================
-# 17  Generation
+# 19  Text of an answer
 # =====================================================================================================================
-# Three layers: pieces of text, an answer with its figures, and sessions, in which any number of them are written.
+# An answer with its figures, and how a token's bytes become text: between stop sequences, reasoning and a schema.
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -4273,6 +4286,12 @@ class Draft:
             round((answer.output_tokens - 1) / (ended - self._first), 1) if answer.output_tokens > 1 else 0.0
         )
         return piece
+
+
+# =====================================================================================================================
+# 20  Sessions
+# =====================================================================================================================
+# A model, its template and a context: dialogs become prompts that fit, prompts answers, any number of them at a time.
 
 
 class Outline(NamedTuple):
@@ -4762,7 +4781,7 @@ def place(engine: Engine, prompt: list[int], busy: Mapping[int, Lane]) -> Lane:
 
 
 # =====================================================================================================================
-# 18  Presentation
+# 21  Presentation
 # =====================================================================================================================
 # stdout is the answer, or one JSON document; everything else is on stderr.
 
@@ -5115,7 +5134,7 @@ def check_forged(forged: Sequence[str], screen: Screen, strict: bool) -> None:
 
 
 # =====================================================================================================================
-# 19  Batch
+# 22  Batch
 # =====================================================================================================================
 # A line of JSON in, a line of JSON out. What is finished is on the disk, whatever happens next.
 
@@ -5405,7 +5424,7 @@ class Batch:
 
 
 # =====================================================================================================================
-# 20  Evaluation
+# 23  Evaluation
 # =====================================================================================================================
 # Every answer to a suite is the model's own, those of earlier turns too. Each is written down as it comes: a run that
 # was stopped goes on where it was, and one that is complete prints its results again without the model.
@@ -5595,7 +5614,7 @@ def write_outputs(found: Any, report: Path | None, chart: Path | None) -> None:
 
 
 # =====================================================================================================================
-# 21  Bench
+# 24  Bench
 # =====================================================================================================================
 
 BENCH_PROMPT, BENCH_TOKENS = 512, 48  # tokens that are read, and that are written, in a measurement
@@ -5771,7 +5790,7 @@ def time_calls(
 
 
 # =====================================================================================================================
-# 22  Hub
+# 25  Hub
 # =====================================================================================================================
 # huggingface_hub keeps nothing of a download that was stopped, and compares no checksums. So what is large is fetched
 # here, into its place in the hub's own cache; the library does the rest.
@@ -6162,7 +6181,7 @@ def find_checkpoint(source: str, screen: Screen, offline: bool = False) -> Path:
 
 
 # =====================================================================================================================
-# 23  Doctor
+# 26  Doctor
 # =====================================================================================================================
 # Is it well? What can end a process (llama.cpp's library, a driver, a model) is tried in a child of this one, so that
 # an illegal instruction is a line in a table.
@@ -6544,7 +6563,7 @@ def check_lines(check: Check, width: int, columns: int | None) -> str:
 
 
 # =====================================================================================================================
-# 24  Conversations
+# 27  Conversations
 # =====================================================================================================================
 # What is said at a terminal, turn by turn, and how it is shown afterwards. The line editor is prompt_toolkit: it costs
 # 80 ms at the start of a conversation where readline costs 3, and only there. For that, pasted lines are one question,
@@ -7101,7 +7120,7 @@ class Repl:
 
 
 # =====================================================================================================================
-# 25  Options
+# 28  Options
 # =====================================================================================================================
 # The options that commands share, in groups that a command takes as one parameter, and what files say for them.
 
@@ -7705,7 +7724,7 @@ def gathered(loaded: Loaded, sampling: Sampling, strengths: Strengths, talk: Tal
 
 
 # =====================================================================================================================
-# 26  Answers
+# 29  Answers
 # =====================================================================================================================
 # The commands that render and answer.
 
@@ -8137,7 +8156,7 @@ def rendering_document(rendering: Rendering, tokens: list[Token] | None) -> dict
 
 
 # =====================================================================================================================
-# 27  Conversion
+# 30  Conversion
 # =====================================================================================================================
 
 SourceArgument = Annotated[
@@ -8371,7 +8390,7 @@ def verify_conversion(path: Path, settings: Settings) -> list[str]:
 
 
 # =====================================================================================================================
-# 28  What stays
+# 31  What stays
 # =====================================================================================================================
 # States, preferences and settings: what is kept between calls, and where.
 
@@ -8816,7 +8835,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 # =====================================================================================================================
-# 29  Models and sessions
+# 32  Models and sessions
 # =====================================================================================================================
 
 RepositoryArgument = Annotated[
@@ -9258,7 +9277,7 @@ def sessions_export(
 
 
 # =====================================================================================================================
-# 30  Measurements
+# 33  Measurements
 # =====================================================================================================================
 
 SuiteOption = Annotated[
@@ -9454,7 +9473,7 @@ def read_grid(text: str) -> tuple[str, list[float]]:
 
 
 # =====================================================================================================================
-# 31  Help and completion
+# 34  Help and completion
 # =====================================================================================================================
 
 
@@ -9641,7 +9660,7 @@ def completion(
 
 
 # =====================================================================================================================
-# 32  Python
+# 35  Python
 # =====================================================================================================================
 # What a program needs: a model that is open, and three functions. Nothing is written to stdout, stderr or the disk.
 
@@ -9826,7 +9845,7 @@ def compare(
 
 
 # =====================================================================================================================
-# 33  Main
+# 36  Main
 # =====================================================================================================================
 
 
