@@ -4390,9 +4390,7 @@ class Session(Closing):
         interrupt: Interrupt,
         parallel: int = 1,
         states: States | None = None,
-        context: int | None = None,
     ) -> None:
-        """Begin; with a `context`, of so many tokens for each sequence, it is made at once."""
         self.model, self.template, self.parallel = model, chat_template, parallel
         self.states = states
         self._unsaved: list[tuple[str, bytearray]] = []
@@ -4401,7 +4399,7 @@ class Session(Closing):
         self.forged: list[str] = []  # marker words in the tiers of the latest prompt
         self._untold_ms = 0.0  # of contexts that were made since the latest answer began
         try:
-            if context:
+            if context := self.at_once():
                 self.open(context, parallel * len(self.guidance(Dialog("both", "tiers")).dialogs))
             self.marks = thinking_marks(chat_template.template.source, model.vocabulary)
         except EdgeError:
@@ -4421,6 +4419,13 @@ class Session(Closing):
         for key, data in self._unsaved:
             cast(States, self.states).save(key, data)
         self._unsaved.clear()
+
+    def at_once(self) -> int | None:
+        """Return how many tokens of each sequence are made room for before the first dialog is seen; None: it decides.
+
+        That costs nothing while a vocabulary is still loading.
+        """
+        return None
 
     @property
     def limit(self) -> int:
@@ -4650,18 +4655,10 @@ class Chat(Session):
 
     think: Callable[[str], None] = staticmethod(lambda _: None)
 
-    def __init__(
-        self,
-        model: Model,
-        chat_template: ChatTemplate,
-        settings: Settings,
-        options: RenderOptions,
-        interrupt: Interrupt,
-        states: States | None = None,
-    ) -> None:
-        guided = settings.system_strength != 1 or settings.pref_strength != 1
-        context = None if guided else least_context(model.file, settings)  # the dialog decides how many sequences
-        super().__init__(model, chat_template, settings, options, interrupt, states=states, context=context)
+    def at_once(self) -> int | None:
+        """Return as much as any dialog has; only a strength may need more sequences than one."""
+        guided = self.settings.system_strength != 1 or self.settings.pref_strength != 1
+        return None if guided else least_context(self.model.file, self.settings)
 
     def prepare(self, outline: Outline) -> Engine:
         """Return the context, made anew if the dialog needs more of it."""
@@ -4739,8 +4736,11 @@ class Parallel(Session):
         states: States | None = None,
     ) -> None:
         context = context or least_context(model.file, settings)
-        settings = replace(settings, context=context)
-        super().__init__(model, chat_template, settings, options, interrupt, parallel, states, context)
+        super().__init__(model, chat_template, replace(settings, context=context), options, interrupt, parallel, states)
+
+    def at_once(self) -> int | None:
+        """Return all there will be."""
+        return self.settings.context
 
     def _end(self, running: Running) -> None:
         """Complete an answer and leave its prompt in the cache, for one that begins alike."""
