@@ -47,6 +47,14 @@ Contents, in dependency order (nothing refers upward):
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+is_program = os.path.basename(sys.argv[0]).partition(".")[0] in ("metaalign-edge", "metaalign_edge")
+if is_program and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: Ctrl-C in an import below would be a traceback
+
 import array
 import bisect
 import codecs
@@ -63,13 +71,10 @@ import itertools
 import json
 import math
 import mmap
-import os
 import random
 import re
 import shutil
-import signal
 import struct
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -9900,6 +9905,8 @@ def main() -> None:
     The process ends without freeing what it holds: the system takes a vocabulary, a mapped file and Python's modules
     back 70 ms sooner.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             encoding = "utf-8" if os.name == "nt" else None  # a pipe there would have the code page of old

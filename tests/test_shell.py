@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -251,6 +253,34 @@ def test_each_exit_code_comes_from_a_real_command(tiny: Path, tmp_path: Path, ru
     assert subprocess.run([sys.executable, "-c", line], capture_output=True).returncode == 130
     listed = set(map(int, re.findall(r"^\| (\d+) \|", edge.topics()["exit-codes"][1], re.MULTILINE)))
     assert listed == {code for code, _, _ in cases} | {130}
+
+
+def test_ctrl_c_while_it_starts_is_no_traceback() -> None:
+    script = shutil.which("metaalign-edge", path=str(Path(sys.executable).parent))
+    command = [sys.executable, "-X", "importtime", str(script), "chat", "What is tea?"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        for line in process.stderr:
+            if "typer" in line:  # the first part of it has just been imported
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == -signal.SIGINT and "Traceback" not in rest and "KeyboardInterrupt" not in rest
+
+
+def test_only_a_program_minds_ctrl_c_while_this_is_imported() -> None:
+    code = (
+        "import sys, signal; {}sys.argv[0] = {!r}; import metaalign_edge; print(repr(signal.getsignal(signal.SIGINT)))"
+    )
+    ignored = "signal.signal(signal.SIGINT, signal.SIG_IGN); "  # as a script's background job has it
+    for before, name, handler in (
+        ("", "metaalign-edge", "SIG_DFL"),
+        ("", "metaalign_edge.py", "SIG_DFL"),
+        ("", "mine.py", "default_int_handler"),
+        (ignored, "metaalign-edge", "SIG_IGN"),
+    ):
+        command = [sys.executable, "-c", code.format(before, name)]
+        assert handler in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_whatever_prints_data_can_print_json() -> None:
