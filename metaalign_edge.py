@@ -3123,11 +3123,13 @@ class Log:
         self.verbose = False
         self.level = 0  # of the line that is being written
         self.errors: list[str] = []
+        self._metadata: set[str] = set()  # lines that say what is in a file
         self._callback: Any = None
 
     def attach(self, verbose: bool) -> None:
         """Take over llama.cpp's log; again, as llama-cpp-python takes it for itself where it is imported whole."""
         llama, self.verbose = llama_cpp(), verbose
+        self._metadata.clear()
         self._callback = self._callback or llama.llama_log_callback(self._write)
         llama.llama_log_set(self._callback, None)
 
@@ -3136,6 +3138,10 @@ class Log:
         self.level = level if level != 5 else self.level  # GGML_LOG_LEVEL_CONT
         if level == 4 and line.strip():  # GGML_LOG_LEVEL_ERROR
             self.errors.append(one_line(line).removeprefix("llama_model_load: ").removeprefix("error loading model: "))
+        if line.startswith("llama_model_loader: "):  # the vocabulary and the weights say the same
+            if line in self._metadata:
+                return
+            self._metadata.add(line)
         if self.verbose and self.level != 1:  # GGML_LOG_LEVEL_DEBUG: a thousand lines, in which ours would drown
             sys.stderr.write(line)
 
