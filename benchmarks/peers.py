@@ -41,9 +41,9 @@ from typing import NamedTuple
 from decode import Tokenizer, random_model
 
 from metaalign_edge import (
-    ChatTemplate,
     Dialog,
     ModelFile,
+    Rendering,
     Turn,
     choose_template,
     llama_cpp,
@@ -183,32 +183,32 @@ def install_node(folder: Path) -> Path:
     return folder
 
 
-def template_for(path: Path) -> ChatTemplate:
-    """Return a model's template; the random one has none."""
-    file = ModelFile(path)
-    return choose_template("auto" if file.templates else "chatml", file)
+def template_name(path: Path) -> str:
+    """Return what --template takes for a model; the random one has none of its own."""
+    return "auto" if ModelFile(path).templates else "chatml"
+
+
+def prompt_for(query: str, path: Path) -> Rendering:
+    """Render a query after the meta-prompt."""
+    return render(Dialog(META_PROMPT, "", (Turn(query),)), choose_template(template_name(path), ModelFile(path)))
 
 
 def prompt_sizes(path: Path) -> tuple[int, int]:
     """Return how many tokens come before a query, and how many with it and behind it."""
-    file = ModelFile(path)
-    with load_vocabulary(file) as vocabulary:
-        rendering = render(Dialog(META_PROMPT, "", (Turn(QUERY),)), template_for(path))
-        tokens = tokenize(rendering, vocabulary, CONTEXT)
+    with load_vocabulary(ModelFile(path)) as vocabulary:
+        tokens = tokenize(prompt_for(QUERY, path), vocabulary, CONTEXT)
     (before,) = tokens.queries()
     return before, len(tokens.tokens) - before
 
 
 def starts(path: Path, tools: Path, options: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Call]]:
     """Return the ways to get one token after a long meta-prompt."""
-    template = template_for(path)
     prompts, kept = {query: folder / f"{query[8:-1]}.txt" for query in (QUERY, OTHER)}, folder / "prompt-cache"
     for query, prompt in prompts.items():
-        text = render(Dialog(META_PROMPT, "", (Turn(query),)), template).prompt
-        prompt.write_text(text, encoding="utf-8")
+        prompt.write_text(prompt_for(query, path).prompt, encoding="utf-8")
     threads, layers, context = str(options.threads), options.layers, str(CONTEXT)
-    ours = [sys.executable, "-m", "metaalign_edge", "chat", "-m", str(path), "--template", template.name, "--system"]
-    ours += [META_PROMPT, "-n", "1", "--temp", "0", "-c", context, "-t", threads, "-ngl", options.ngl]
+    ours = [sys.executable, "-m", "metaalign_edge", "chat", "-m", str(path), "--template", template_name(path)]
+    ours += ["-s", META_PROMPT, "-n", "1", "--temp", "0", "-c", context, "-t", threads, "-ngl", options.ngl]
     theirs = [str(tools / "llama-completion"), "-m", str(path), "-n", "1", "--temp", "0", "-c", context, "-t", threads]
     theirs += ["-ngl", options.ngl, "-no-cnv", "-f"]
     class_ = [sys.executable, "-c", HIGH_LEVEL, str(path), str(prompts[QUERY]), context, threads, layers]
