@@ -80,7 +80,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import BuiltinMethodType, MethodType, ModuleType, TracebackType
 from typing import (
     TYPE_CHECKING,
@@ -3083,11 +3083,16 @@ class Interrupt:
 
     def _raise(self, number: int, frame: object) -> None:
         if self.raised:
-            for undo in reversed(self.undo):
-                with contextlib.suppress(Exception):  # the terminal may be gone
-                    undo()
-            os._exit(Interrupted.exit_code)
+            self.leave(Interrupted.exit_code)
         self.raised = True
+
+    @classmethod
+    def leave(cls, code: int) -> None:
+        """End the process at once, from wherever it is."""
+        for undo in reversed(cls.undo):
+            with contextlib.suppress(Exception):  # the terminal may be gone
+                undo()
+        os._exit(code)
 
     def check(self) -> None:
         """Raise `Interrupted` if Ctrl-C was pressed."""
@@ -3097,7 +3102,7 @@ class Interrupt:
 
 @contextlib.contextmanager
 def undone_at_once(undo: Callable[[], object]) -> Iterator[None]:
-    """Have a second Ctrl-C, which ends the process, undo what is done to the terminal inside."""
+    """Have what ends the process at once, as a second Ctrl-C, undo what is done to the terminal inside."""
     Interrupt.undo.append(undo)
     try:
         yield
@@ -3125,6 +3130,7 @@ class Log:
         self.errors: list[str] = []
         self._metadata: set[str] = set()  # lines that say what is in a file
         self._callback: Any = None
+        self._last: Any = None
 
     def attach(self, verbose: bool) -> None:
         """Take over llama.cpp's log; again, as llama-cpp-python takes it for itself where it is imported whole."""
@@ -3132,6 +3138,23 @@ class Log:
         self._metadata.clear()
         self._callback = self._callback or llama.llama_log_callback(self._write)
         llama.llama_log_set(self._callback, None)
+        if is_program and not self._last:
+            self._last = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._give_up)
+            ggml_library("ggml-base").ggml_set_abort_callback(self._last)
+
+    @staticmethod
+    def _give_up(message: bytes) -> None:
+        """Say in a line why llama.cpp is about to end the process, which it does with a page of addresses."""
+        where, _, what = message.decode("utf-8", "replace").partition(": ")
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(
+                f"metaalign-edge: llama.cpp gave up: {one_line(what)} ({PurePath(where).name}): a model with which it "
+                "always does is damaged: download or convert it again\n"
+            )
+            sys.stderr.flush()
+        Interrupt.leave(LoadError.exit_code)
 
     def _write(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace")
@@ -3177,6 +3200,17 @@ def llama_cpp() -> Any:
     finally:
         if real is None:
             del sys.modules["llama_cpp"]
+
+
+def ggml_library(name: str) -> Any:
+    """Return one of ggml's libraries, whose functions llama-cpp-python does not bind.
+
+    llama.cpp's own handle finds those that it is linked with; a wheel has no links, so their files are copies of those.
+    """
+    library = llama_cpp()._lib
+    if os.name != "nt":
+        return library
+    return sys.modules["llama_cpp._ctypes_extensions"].load_shared_library(name, Path(library._name).parent)
 
 
 def physical_cores() -> int:
@@ -3549,13 +3583,8 @@ def threads_for(model: Model, settings: Settings) -> int:
 
 
 def devices() -> list[Device]:
-    """List llama.cpp's devices, the CPU among them.
-
-    Its functions for them are not bound: they lie in ggml's libraries, beside llama.cpp's own.
-    """
-    llama = llama_cpp()
-    load, folder = sys.modules["llama_cpp._ctypes_extensions"].load_shared_library, Path(llama._lib._name).parent
-    registry, base = load("ggml", folder), load("ggml-base", folder)
+    """List llama.cpp's devices, the CPU among them."""
+    registry, base = ggml_library("ggml"), ggml_library("ggml-base")
     registry.ggml_backend_dev_count.restype, registry.ggml_backend_dev_get.restype = ctypes.c_size_t, ctypes.c_void_p
     base.ggml_backend_dev_name.restype = base.ggml_backend_dev_description.restype = ctypes.c_char_p
     found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -250,3 +251,17 @@ def test_a_model_file_is_read_without_llama_cpp(tiny: Path) -> None:
     file = ModelFile(tiny)
     assert (file.architecture, file.context, file.token("eos")) == ("llama", 512, "<|endoftext|>")
     assert file.metadata["metaalign.template"] == "metaalign"
+
+
+def test_what_makes_llama_cpp_give_up_is_said_in_a_line(fails: Callable[..., str], demo: Path, tmp_path: Path) -> None:
+    file, lengths = ModelFile(demo), dict[int, bytes]()
+    for token in map(str.encode, file.items("tokenizer.ggml.tokens")):
+        twin = lengths.setdefault(len(token), token)
+        if len(token) > 8 and twin != token:
+            break
+    size = len(token).to_bytes(8, "little")
+    path = tmp_path / "twins.gguf"
+    path.write_bytes(demo.read_bytes().replace(size + token, size + twin, 1))  # no token may stand twice
+    for command in (["chat"], ["render", "--tokens"]):
+        line = fails(5, *command, "-m", str(path), "What is tea?")
+        assert re.search(r"llama.cpp gave up: GGML_ASSERT\(.*\) failed \(llama-vocab.cpp:\d+\)", line)
