@@ -3379,7 +3379,8 @@ class Loading(Closing):
 
         self._thread = threading.Thread(target=load)
         if path.is_file():  # a pipe would be read up, or waited for
-            sys.setswitchinterval(1e-5)  # seconds; for each line of its log llama.cpp would wait longer for this thread
+            if is_program:  # a host's interval is its own, and its threads may load several models at a time
+                sys.setswitchinterval(1e-5)  # seconds; llama.cpp would wait longer for this thread at each line it logs
             self._thread.start()
 
     def close(self) -> None:
@@ -3392,7 +3393,8 @@ class Loading(Closing):
     def _join(self) -> None:
         if self._thread.ident is not None:
             self._thread.join()
-        sys.setswitchinterval(self._usual)
+        if is_program:
+            sys.setswitchinterval(self._usual)
 
     def take(self, file: ModelFile) -> LlamaVocabulary:
         """Wait for the vocabulary, which is this file's, and return it. Close that, too.

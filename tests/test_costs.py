@@ -59,10 +59,15 @@ def test_laps_of_another_thread_are_not_the_calls() -> None:
     assert "elsewhere" not in watch.laps and watch.laps["so far"] >= 10
 
 
-def test_a_vocabulary_is_loaded_while_something_else_is_done(demo: Path) -> None:
+@pytest.mark.parametrize("program", [True, False])
+def test_a_vocabulary_is_loaded_while_something_else_is_done(
+    program: bool, demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge, "is_program", program)
     usual = sys.getswitchinterval()
     with Loading(demo) as loading, Model(ModelFile(demo), CPU, Interrupt(), loading) as model:
         assert math.isinf(model.ready) and model.pointer
+        assert (sys.getswitchinterval() < usual) == program
         assert model.vocabulary.encode("tea", special=False) and model.load_ms > 0
         assert sys.getswitchinterval() == usual
 
