@@ -8327,8 +8327,13 @@ def convert(
         show_plan(plan, target, as_json, screen)
         return
     verify = functools.partial(verify_conversion, settings=Settings(verbose=verbose)) if check else None
-    with progress_bar(screen) as progress:
-        result = converter.write_plan(plan, target, force=force, progress=progress, verify=verify)
+    with Interrupt() as interrupt, progress_bar(screen) as progress:
+
+        def report(name: str, done: int, total: int) -> None:
+            interrupt.check()  # here: an exception wherever the writing is might meet a lock that its threads share
+            progress(name, done, total)
+
+        result = converter.write_plan(plan, target, force=force, progress=report, verify=verify)
     report_conversion(result, as_json, screen)
 
 
