@@ -23,26 +23,28 @@ Contents, in dependency order (nothing refers upward):
     14  Memory
     15  What a call asks for
     16  llama.cpp
-    17  Engine
-    18  Guidance
-    19  Text of an answer
-    20  Sessions
-    21  Presentation
-    22  Batch
-    23  Evaluation
-    24  Bench
-    25  Hub
-    26  Doctor
-    27  Conversations
-    28  Options
-    29  Answers
-    30  Conversion
-    31  What stays
-    32  Models and sessions
-    33  Measurements
-    34  Help and completion
-    35  Python
-    36  Main
+    17  Vocabulary
+    18  Model
+    19  Engine
+    20  Guidance
+    21  Text of an answer
+    22  Sessions
+    23  Presentation
+    24  Batch
+    25  Evaluation
+    26  Bench
+    27  Hub
+    28  Doctor
+    29  Conversations
+    30  Options
+    31  Answers
+    32  Conversion
+    33  What stays
+    34  Models and sessions
+    35  Measurements
+    36  Help and completion
+    37  Python
+    38  Main
 """
 
 from __future__ import annotations
@@ -133,7 +135,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {  # of what Python's callers give; 
     "min_p": (0, 1),
     "repeat_penalty": (0.1, math.inf),
 }
-TINY_MODEL = 1 << 25  # bytes of weights; below, threads wait for each other longer than they compute
+TINY_MODEL = 1 << 25  # bytes; below, threads wait for each other longer than they compute, and all is loaded at once
 LONG_WAY = 1 << 31  # bytes of weights times tokens, some 50 ms: a state that is reached by less is not worth a file
 TEXT_STACK = 1024  # bytes of stack per byte of text: llama.cpp's regex fallback recurses per character (400 were seen)
 BINARY = getattr(os, "O_BINARY", 0)  # without it, Windows writes two bytes for a newline
@@ -174,6 +176,42 @@ class Stopwatch:
 
 
 STOPWATCH = Stopwatch()
+
+
+class Background:
+    """Work that a thread does, in C for the most part, while this one goes on. It begins at once."""
+
+    _busy, _usual = 0, 0.0  # how many there are, and what the interval was before the first
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work, self._awaited = work, True
+        self._found: Any = None
+        self._error: BaseException | None = None
+        if is_program:  # a host's interval is its own, and its threads may load several models at a time
+            if not Background._busy:
+                Background._usual = sys.getswitchinterval()
+            Background._busy += 1
+            sys.setswitchinterval(1e-5)  # seconds; llama.cpp would wait longer for this thread at each line it logs
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._found = self._work()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> Any:
+        """Wait for what the work returns, or raises."""
+        self._thread.join()
+        if self._awaited and is_program:
+            Background._busy -= 1
+            if not Background._busy:
+                sys.setswitchinterval(Background._usual)
+        self._awaited = False
+        if self._error:
+            raise self._error
+        return self._found
 
 
 class Closing:
@@ -1050,7 +1088,7 @@ def wrapped_messages(dialog: Dialog, chat: ChatTemplate, options: RenderOptions)
 # Text in a tier is data. The rendered prompt is cut at the special tokens of its scaffold, and only there; what lies
 # between is tokenised in one piece (as the reference does) with special tokens off; then the ids are checked.
 
-ATTR_UNKNOWN, ATTR_NORMAL, ATTR_CONTROL, ATTR_USER_DEFINED, ATTR_BYTE = 1, 4, 8, 16, 32  # llama.h, llama_token_attr
+ATTR_UNKNOWN, ATTR_UNUSED, ATTR_NORMAL, ATTR_CONTROL, ATTR_USER_DEFINED, ATTR_BYTE = 1, 2, 4, 8, 16, 32  # llama.h
 ATTR_LSTRIP, ATTR_RSTRIP = 128, 256
 MARKUP = re.compile(r"<\|[^<>|\s]+\|>|<</?\w+>>|</?\w+>|\[/?[A-Z_]+\]|<｜[^<>｜\s]+｜>")
 
@@ -1065,6 +1103,13 @@ class Vocabulary(Protocol):
     @property
     def longest(self) -> int:
         """Bytes of the longest token."""
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+
+    def expect(self, text: str) -> None:
+        """Prepare for parts of this text to be tokenised; nothing else changes by it."""
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Tokenise; `special` recognises control tokens in the text."""
@@ -1156,6 +1201,7 @@ def tokenize(rendering: Rendering, vocabulary: Vocabulary, context: int) -> Toke
     tokens: list[Token] = []
     words: set[str] = set()
     markers = Markers(rendering.source, vocabulary)
+    vocabulary.expect(prompt)
     for part in cut_at_markers(prompt, markers, vocabulary):
         if isinstance(part, int):
             tokens.append(Token(part, vocabulary.piece(part), None))
@@ -1477,9 +1523,10 @@ class StateFile(NamedTuple):
 class States:
     """KV states of prompts' beginnings on disk: what took seconds to compute is there in milliseconds.
 
-    A file is named after a digest of all that decides its content. One that is cut, altered or foreign is removed and
-    never trusted; where nothing can be written, nothing is kept. They hold what was said, in a form: no other user may
-    read them. `fills` is off where there are only some to be read.
+    The indexes of vocabularies are kept beside them, in the same way. A file is named after a digest of all that
+    decides its content. One that is cut, altered or foreign is removed and never trusted; where nothing can be written,
+    nothing is kept. They hold what was said, in a form: no other user may read them. `fills` is off where there are
+    only some to be read.
     """
 
     def __init__(self, folder: Path | None = None, most: int = STATES_BYTES, fills: bool = True) -> None:
@@ -1522,6 +1569,14 @@ class States:
                 file.write(STATE_HEAD.pack(STATE_MAGIC, 0, state_checksum(key, data)))
                 file.write(data)
             self._evict()
+
+    def holds(self, size: int) -> bool:
+        """Tell whether so many bytes could be written, as things are."""
+        with contextlib.suppress(OSError):
+            folder, free = room_at(self.folder)
+            fits = STATE_HEAD.size + size <= min(self.most, free)
+            return self.fills and fits and folder.is_dir() and os.access(folder, os.W_OK)
+        return False
 
     def files(self) -> list[StateFile]:
         """List the states, the most recently used first."""
@@ -2092,6 +2147,16 @@ def parts_of(path: Path) -> list[Path]:
     return [path.with_name(f"{stem}-{number:05}-of-{count}.gguf") for number in range(1, int(count) + 1)]
 
 
+def identity(parts: Iterable[Path]) -> str:
+    """Return what changes when one of these files does, without reading them.
+
+    Raises:
+        OSError: one is not there.
+    """
+    stats = [(part.resolve(), part.stat()) for part in parts]
+    return "; ".join(f"{path}, {stat.st_size} bytes, {stat.st_mtime_ns}" for path, stat in stats)
+
+
 class TensorInfo(NamedTuple):
     """What a GGUF says of a tensor."""
 
@@ -2122,8 +2187,8 @@ class GGUFReader:
     )
     STRING, ARRAY = 8, 9
 
-    def __init__(self, data: mmap.mmap, at: int) -> None:
-        self._data, self.at = data, at
+    def __init__(self, data: mmap.mmap, at: int, landmarks: dict[tuple[int, int], int] | None = None) -> None:
+        self._data, self.at, self._landmarks = data, at, {} if landmarks is None else landmarks
 
     def scalar(self, form: str) -> Any:
         """Read a number."""
@@ -2138,6 +2203,16 @@ class GGUFReader:
             raise struct.error
         self.at += length
         return self._data[self.at - length : self.at].decode("utf-8")
+
+    def strings(self, length: int) -> Iterator[str]:
+        """Read so many texts, 300,000 perhaps."""
+        begin, size_at = self.at, struct.Struct("<Q").unpack_from
+        self.skip(self.STRING, length)
+        data, at = self._data[begin : self.at], 0
+        for _ in range(length):
+            start = at + 8
+            at = start + size_at(data, at)[0]
+            yield data[start:at].decode("utf-8")
 
     def value(self, kind: int) -> Any:
         """Read a value of a kind; of an array, where it lies."""
@@ -2157,10 +2232,13 @@ class GGUFReader:
         else:
             if kind == self.ARRAY:
                 raise KeyError(kind)
-            at, data, size_at = self.at, self._data, struct.Struct("<Q").unpack_from  # for 300,000 strings
-            for _ in range(length):
-                at += 8 + size_at(data, at)[0]
-            self.at = at
+            begun = at = self.at
+            if (end := self._landmarks.get((begun, length))) is None:
+                data, size_at = self._data, struct.Struct("<Q").unpack_from  # for 300,000 strings
+                for _ in range(length):
+                    at += 8 + size_at(data, at)[0]
+                end = self._landmarks[begun, length] = at
+            self.at = end
         if self.at > len(self._data):
             raise struct.error
 
@@ -2170,10 +2248,13 @@ class ModelFile:
 
     Raises:
         NotFound: there is no such file. LoadError: it is empty, truncated or no GGUF, or a part is missing.
+
+    Attributes:
+        landmarks: where in the file a number of strings end that begin somewhere, for those that were passed over.
     """
 
-    def __init__(self, path: Path, number: int = 0) -> None:
-        self.path, self.paths = path, [path]
+    def __init__(self, path: Path, number: int = 0, landmarks: dict[tuple[int, int], int] | None = None) -> None:
+        self.path, self.paths, self.landmarks = path, [path], landmarks or {}
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -2205,7 +2286,7 @@ class ModelFile:
             raise LoadError(f"{self.path} lacks its part {', '.join(missing)}: download it again")
 
     def _read(self) -> dict[str, Any]:
-        reader = GGUFReader(self._data, 4)
+        reader = GGUFReader(self._data, 4, self.landmarks)
         version = reader.scalar("<I")
         if version not in (2, 3):
             raise LoadError(f"{self.path} is GGUF version {version}; 2 and 3 can be read (a big-endian file cannot)")
@@ -2227,9 +2308,12 @@ class ModelFile:
         """Yield the items of an array of strings or numbers; nothing if the key is not there."""
         array = self.metadata.get(key)
         if isinstance(array, GGUFArray):
-            reader = GGUFReader(self._data, array.offset)
-            for _ in range(array.length):
-                yield reader.value(array.kind)
+            reader = GGUFReader(self._data, array.offset, self.landmarks)
+            if array.kind == reader.STRING:
+                yield from reader.strings(array.length)
+            else:
+                for _ in range(array.length):
+                    yield reader.value(array.kind)
 
     def token(self, name: str) -> str:
         """Return the text of a special token such as `bos`; an empty string if the model names none."""
@@ -2237,7 +2321,7 @@ class ModelFile:
         tokens = self.metadata.get("tokenizer.ggml.tokens")
         if index is None or not isinstance(tokens, GGUFArray) or not 0 <= index < tokens.length:
             return ""
-        reader = GGUFReader(self._data, tokens.offset)
+        reader = GGUFReader(self._data, tokens.offset, self.landmarks)
         reader.skip(tokens.kind, index)
         text = str(reader.value(tokens.kind))
         self._forget_pages()
@@ -2262,8 +2346,7 @@ class ModelFile:
     @property
     def identity(self) -> str:
         """Return what changes when the file does, or a part of it, without reading it."""
-        stats = [(part.resolve(), part.stat()) for part in self.paths]
-        return "; ".join(f"{path}, {stat.st_size} bytes, {stat.st_mtime_ns}" for path, stat in stats)
+        return identity(self.paths)
 
     @property
     def bytes(self) -> int:
@@ -2748,6 +2831,11 @@ class Footprint:
             vocabulary=names.length if isinstance(names, GGUFArray) else file.number("vocab_size"),
         )
 
+    @property
+    def bytes(self) -> int:
+        """Return the size of all weights."""
+        return sum(self.weights) + self.embedding
+
     def needs(self, places: Sequence[int], context: int, sequences: int) -> list[Need]:
         """Return what each place has to hold if the layers lie there: main memory, then the devices.
 
@@ -3118,7 +3206,7 @@ def hidden_cursor(stream: TextIO) -> contextlib.AbstractContextManager[None]:
 # =====================================================================================================================
 # 16  llama.cpp
 # =====================================================================================================================
-# The low-level interface of llama-cpp-python: its log, a model and its vocabulary, and the devices they lie on.
+# The low-level interface of llama-cpp-python: its log, and the devices that a model can lie on.
 
 
 class Log:
@@ -3131,6 +3219,7 @@ class Log:
         self._metadata: set[str] = set()  # lines that say what is in a file
         self._callback: Any = None
         self._last: Any = None
+        self._silent: int | None = None  # the thread whose lines are dropped
 
     def attach(self, verbose: bool) -> None:
         """Take over llama.cpp's log; again, as llama-cpp-python takes it for itself where it is imported whole."""
@@ -3156,7 +3245,18 @@ class Log:
             sys.stderr.flush()
         Interrupt.leave(LoadError.exit_code)
 
+    @contextlib.contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Drop what llama.cpp says in this thread."""
+        self._silent = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._silent = None
+
     def _write(self, level: int, text: bytes, _: Any) -> None:
+        if threading.get_ident() == self._silent:
+            return
         line = text.decode("utf-8", "replace")
         self.level = level if level != 5 else self.level  # GGML_LOG_LEVEL_CONT
         if level == 4 and line.strip():  # GGML_LOG_LEVEL_ERROR
@@ -3213,6 +3313,14 @@ def ggml_library(name: str) -> Any:
     return sys.modules["llama_cpp._ctypes_extensions"].load_shared_library(name, Path(library._name).parent)
 
 
+@functools.cache
+def build() -> str:
+    """Return what tells this build of llama.cpp, and this processor's part in it, from others."""
+    llama = llama_cpp()
+    library = Path(llama._lib._name)
+    return f"{library}, {library.stat().st_mtime_ns}, {llama.llama_print_system_info().decode('utf-8', 'replace')}"
+
+
 def physical_cores() -> int:
     """Count the cores this process may use, hyper-threads of one core once: more threads only slow llama.cpp down."""
     try:
@@ -3227,6 +3335,38 @@ def physical_cores() -> int:
     return len(cores)
 
 
+def devices() -> list[Device]:
+    """List llama.cpp's devices, the CPU among them."""
+    registry, base = ggml_library("ggml"), ggml_library("ggml-base")
+    registry.ggml_backend_dev_count.restype, registry.ggml_backend_dev_get.restype = ctypes.c_size_t, ctypes.c_void_p
+    base.ggml_backend_dev_name.restype = base.ggml_backend_dev_description.restype = ctypes.c_char_p
+    found = []
+    for number in range(registry.ggml_backend_dev_count()):
+        device = ctypes.c_void_p(registry.ggml_backend_dev_get(ctypes.c_size_t(number)))
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        name, description = base.ggml_backend_dev_name(device), base.ggml_backend_dev_description(device)
+        kind = base.ggml_backend_dev_type(device)
+        found.append(Device(name.decode(), description.decode("utf-8", "replace"), kind, free.value, total.value))
+    return found
+
+
+def drives_gpu() -> bool:
+    """Tell whether llama.cpp runs in this process, and has started a GPU's driver."""
+    return bool(llama_cpp.cache_info().currsize and llama_cpp().llama_supports_gpu_offload())
+
+
+def gpus() -> list[Device]:
+    """List the devices that layers can go to."""
+    return usable(devices()) if llama_cpp().llama_supports_gpu_offload() else []
+
+
+# =====================================================================================================================
+# 17  Vocabulary
+# =====================================================================================================================
+# Tokens by llama.cpp: of all words of a model or, where an index is kept, of those that a text can become.
+
+
 class LlamaVocabulary(Closing):
     """llama.cpp's vocabulary, as `tokenize` needs it. `load_vocabulary` loads one. Close it, or use it in a `with`.
 
@@ -3238,7 +3378,7 @@ class LlamaVocabulary(Closing):
     """
 
     def __init__(self, model: Any, file: ModelFile) -> None:
-        self._llama, self._model = llama_cpp(), model
+        self._llama, self._model, self.file = llama_cpp(), model, file
         self.pointer = self._llama.llama_model_get_vocab(model)
         self.size: int = self._llama.llama_vocab_n_tokens(self.pointer)
         kind = self._llama.llama_vocab_type(self.pointer)
@@ -3264,6 +3404,9 @@ class LlamaVocabulary(Closing):
         if self._model:
             self._llama.llama_model_free(self._model)
             self._model = None
+
+    def expect(self, text: str) -> None:
+        """Do nothing: all tokens are there."""
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Tokenise; long text on a thread with a stack for it, as llama.cpp's regex fallback recurses per character."""
@@ -3314,6 +3457,13 @@ class LlamaVocabulary(Closing):
         """Tell whether a token ends a generation."""
         return bool(self._llama.llama_vocab_is_eog(self.pointer, token))
 
+    def special_tokens(self) -> dict[str, int]:
+        """Return the tokens that have a part to play, by the key of a GGUF that names them."""
+        tokens = {
+            key: getattr(self._llama, f"llama_vocab_{name}")(self.pointer) for name, key in SPECIAL_TOKENS.items()
+        }
+        return {key: token for key, token in tokens.items() if token >= 0}
+
     @functools.cached_property
     def longest(self) -> int:
         """Bytes of the longest token."""
@@ -3353,60 +3503,536 @@ class LlamaVocabulary(Closing):
         return ids
 
 
-class Loading(Closing):
-    """A file's vocabulary, which a thread loads while this one goes on: llama.cpp takes some 0.25 s for 150,000 tokens.
+SPECIAL_TOKENS = {  # llama.cpp's name of a token: the key of a GGUF that names it
+    "bos": "tokenizer.ggml.bos_token_id",
+    "eos": "tokenizer.ggml.eos_token_id",
+    "eot": "tokenizer.ggml.eot_token_id",
+    "sep": "tokenizer.ggml.seperator_token_id",  # so spelled
+    "pad": "tokenizer.ggml.padding_token_id",
+    "mask": "tokenizer.ggml.mask_token_id",
+    "fim_pre": "tokenizer.ggml.fim_pre_token_id",
+    "fim_suf": "tokenizer.ggml.fim_suf_token_id",
+    "fim_mid": "tokenizer.ggml.fim_mid_token_id",
+    "fim_pad": "tokenizer.ggml.fim_pad_token_id",
+    "fim_rep": "tokenizer.ggml.fim_rep_token_id",
+    "fim_sep": "tokenizer.ggml.fim_sep_token_id",
+}
 
-    Close it, or use it in a `with`; a vocabulary that nobody has taken by its end is freed.
+
+def token_kind(attributes: int) -> int:
+    """Return the number by which a GGUF calls a kind of token, of llama.cpp's attribute bits; the first of several."""
+    kinds = {ATTR_CONTROL: 3, ATTR_UNKNOWN: 2, ATTR_USER_DEFINED: 4, ATTR_BYTE: 6, ATTR_UNUSED: 5, ATTR_NORMAL: 1}
+    return next((kind for bit, kind in kinds.items() if attributes & bit), 0)
+
+
+@functools.cache
+def byte_letters() -> dict[int, str]:
+    """Map each byte to the letter that stands for it in a byte-level vocabulary (GPT-2's: what can be seen, itself)."""
+    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    return {byte: chr(byte if byte in seen else next(others)) for byte in range(0x100)}
+
+
+class LetterBytes(dict[int, "str | None"]):
+    """Maps those letters back to their bytes, as characters, and a line's end to END; no other letter is any."""
+
+    END = "\u2028"
+
+    def __init__(self) -> None:
+        super().__init__((ord(letter), chr(byte)) for byte, letter in byte_letters().items())
+        self[ord("\n")] = self.END
+
+    def __missing__(self, letter: int) -> None:
+        return None
+
+
+def escaped(word: bytes, byte_level: bool) -> str:
+    """Return how a vocabulary writes an ordinary token that stands for these bytes."""
+    if byte_level:
+        return word.decode("latin-1").translate(byte_letters())
+    return word.decode().replace(" ", "\u2581")
+
+
+def ordinary_words(texts: Sequence[str], tokens: Iterable[int], byte_level: bool) -> tuple[list[str], list[int]]:
+    """Return what the ordinary ones of these tokens stand for, a byte a character, in order; and those tokens.
+
+    They are all that a vocabulary writes as `escaped` does.
+    """
+    if byte_level:  # all at once, as there are 150,000; a letter that stands for no byte is gone, the word is shorter
+        words = "\n".join(texts).translate(LetterBytes()).split(LetterBytes.END)
+        ordinary = [token for token in tokens if len(words[token]) == len(texts[token])]
+    else:
+        words = [text.replace("\u2581", " ").encode().decode("latin-1") for text in texts]
+        ordinary = [token for token in tokens if " " not in texts[token]]
+    ordinary.sort(key=words.__getitem__)
+    return [words[token] for token in ordinary], ordinary
+
+
+def packed_gguf(metadata: Mapping[str, bool | int | str | list[int] | list[float] | list[str]]) -> bytes:
+    """Return a GGUF that has metadata, in lists of one kind each, and no tensors."""
+    single = {bool: (7, "?"), int: (4, "I"), str: (8, "")}
+    several = {int: (5, "i"), float: (6, "f"), str: (8, "")}
+
+    def packed(value: bool | int | str) -> bytes:
+        if isinstance(value, str):
+            return struct.pack("<Q", len(data := value.encode())) + data
+        return struct.pack(f"<{single[type(value)][1]}", value)
+
+    parts = [b"GGUF", struct.pack("<IQQ", 3, 0, len(metadata))]
+    for key, value in metadata.items():
+        parts.append(packed(key))
+        if isinstance(value, list):
+            kind, form = several[type(value[0]) if value else str]
+            parts.append(struct.pack("<IIQ", 9, kind, len(value)))
+            parts += [struct.pack(f"<{len(value)}{form}", *value)] if form else map(packed, cast("list[str]", value))
+        else:
+            parts += [struct.pack("<I", single[type(value)][0]), packed(value)]
+    return b"".join(parts)
+
+
+INDEX = "vocabulary-"  # how the names of their files begin
+
+
+class Kept(NamedTuple):
+    """A token that an index does not look for in a text: a control token, say. Each small vocabulary has it."""
+
+    id: int
+    attributes: int
+    ends: bool  # it ends a generation
+    score: float
+    text: str  # in the file
+    piece: str  # what it stands for, a byte a character
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary, token: int, text: str, score: float) -> Kept:
+        """Ask a vocabulary for it."""
+        attributes, ends = vocabulary.attributes(token), vocabulary.is_end(token)
+        return cls(token, attributes, ends, score, text, vocabulary.piece(token).decode("latin-1"))
+
+
+class VocabularyIndex:
+    """The ordinary tokens of a vocabulary by their bytes, so that those which a text can become are found in it.
+
+    llama.cpp takes 0.25 s to load 150,000 tokens, and makes of a page of text some 2,000 of them at most: BPE and
+    SentencePiece join neighbours, so no word that the text does not contain, and no merge into one, changes anything.
+    A vocabulary of the others gives the same tokens, and is loaded in milliseconds. `IndexedVocabulary` does that.
+
+    Args:
+        data: as `make_index` returned it.
+
+    Attributes:
+        about: what `packed_index` says of it.
+        kept: by their ids, the tokens that are in every such vocabulary.
+        landmarks: see `ModelFile`.
+    """
+
+    LEAST = 1 << 14  # tokens; fewer are loaded as fast
+    NOWHERE = 2**32 - 1
+    PROOF = (  # what an index must tokenise as llama.cpp does: letters, numbers, spaces and signs of all kinds
+        "It's 3.14 € for 1,234,567 naïve cafés, isn't it? Здравствуй, κόσμε! 今日は、世界。안녕 नमस्ते สวัสดี\n\n\n"
+        "\tif x == 1:\r\n        return [None] * 20_000  # 👍🏽 <0x0A> ▁ \u00a0\u200b e\u0301\n   END...</s><|end|>  "
+    )
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        view = memoryview(data)
+        (size,) = struct.unpack_from("<I", view)
+        head, at = json.loads(bytes(view[4 : 4 + size])), 4 + size
+        self.about: dict[str, Any] = head
+        self.kept = {one[0]: Kept(*one) for one in head["kept"]}
+        self.landmarks = {(begin, length): end for begin, length, end in head["landmarks"]}
+
+        def numbers(form: Literal["I", "H", "f"], count: int) -> Any:
+            nonlocal at
+            before, at = at, at + count * struct.calcsize(form)
+            return view[before:at].cast(form)
+
+        self._starts = numbers("I", head["words"] + 1)  # of each word, where its bytes begin
+        self._ids = numbers("I", head["words"])
+        self._scores = numbers("f", head["words"])
+        self._parents = numbers("I", head["words"])  # see `parents_of`
+        self._made = Merges(numbers("I", head["words"]), numbers("I", head["merges"]), numbers("H", head["merges"]))
+        self._places = numbers("I", head["size"])  # by the id
+        self._words = bytes(view[at:])
+        self._all = range(head["words"])
+        self._seen: set[bytes] = set()  # in which words were looked for
+        self._found: set[int] = set()  # and these
+
+    def word(self, number: int) -> bytes:
+        """Return the bytes of an ordinary token, by its number in the order of their bytes."""
+        return self._words[self._starts[number] : self._starts[number + 1]]
+
+    def find(self, data: bytes) -> set[int]:
+        """Return the numbers of all ordinary tokens that a text contains, and of those that were found before."""
+        longest, found, parents, word = self.about["longest"], self._found, self._parents, self.word
+        rests = {data[at : at + longest] for at in range(len(data))}
+        if self.about["space_prefix"]:  # llama.cpp may put a space before any part
+            rests |= {b" " + rest for rest in rests}
+        for rest in rests - self._seen:
+            number = bisect.bisect_right(self._all, rest, key=word) - 1  # it begins with all by which the rest does
+            while 0 <= number < self.NOWHERE and not rest.startswith(word(number)):
+                number = parents[number]
+            while 0 <= number < self.NOWHERE and number not in found:
+                found.add(number)
+                number = parents[number]
+        self._seen |= rests
+        return found
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes a token stands for."""
+        kept = self.kept.get(token)
+        return kept.piece.encode("latin-1") if kept else self.word(self._places[token])
+
+    def excerpt(self, text: bytes) -> tuple[bytes, list[int]]:
+        """Return a GGUF with a vocabulary for the parts of a text, and the ids of its tokens in the whole one."""
+        about, byte_level = self.about, cast(bool, self.about["byte_level"])
+        found = self.find(text)
+        texts = {self._ids[number]: escaped(self.word(number), byte_level) for number in found}
+        texts.update((token, kept.text) for token, kept in self.kept.items())
+        tokens = sorted(texts)
+        scores: dict[int, float] = {self._ids[number]: self._scores[number] for number in found}
+        scores.update((token, kept.score) for token, kept in self.kept.items())
+        merges = list[Any](about["kept_merges"])
+        for number in found:
+            merged = texts[self._ids[number]]
+            merges += ([rank, f"{merged[:cut]} {merged[cut:]}"] for rank, cut in self._made.into(number))
+        place = {token: at for at, token in enumerate(tokens)}
+        kinds = [token_kind(self.kept[token].attributes) if token in self.kept else 1 for token in tokens]
+        metadata = {
+            "general.architecture": "llama",  # of which only the vocabulary is loaded
+            **about["metadata"],
+            **{key: place[token] for key, token in about["named"].items()},
+            "tokenizer.ggml.tokens": [texts[token] for token in tokens],
+            "tokenizer.ggml.token_type": kinds,
+            "tokenizer.ggml.scores": [scores[token] for token in tokens],
+        }
+        if byte_level:
+            metadata["tokenizer.ggml.merges"] = [merge for _, merge in sorted(merges)]
+        return packed_gguf(metadata), tokens
+
+
+def make_index(vocabulary: LlamaVocabulary) -> bytes:
+    """Return what an index is made of; nothing where it could not be trusted to tokenise as the vocabulary does."""
+
+    def whole() -> LlamaVocabulary:
+        raise LookupError("the words of the proof do not load")
+
+    try:
+        if not (data := packed_index(vocabulary)):
+            return b""
+        with IndexedVocabulary(VocabularyIndex(data), whole) as indexed:
+            names = "".join(kept.text for kept in itertools.islice(indexed.index.kept.values(), 100))
+            for text, special in itertools.product((VocabularyIndex.PROOF, names), (False, True)):
+                if indexed.encode(text, special) != vocabulary.encode(text, special):
+                    return b""
+    except (ValueError, LookupError, OverflowError):  # a vocabulary of another make
+        return b""
+    return data
+
+
+def packed_index(vocabulary: LlamaVocabulary) -> bytes:
+    """Return what an index is made of; nothing for a vocabulary of a kind that has no ordinary words.
+
+    Raises:
+        ValueError, LookupError, OverflowError: it is of another make.
+    """
+    file, size = vocabulary.file, vocabulary.size
+    metadata = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.ggml.")}
+    byte_level = metadata["tokenizer.ggml.model"] == "gpt2"
+    if not byte_level and metadata["tokenizer.ggml.model"] != "llama":
+        return b""
+    texts, scores = list(file.items("tokenizer.ggml.tokens")), list(file.items("tokenizer.ggml.scores"))
+    attributes = list(map(vocabulary.attributes, range(size)))
+    if not all(texts) or any(bits & (ATTR_LSTRIP | ATTR_RSTRIP) for bits in attributes):
+        return b""  # llama.cpp gives the ones a text, and tells by the model's name what the others strip
+    named = vocabulary.special_tokens()
+    special = {*named.values(), *(value for key, value in metadata.items() if key.endswith("_token_id"))}
+
+    likely = (token for token in range(size) if attributes[token] == ATTR_NORMAL and token not in special)
+    words, tokens = ordinary_words(texts, likely, byte_level)
+    others = sorted(set(range(size)).difference(tokens))
+    kept = [Kept.of(vocabulary, token, texts[token], scores[token] if scores else 0.0) for token in others]
+    number_of = {texts[token]: number for number, token in enumerate(tokens)}
+    made, merges = merges_by_word(list(file.items("tokenizer.ggml.merges")), number_of)
+    if max(len(kept), len(merges)) > VocabularyIndex.LEAST:
+        return b""
+    places = array.array("I", [VocabularyIndex.NOWHERE]) * size
+    for number, token in enumerate(tokens):
+        places[token] = number
+    head = {
+        "size": size,
+        "words": len(words),
+        "merges": len(made.cuts),
+        "longest": max(map(len, (*words, *(one.piece for one in kept)))),
+        "byte_level": byte_level,
+        "bos": vocabulary.bos,
+        "space_prefix": vocabulary.space_prefix,
+        "named": named,
+        "metadata": {
+            key: value
+            for key, value in metadata.items()
+            if isinstance(value, str | bool | int) and not key.endswith("_token_id")
+        },
+        "kept": kept,
+        "kept_merges": merges,
+        "landmarks": [(*where, end) for where, end in file.landmarks.items()],
+    }
+    packed = json.dumps(head).encode()
+    sections = (
+        struct.pack("<I", len(packed)),
+        packed,
+        array.array("I", itertools.accumulate(map(len, words), initial=0)),
+        array.array("I", tokens),
+        array.array("f", [scores[token] for token in tokens] if scores else bytes(4 * len(tokens))),
+        parents_of(words),
+        *made,
+        places,
+        "".join(words).encode("latin-1"),
+    )
+    return b"".join(map(bytes, sections))
+
+
+def parents_of(words: Sequence[str]) -> array.array[int]:
+    """Return, for each of some words in order, which one is the longest other that it begins with, or NOWHERE."""
+    parents, begun = array.array("I"), list[int]()  # by those that the latest word begins with
+    for number, word in enumerate(words):
+        while begun and not word.startswith(words[begun[-1]]):
+            begun.pop()
+        parents.append(begun[-1] if begun else VocabularyIndex.NOWHERE)
+        begun.append(number)
+    return parents
+
+
+class Merges(NamedTuple):
+    """Merges by the word that each makes."""
+
+    latest: Sequence[int]  # of each word, the last one that makes it; NOWHERE if none does
+    before: Sequence[int]  # of each merge, the one before it that makes the same word
+    cuts: Sequence[int]  # letters of its left part
+
+    def into(self, number: int) -> Iterator[tuple[int, int]]:
+        """Yield rank and left part of each that makes a word."""
+        rank = self.latest[number]
+        while rank != VocabularyIndex.NOWHERE:
+            yield rank, self.cuts[rank]
+            rank = self.before[rank]
+
+
+def merges_by_word(merges: Sequence[str], number_of: Mapping[str, int]) -> tuple[Merges, list[tuple[int, str]]]:
+    """Sort merges by the word that each makes; return those that make none besides, with their ranks."""
+    none, nowhere = len(number_of), VocabularyIndex.NOWHERE
+    cuts = [merge.find(" ", 1) for merge in merges]
+    numbers = [number_of.get(merge[:cut] + merge[cut + 1 :], none) for merge, cut in zip(merges, cuts, strict=True)]
+    latest, before = [nowhere] * (none + 1), []
+    for rank, number in enumerate(numbers):
+        before.append(latest[number])
+        latest[number] = rank
+    others = [(rank, merges[rank]) for rank, number in enumerate(numbers) if number == none]
+    return Merges(array.array("I", latest[:none]), array.array("I", before), array.array("H", cuts)), others
+
+
+class IndexedVocabulary(Closing):
+    """A vocabulary by its index: for each text, llama.cpp loads the words that it contains. Close it, or use a `with`.
+
+    Args:
+        whole: loads all of it, where that is needed; it is closed with this one.
+    """
+
+    LONG = 1 << 14  # bytes; in more, finding the words takes as long as loading all
+
+    def __init__(self, index: VocabularyIndex, whole: Callable[[], LlamaVocabulary]) -> None:
+        self.index, self._load_whole = index, whole
+        self.size: int = index.about["size"]
+        self.bos: int | None = index.about["bos"]
+        self.longest: int = index.about["longest"]
+        self.escapes_spaces: bool = not index.about["byte_level"]
+        self.space_prefix: bool = index.about["space_prefix"]
+        self._small: LlamaVocabulary | None = None
+        self._ids: list[int] = []  # of the tokens of that
+        self._covered = b""
+        self._pieces: dict[int, bytes] = {}
+
+    def close(self) -> None:
+        """Free it; again is harmless."""
+        self._forget()
+        if not self.is_small:
+            self.whole.close()
+
+    def _forget(self) -> None:
+        if self._small:
+            self._small.close()
+            self._small = None
+
+    @property
+    def pointer(self) -> Any:
+        """Return llama.cpp's pointer to all of it.
+
+        Raises:
+            LoadError: as `Loading.take`.
+        """
+        return self.whole.pointer
+
+    @functools.cached_property
+    def whole(self) -> LlamaVocabulary:
+        """Load all of it.
+
+        Raises:
+            LoadError: as `Loading.take`.
+        """
+        return self._load_whole()
+
+    @property
+    def is_small(self) -> bool:
+        """Tell whether not all of it was needed so far."""
+        return "whole" not in self.__dict__
+
+    def expect(self, text: str) -> None:
+        """Load the words of a text: its parts are tokenised by them."""
+        data = self._spaced(text)
+        if not self.is_small or (self._small and data in self._covered):
+            return
+        self._forget()
+        if len(data) <= self.LONG:
+            self._small, self._ids, self._covered = *self._excerpt(data), data
+        if self._small is None:
+            self.whole  # noqa: B018
+
+    def _spaced(self, text: str) -> bytes:
+        data = text.encode()
+        return data.replace("\u2581".encode(), b" ") if self.escapes_spaces else data
+
+    def _excerpt(self, text: bytes) -> tuple[LlamaVocabulary | None, list[int]]:
+        """Load a vocabulary for a text; None where that cannot be done here."""
+        import tempfile
+
+        data, ids = self.index.excerpt(text)
+        try:
+            handle, path = tempfile.mkstemp(".gguf", "metaalign-edge-")
+        except OSError:
+            return None, ids
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            with LOG.silenced():
+                return load_vocabulary(ModelFile(Path(path))), ids
+        except (OSError, LoadError):
+            return None, ids
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Tokenise; `special` recognises control tokens in the text."""
+        self.expect(text)
+        if not self.is_small or self._small is None:
+            return self.whole.encode(text, special)
+        return [self._ids[token] for token in self._small.encode(text, special)]
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes a token stands for."""
+        return self.index.piece(token)
+
+    def attributes(self, token: int) -> int:
+        """Return llama.cpp's attribute bits of a token."""
+        kept = self.index.kept.get(token)
+        return kept.attributes if kept else ATTR_NORMAL
+
+    def is_end(self, token: int) -> bool:
+        """Tell whether a token ends a generation."""
+        kept = self.index.kept.get(token)
+        return kept is not None and kept.ends
+
+    def spell(self, text: str) -> list[int]:
+        """Write text one character, or one byte, per token.
+
+        Raises:
+            TierViolation: the vocabulary lacks a letter.
+        """
+        return self.whole.spell(text)
+
+
+class Loading(Closing):
+    """A file's vocabulary, on its way: a thread loads it while this one goes on, or there is an index of it.
+
+    llama.cpp takes some 0.25 s for 150,000 tokens. Close it, or use it in a `with`; a vocabulary that nobody has taken
+    by its end is freed.
+
+    Args:
+        states: where an index may be kept.
 
     Raises:
         LoadError: llama.cpp does not run on this machine.
     """
 
-    def __init__(self, path: Path, verbose: bool = False) -> None:
-        llama = llama_cpp()  # before the thread: Python in both at a time would be slower than one after the other
+    def __init__(self, path: Path, verbose: bool = False, states: States | None = None) -> None:
+        self._llama = llama_cpp()  # not in the thread: Python in both at a time is slower than one after the other
         LOG.attach(verbose)
         LOG.errors.clear()
-        llama.llama_backend_init()
+        self._llama.llama_backend_init()
         self.began = time.monotonic()
-        self._pointer: Any = None  # until it is taken
-        self._usual = sys.getswitchinterval()
-        params = llama.llama_model_default_params()
+        self._path, self._states = path, states
+        self._loads: Background | None = None  # until it is taken
+        self._key = index_key(path) if states else None
+        index = states.load(self._key) if states and self._key else None
+        self._indexed = index is not None  # perhaps as one that is of no use
+        self.index = VocabularyIndex(index) if index else None
+        if not self.index:
+            self._start()
+
+    def _start(self) -> None:
+        if self._path.is_file():  # a pipe would be read up, or waited for
+            self._loads = Background(self._load)
+
+    def _load(self) -> Any:
+        params = self._llama.llama_model_default_params()
         params.vocab_only, params.n_gpu_layers = True, 0
-
-        def load() -> None:
-            self._pointer = llama.llama_model_load_from_file(os.fsencode(path), params)
-            trim_memory()
-
-        self._thread = threading.Thread(target=load)
-        if path.is_file():  # a pipe would be read up, or waited for
-            if is_program:  # a host's interval is its own, and its threads may load several models at a time
-                sys.setswitchinterval(1e-5)  # seconds; llama.cpp would wait longer for this thread at each line it logs
-            self._thread.start()
+        pointer = self._llama.llama_model_load_from_file(os.fsencode(self._path), params)
+        trim_memory()
+        return pointer
 
     def close(self) -> None:
         """Wait for what nobody needs any more, and free it; again is harmless."""
-        self._join()
-        if self._pointer:
-            llama_cpp().llama_model_free(self._pointer)
-            self._pointer = None
+        if self._loads and (pointer := self._loads.result()):
+            self._llama.llama_model_free(pointer)
+        self._loads = None
 
-    def _join(self) -> None:
-        if self._thread.ident is not None:
-            self._thread.join()
-        if is_program:
-            sys.setswitchinterval(self._usual)
-
-    def take(self, file: ModelFile) -> LlamaVocabulary:
-        """Wait for the vocabulary, which is this file's, and return it. Close that, too.
+    def take(self, file: ModelFile) -> LlamaVocabulary | IndexedVocabulary:
+        """Return the vocabulary, which is this file's, by its index or when it is loaded. Close that, too.
 
         Raises:
             LoadError: llama.cpp refuses it, or it is of no kind that chat models have.
         """
-        self._join()
-        if not self._pointer:
+        return IndexedVocabulary(self.index, lambda: self.whole(file)) if self.index else self.whole(file)
+
+    def whole(self, file: ModelFile) -> LlamaVocabulary:
+        """Wait for all of the vocabulary, which is this file's, and return it. Close that, too.
+
+        Raises:
+            LoadError: as `take`.
+        """
+        if self.index:
+            self._start()
+        loads, self._loads = self._loads, None
+        if not loads or not (pointer := loads.result()):
             raise LoadError(f"cannot load {file.path}: {LOG.reason()}")
-        pointer, self._pointer = self._pointer, None
         return LlamaVocabulary(pointer, file)
+
+    def keep_index(self, vocabulary: LlamaVocabulary | IndexedVocabulary) -> None:
+        """Keep an index of a vocabulary that was taken, for the next call; of a large one that has none yet."""
+        size = vocabulary.size
+        if self._indexed or not isinstance(vocabulary, LlamaVocabulary) or size < VocabularyIndex.LEAST:
+            return
+        if self._states and self._key and self._states.holds(64 * size):
+            self._indexed = True
+            self._states.save(self._key, make_index(vocabulary))
+
+
+def index_key(path: Path) -> str | None:
+    """Return the name of a file's index, of a digest of all that decides it; None if a tiny one, or none, is there."""
+    with contextlib.suppress(OSError):
+        if path.stat().st_size < TINY_MODEL:
+            return None
+        return f"{INDEX}{digest([1, identity(parts_of(path)), build()])}"
+    return None
 
 
 def load_vocabulary(file: ModelFile, verbose: bool = False) -> LlamaVocabulary:
@@ -3416,7 +4042,13 @@ def load_vocabulary(file: ModelFile, verbose: bool = False) -> LlamaVocabulary:
         LoadError: as `Loading.take`.
     """
     with Loading(file.path, verbose) as loading:
-        return loading.take(file)
+        return loading.whole(file)
+
+
+# =====================================================================================================================
+# 18  Model
+# =====================================================================================================================
+# A GGUF in memory: where its layers go, its weights, and what is free for a context.
 
 
 def without_vocabulary(file: ModelFile) -> Any:
@@ -3449,60 +4081,90 @@ class Model(Closing):
     def __init__(
         self, file: ModelFile, settings: Settings, interrupt: Interrupt | None = None, loading: Loading | None = None
     ) -> None:
-        self.file, self.settings = file, settings
+        self.file, self.settings, self._interrupt = file, settings, interrupt
         self.ready = math.inf  # when all of it was loaded
+        self._awaited = {"vocabulary", "weights"}
         self._adapters: dict[str, Any] = {}
         self._held = contextlib.ExitStack()
         self._loading = loading or Loading(file.path, settings.verbose)
         self._held.enter_context(self._loading)
+        self._loads: Background | None = None
+        self._unwanted = False  # closed while they load
         try:
             self.plan = plan_for(file, settings, gpus())
             self.plan.check(file.path)
             self.gpu_layers = self.plan.offloaded
-            with STOPWATCH("model"):
-                self.pointer = self._load(interrupt)
-            if not self.pointer or loading is None:
-                self.vocabulary  # noqa: B018  # its error is the better one
-            if not self.pointer:
-                if interrupt:
-                    interrupt.check()
-                raise LoadError(f"cannot load {file.path}: {LOG.reason()}")
-            self.bytes = int(llama_cpp().llama_model_size(self.pointer))  # of its weights
-            for adapter in settings.adapters:
-                self.adapter(adapter)
+            self.bytes = self.plan.footprint.bytes
+            self._loads = Background(self._load)
+            if not loading:
+                self.pointer, self.vocabulary  # noqa: B018
+                for adapter in settings.adapters:
+                    self.adapter(adapter)
         except EdgeError:
             self.close()
             raise
 
     @functools.cached_property
-    def vocabulary(self) -> LlamaVocabulary:
-        """Wait for the vocabulary.
+    def pointer(self) -> Any:
+        """Wait for the weights, and return llama.cpp's pointer to them.
+
+        Raises:
+            LoadError: llama.cpp refuses the file, or an adapter. Interrupted: Ctrl-C while it loaded.
+        """
+        with STOPWATCH("model"):
+            pointer = cast(Background, self._loads).result()
+        if not pointer:
+            if self._interrupt:
+                self._interrupt.check()
+            self.vocabulary  # noqa: B018  # its error is the better one
+            raise LoadError(f"cannot load {self.file.path}: {LOG.reason()}")
+        self._arrived("weights")
+        return pointer
+
+    def _arrived(self, part: str) -> None:
+        self._awaited.discard(part)
+        if not self._awaited:
+            self.ready = time.monotonic()
+
+    @property
+    def indexed(self) -> bool:
+        """Tell whether nothing has to be loaded for a text to be tokenised."""
+        return self._loading.index is not None
+
+    @functools.cached_property
+    def vocabulary(self) -> LlamaVocabulary | IndexedVocabulary:
+        """Wait for the vocabulary, if it is loaded.
 
         Raises:
             LoadError: as `Loading.take`.
         """
         with STOPWATCH("vocabulary"):
-            found = self._held.enter_context(self._loading.take(self.file))
-        self.ready = time.monotonic()
+            found = self._loading.take(self.file)
+            self._held.enter_context(found)
+        self._arrived("vocabulary")
         return found
 
     @property
     def load_ms(self) -> float:
         """Return how long all of it took to load, in milliseconds; wait for that."""
+        self.pointer  # noqa: B018
         self.vocabulary  # noqa: B018
         return (self.ready - self._loading.began) * 1000
 
-    def _load(self, interrupt: Interrupt | None) -> Any:
+    def keep_index(self) -> None:
+        """Keep what spares the next call to load the vocabulary."""
+        self._loading.keep_index(self.vocabulary)
+
+    def _load(self) -> Any:
         """Load the weights; return llama.cpp's pointer, which is null if they do not load."""
-        llama = llama_cpp()
+        llama, interrupt = llama_cpp(), self._interrupt
         params, overrides = llama.llama_model_default_params(), without_vocabulary(self.file)
         params.n_gpu_layers, params.kv_overrides = self.gpu_layers, overrides
-        going = llama.llama_progress_callback(lambda _progress, _data: not (interrupt and interrupt.raised))
+        going = llama.llama_progress_callback(
+            lambda _progress, _data: not (self._unwanted or (interrupt and interrupt.raised))
+        )
         params.progress_callback = going
-        pointer = llama.llama_model_load_from_file(os.fsencode(self.file.path), params)
-        if pointer:
-            self._held.callback(llama.llama_model_free, pointer)
-        return pointer
+        return llama.llama_model_load_from_file(os.fsencode(self.file.path), params)
 
     @classmethod
     def open(
@@ -3573,6 +4235,11 @@ class Model(Closing):
         """Free the model; again is harmless."""
         if self.session:
             self.session.close()
+        if self._loads:
+            self._unwanted = True
+            if pointer := self._loads.result():
+                llama_cpp().llama_model_free(pointer)
+            self._loads = None
         self._held.close()
         self.pointer = None
 
@@ -3582,32 +4249,6 @@ def threads_for(model: Model, settings: Settings) -> int:
     if settings.threads:
         return settings.threads
     return 1 if model.bytes < TINY_MODEL else physical_cores()
-
-
-def devices() -> list[Device]:
-    """List llama.cpp's devices, the CPU among them."""
-    registry, base = ggml_library("ggml"), ggml_library("ggml-base")
-    registry.ggml_backend_dev_count.restype, registry.ggml_backend_dev_get.restype = ctypes.c_size_t, ctypes.c_void_p
-    base.ggml_backend_dev_name.restype = base.ggml_backend_dev_description.restype = ctypes.c_char_p
-    found = []
-    for number in range(registry.ggml_backend_dev_count()):
-        device = ctypes.c_void_p(registry.ggml_backend_dev_get(ctypes.c_size_t(number)))
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        name, description = base.ggml_backend_dev_name(device), base.ggml_backend_dev_description(device)
-        kind = base.ggml_backend_dev_type(device)
-        found.append(Device(name.decode(), description.decode("utf-8", "replace"), kind, free.value, total.value))
-    return found
-
-
-def drives_gpu() -> bool:
-    """Tell whether llama.cpp runs in this process, and has started a GPU's driver."""
-    return bool(llama_cpp.cache_info().currsize and llama_cpp().llama_supports_gpu_offload())
-
-
-def gpus() -> list[Device]:
-    """List the devices that layers can go to."""
-    return usable(devices()) if llama_cpp().llama_supports_gpu_offload() else []
 
 
 def least_context(file: ModelFile, settings: Settings) -> int:
@@ -3652,7 +4293,7 @@ def check_memory(model: Model, context: int, sequences: int) -> None:
 
 
 # =====================================================================================================================
-# 17  Engine
+# 19  Engine
 # =====================================================================================================================
 # A context holds several sequences in one unified KV cache, and a step decodes any number of them in one llama_decode.
 
@@ -3671,14 +4312,6 @@ class Feed(NamedTuple):
     sequence: SequenceState
     tokens: Sequence[int]
     logits: bool = True  # compute the logits after the last of them
-
-
-@functools.cache
-def build() -> str:
-    """Return what tells this build of llama.cpp, and this processor's part in it, from others."""
-    llama = llama_cpp()
-    library = Path(llama._lib._name)
-    return f"{library}, {library.stat().st_mtime_ns}, {llama.llama_print_system_info().decode('utf-8', 'replace')}"
 
 
 class Engine(Closing):
@@ -3917,7 +4550,7 @@ class Sampler(Closing):
 
 
 # =====================================================================================================================
-# 18  Guidance
+# 20  Guidance
 # =====================================================================================================================
 # A strength for each tier. With l0 the logits given the query alone, l1 given System Info too, and l2 given both tiers,
 #
@@ -3964,13 +4597,12 @@ class Guidance:
         if self._pref == "auto":  # AdaCAD (arXiv 2409.07394): the strength grows with what the preference changes
             coefficients = self._coefficients(1 + divergence(rows[0], rows[1]))[: len(rows)]
         conditioned, *others = rows
-        implausible = conditioned < conditioned.max() + PLAUSIBLE
-        last = conditioned - IMPLAUSIBLE
-        conditioned *= coefficients[0]
+        plausible = np.flatnonzero(conditioned >= conditioned.max() + PLAUSIBLE)  # a handful, of 150,000
+        combined = conditioned[plausible] * coefficients[0]
         for row, coefficient in zip(others, coefficients[1:], strict=True):
-            row *= coefficient
-            conditioned += row
-        np.copyto(conditioned, last, where=implausible)
+            combined += row[plausible] * coefficient
+        conditioned -= IMPLAUSIBLE
+        conditioned[plausible] = combined
 
 
 def divergence(one: Any, other: Any) -> float:
@@ -4003,7 +4635,7 @@ def checked_strength(flag: str, value: str | float) -> float:
 
 
 # =====================================================================================================================
-# 19  Text of an answer
+# 21  Text of an answer
 # =====================================================================================================================
 # An answer with its figures, and how a token's bytes become text: between stop sequences, reasoning and a schema.
 
@@ -4075,10 +4707,12 @@ THINKING = (
 )
 
 
-def thinking_marks(source: str, vocabulary: LlamaVocabulary) -> tuple[str, str] | None:
+def thinking_marks(source: str, vocabulary: Vocabulary) -> tuple[str, str] | None:
     """Return by what a model marks its reasoning: what its template names, or has a token; None if it has neither."""
-    named = next((marks for marks in THINKING if marks[1] in source), None)
-    return named or next((marks for marks in THINKING if len(vocabulary.encode(marks[1], special=True)) == 1), None)
+    if named := next((marks for marks in THINKING if marks[1] in source), None):
+        return named
+    vocabulary.expect(" ".join(marks[1] for marks in THINKING))
+    return next((marks for marks in THINKING if len(vocabulary.encode(marks[1], special=True)) == 1), None)
 
 
 class Thinking:
@@ -4272,7 +4906,7 @@ class Draft:
         self,
         answer: Answer,
         settings: Settings,
-        vocabulary: LlamaVocabulary,
+        vocabulary: Vocabulary,
         context: int,
         thinking: Thinking,
         think: Callable[[str], None],
@@ -4331,7 +4965,7 @@ class Draft:
 
 
 # =====================================================================================================================
-# 20  Sessions
+# 22  Sessions
 # =====================================================================================================================
 # A model, its template and a context: dialogs become prompts that fit, prompts answers, any number of them at a time.
 
@@ -4436,10 +5070,12 @@ class Session(Closing):
         self.model, self.template, self.parallel = model, chat_template, parallel
         self.states = states
         self._unsaved: list[tuple[str, bytearray]] = []
+        self._answered = False
         self.settings, self.options, self.interrupt = settings, options, interrupt
         self.engine: Engine | None = None
         self.forged: list[str] = []  # marker words in the tiers of the latest prompt
         self._untold_ms = 0.0  # of contexts that were made since the latest answer began
+        self._told_of_model = False
         try:
             if context := self.at_once():
                 self.open(context, parallel * len(self.guidance(Dialog("both", "tiers")).dialogs))
@@ -4447,7 +5083,6 @@ class Session(Closing):
         except EdgeError:
             self.close()
             raise
-        self._untold_ms += model.load_ms
 
     def close(self) -> None:
         """Free the context and write down the states; again is harmless."""
@@ -4455,6 +5090,9 @@ class Session(Closing):
             self.engine.close()
             self.engine = None
         self._save()
+        if self._answered:
+            self._answered = False
+            self.model.keep_index()
 
     def _save(self) -> None:
         """Write down the states that were taken, now that nobody waits for an answer."""
@@ -4465,7 +5103,7 @@ class Session(Closing):
     def at_once(self) -> int | None:
         """Return how many tokens of each sequence are made room for before the first dialog is seen; None: it decides.
 
-        That costs nothing while a vocabulary is still loading.
+        That costs nothing while a vocabulary is still loading; if there is none to wait for, the dialog is at hand.
         """
         return None
 
@@ -4525,6 +5163,7 @@ class Session(Closing):
             LoadError: llama.cpp cannot make it.
         """
         self.close()
+        self.model.pointer  # noqa: B018  # that time is the model's
         started = time.monotonic()
         self.engine = Engine(self.model, self.settings, self.interrupt, context, sequences)
         if math.isfinite(self.model.ready):  # otherwise that time is a part of the model's
@@ -4538,7 +5177,11 @@ class Session(Closing):
         """
         if self.engine is None:
             raise RuntimeError("the context is closed")
-        outline.answer.load_ms, self._untold_ms = round(self._untold_ms, 1), 0.0
+        untold_ms, self._untold_ms = self._untold_ms, 0.0
+        if not self._told_of_model:
+            self._told_of_model = True
+            untold_ms += self.model.load_ms
+        outline.answer.load_ms = round(untold_ms, 1)
         return self.engine
 
     def run(
@@ -4686,6 +5329,7 @@ class Session(Closing):
         """Complete an answer."""
         running.job.show(running.draft.close())
         running.sampler.close()
+        self._answered = True
 
 
 class Chat(Session):
@@ -4700,7 +5344,7 @@ class Chat(Session):
     def at_once(self) -> int | None:
         """Return as much as any dialog has; only a strength may need more sequences than one."""
         guided = self.settings.system_strength != 1 or self.settings.pref_strength != 1
-        return None if guided else least_context(self.model.file, self.settings)
+        return None if guided or self.model.indexed else least_context(self.model.file, self.settings)
 
     def prepare(self, outline: Outline) -> Engine:
         """Return the context, made anew if the dialog needs more of it."""
@@ -4823,7 +5467,7 @@ def place(engine: Engine, prompt: list[int], busy: Mapping[int, Lane]) -> Lane:
 
 
 # =====================================================================================================================
-# 21  Presentation
+# 23  Presentation
 # =====================================================================================================================
 # stdout is the answer, or one JSON document; everything else is on stderr.
 
@@ -4964,6 +5608,21 @@ def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextlib.contextmanager
+def stopping_at(progress: Callable[[str, int, int], None]) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield what tells of progress, too, but raises `Interrupted` after Ctrl-C.
+
+    An exception that comes at any moment may find a lock taken that other threads wait for.
+    """
+    with Interrupt() as interrupt:
+
+        def told(what: str, done: int, total: int) -> None:
+            interrupt.check()
+            progress(what, done, total)
+
+        yield told
+
+
+@contextlib.contextmanager
 def answers_bar(screen: Screen, name: str, done: int, total: int | None) -> Iterator[Callable[[int], None]]:
     """Show on a terminal's stderr how many answers are done, how fast, and the time left; yield what counts more."""
     if screen.quiet or not at_terminal(sys.stderr):
@@ -5037,7 +5696,7 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
             f"{in_bytes(plan.free[0])} are free: its weights are read from the disk again and again, at a crawl; "
             "take a smaller quantisation"
         )
-    screen.detail(f"model {model.file.path}: {model.file.architecture}, loaded in {model.load_ms:.0f} ms")
+    screen.detail(f"model {model.file.path}: {model.file.architecture}")
     screen.detail(f"template {chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}")
     screen.detail(f"memory for {plan}")
     screen.detail(f"{layers} on {device}, threads: {threads_for(model, settings)}, seed {settings.seed}")
@@ -5176,7 +5835,7 @@ def check_forged(forged: Sequence[str], screen: Screen, strict: bool) -> None:
 
 
 # =====================================================================================================================
-# 22  Batch
+# 24  Batch
 # =====================================================================================================================
 # A line of JSON in, a line of JSON out. What is finished is on the disk, whatever happens next.
 
@@ -5466,7 +6125,7 @@ class Batch:
 
 
 # =====================================================================================================================
-# 23  Evaluation
+# 25  Evaluation
 # =====================================================================================================================
 # Every answer to a suite is the model's own, those of earlier turns too. Each is written down as it comes: a run that
 # was stopped goes on where it was, and one that is complete prints its results again without the model.
@@ -5656,7 +6315,7 @@ def write_outputs(found: Any, report: Path | None, chart: Path | None) -> None:
 
 
 # =====================================================================================================================
-# 24  Bench
+# 26  Bench
 # =====================================================================================================================
 
 BENCH_PROMPT, BENCH_TOKENS = 512, 48  # tokens that are read, and that are written, in a measurement
@@ -5832,7 +6491,7 @@ def time_calls(
 
 
 # =====================================================================================================================
-# 25  Hub
+# 27  Hub
 # =====================================================================================================================
 # huggingface_hub keeps nothing of a download that was stopped, and compares no checksums. So what is large is fetched
 # here, into its place in the hub's own cache; the library does the rest.
@@ -6193,13 +6852,13 @@ def find_model(name: str | None, offline: bool | None, screen: Screen) -> Path:
     return path
 
 
-def open_model(path: Path) -> ModelFile:
+def open_model(path: Path, landmarks: dict[tuple[int, int], int] | None = None) -> ModelFile:
     """Read a model's metadata.
 
     Raises:
         NotFound: there is no such file. LoadError: it is bad, or no model.
     """
-    file = ModelFile(path)
+    file = ModelFile(path, landmarks=landmarks)
     if file.purpose in ("adapter", "mmproj", "imatrix"):
         raise LoadError(f"{path} is no model but a file for one ({file.purpose}): name the model itself with -m")
     return file
@@ -6223,7 +6882,7 @@ def find_checkpoint(source: str, screen: Screen, offline: bool = False) -> Path:
 
 
 # =====================================================================================================================
-# 26  Doctor
+# 28  Doctor
 # =====================================================================================================================
 # Is it well? What can end a process (llama.cpp's library, a driver, a model) is tried in a child of this one, so that
 # an illegal instruction is a line in a table.
@@ -6605,7 +7264,7 @@ def check_lines(check: Check, width: int, columns: int | None) -> str:
 
 
 # =====================================================================================================================
-# 27  Conversations
+# 29  Conversations
 # =====================================================================================================================
 # What is said at a terminal, turn by turn, and how it is shown afterwards. The line editor is prompt_toolkit: it costs
 # 80 ms at the start of a conversation where readline costs 3, and only there. For that, pasted lines are one question,
@@ -7162,7 +7821,7 @@ class Repl:
 
 
 # =====================================================================================================================
-# 28  Options
+# 30  Options
 # =====================================================================================================================
 # The options that commands share, in groups that a command takes as one parameter, and what files say for them.
 
@@ -7543,7 +8202,12 @@ ParallelOption = Annotated[
 ForceOption = Annotated[bool, option("--force", help="Replace an output that exists.")]
 NoCacheOption = Annotated[
     bool,
-    option("--no-cache", help="Neither load nor keep what was read of the meta-prompt.", panel=MODEL, env="NO_CACHE"),
+    option(
+        "--no-cache",
+        help="Neither load nor keep what was read of the meta-prompt and the vocabulary.",
+        panel=MODEL,
+        env="NO_CACHE",
+    ),
 ]
 JsonOption = Annotated[bool, option("--json", help="One JSON document on stdout.", panel=OUTPUT)]
 SessionOption = Annotated[
@@ -7766,7 +8430,7 @@ def gathered(loaded: Loaded, sampling: Sampling, strengths: Strengths, talk: Tal
 
 
 # =====================================================================================================================
-# 29  Answers
+# 31  Answers
 # =====================================================================================================================
 # The commands that render and answer.
 
@@ -7809,9 +8473,15 @@ def read_query(argument: str | None, no_stdin: bool, repl: bool) -> str | None:
 
 
 def load_model(
-    loaded: Loaded, rendered: Rendered, settings: Settings, interrupt: Interrupt, screen: Screen, columns: int = 1
+    loaded: Loaded,
+    rendered: Rendered,
+    settings: Settings,
+    interrupt: Interrupt,
+    screen: Screen,
+    states: States | None,
+    columns: int = 1,
 ) -> tuple[Model, ChatTemplate, Settings]:
-    """Load a model, and choose its template while its vocabulary loads.
+    """Load a model, and choose its template meanwhile.
 
     Raises:
         NotFound, NetworkError, LoadError: there is no such model, or it is none. Interrupted: Ctrl-C.
@@ -7820,13 +8490,14 @@ def load_model(
     path = loaded.path(screen)
     STOPWATCH.mark("options")
     with interrupt, contextlib.ExitStack() as unless_loaded:
-        loading = unless_loaded.enter_context(Loading(path, settings.verbose))
+        loads = Loading(path, settings.verbose, None if settings.schema else states)  # a grammar needs all words
+        loading = unless_loaded.enter_context(loads)
         with STOPWATCH("metadata"):
-            file = open_model(path)
+            file = open_model(path, loading.index.landmarks if loading.index else None)
             settings = loaded.fitted(settings, file, columns=columns)
+        model = unless_loaded.enter_context(Model(file, settings, interrupt, loading))
         with STOPWATCH("template"):
             chosen = choose_template(rendered.template, file)
-        model = Model(file, settings, interrupt, loading)
         unless_loaded.pop_all()
         return model, chosen, settings
 
@@ -7953,7 +8624,7 @@ def chat(
     settings = gathered(loaded, sampling, strengths, talk)
     asked = read_query(query, no_stdin, repl=not as_json)
     interrupt, states = Interrupt(), kept_states(no_cache)
-    model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen)
+    model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen, states)
     OPEN.enter_context(model)
     with Chat(model, chosen, settings, rendered.options(), interrupt, states=states) as session:
         explain(model, chosen, settings, screen)
@@ -7996,12 +8667,12 @@ def compare_command(
     asked = Turn(cast(str, read_query(query, no_stdin, repl=False)))
     dialogs = [Dialog(meta_prompt.system_info(), wish_text(wish), (asked,)) for wish in wishes]
     settings = gathered(loaded, sampling, strengths, talk)
-    interrupt, options = Interrupt(), rendered.options()
-    model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen, len(dialogs))
+    interrupt, options, states = Interrupt(), rendered.options(), kept_states(no_cache)
+    model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen, states, len(dialogs))
     with interrupt:
         with model:
             explain(model, chosen, settings, screen)
-            one = Session(model, chosen, settings, options, interrupt, states=kept_states(no_cache))
+            one = Session(model, chosen, settings, options, interrupt, states=states)
             with (
                 parallel_for(one, dialogs) as session,
                 contextlib.nullcontext() if as_json else Columns(wishes, screen) as columns,
@@ -8198,7 +8869,7 @@ def rendering_document(rendering: Rendering, tokens: list[Token] | None) -> dict
 
 
 # =====================================================================================================================
-# 30  Conversion
+# 32  Conversion
 # =====================================================================================================================
 
 SourceArgument = Annotated[
@@ -8327,13 +8998,8 @@ def convert(
         show_plan(plan, target, as_json, screen)
         return
     verify = functools.partial(verify_conversion, settings=Settings(verbose=verbose)) if check else None
-    with Interrupt() as interrupt, progress_bar(screen) as progress:
-
-        def report(name: str, done: int, total: int) -> None:
-            interrupt.check()  # here: an exception wherever the writing is might meet a lock that its threads share
-            progress(name, done, total)
-
-        result = converter.write_plan(plan, target, force=force, progress=report, verify=verify)
+    with progress_bar(screen) as bar, stopping_at(bar) as progress:
+        result = converter.write_plan(plan, target, force=force, progress=progress, verify=verify)
     report_conversion(result, as_json, screen)
 
 
@@ -8437,17 +9103,17 @@ def verify_conversion(path: Path, settings: Settings) -> list[str]:
 
 
 # =====================================================================================================================
-# 31  What stays
+# 33  What stays
 # =====================================================================================================================
 # States, preferences and settings: what is kept between calls, and where.
 
-cache = typer.Typer(no_args_is_help=True, help="What was read of meta-prompts, kept on the disk.")
+cache = typer.Typer(no_args_is_help=True, help="What was read of meta-prompts and vocabularies, kept on the disk.")
 app.add_typer(cache, name="cache")
 
 
 @cache.command("show")
 def cache_show(as_json: JsonOption = False) -> None:
-    """List the states: how large, how often they saved the reading of a meta-prompt, and when last."""
+    """List what is kept: how large, how often it saved the reading of a meta-prompt or a vocabulary, and when last."""
     screen, states = Screen(), States()
     files = states.files()
     size = sum(file.bytes for file in files)
@@ -8464,7 +9130,10 @@ def cache_show(as_json: JsonOption = False) -> None:
         screen.json(document)
         return
     heads = ["state", "MB", "hits", "last used"]
-    rows = [[file.path.stem[:12], f"{file.bytes / 1e6:.1f}", str(file.hits), on_clock(file.used)] for file in files]
+    rows = [
+        [file.path.stem.partition("-")[0][:12], f"{file.bytes / 1e6:.1f}", str(file.hits), on_clock(file.used)]
+        for file in files
+    ]
     lines = aligned(heads, rows) if rows else []
     total = f"{len(files)} states, {size / 1e6:,.1f} of {states.most / 1e6:,.0f} MB, {states.folder}"
     screen.lines([*lines, total])
@@ -8882,7 +9551,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 # =====================================================================================================================
-# 32  Models and sessions
+# 34  Models and sessions
 # =====================================================================================================================
 
 RepositoryArgument = Annotated[
@@ -9324,7 +9993,7 @@ def sessions_export(
 
 
 # =====================================================================================================================
-# 33  Measurements
+# 35  Measurements
 # =====================================================================================================================
 
 SuiteOption = Annotated[
@@ -9520,7 +10189,7 @@ def read_grid(text: str) -> tuple[str, list[float]]:
 
 
 # =====================================================================================================================
-# 34  Help and completion
+# 36  Help and completion
 # =====================================================================================================================
 
 
@@ -9707,7 +10376,7 @@ def completion(
 
 
 # =====================================================================================================================
-# 35  Python
+# 37  Python
 # =====================================================================================================================
 # What a program needs: a model that is open, and three functions. Nothing is written to stdout, stderr or the disk.
 
@@ -9892,7 +10561,7 @@ def compare(
 
 
 # =====================================================================================================================
-# 36  Main
+# 38  Main
 # =====================================================================================================================
 
 

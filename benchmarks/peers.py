@@ -131,7 +131,7 @@ def call(command: list[str], folder: Path, to_first: bool = False) -> Call:
         if status and not to_first:
             said.seek(0)
             raise SystemExit(f"{' '.join(command)[:200]} failed: {said.read()[-400:].decode(errors='replace')}")
-    return Call(seconds, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
+    return Call(seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6)
 
 
 def source_of(folder: Path) -> Path:
@@ -220,8 +220,14 @@ def starts(path: Path, tools: Path, options: argparse.Namespace, folder: Path) -
         shutil.copy(kept, folder / "copy")
         return call([*theirs, str(prompts[query]), "--prompt-cache", str(folder / "copy")], folder)
 
+    def first() -> Call:
+        """Call us with nothing kept: what the second call needs is written down, then."""
+        shutil.rmtree(folder / "kept", ignore_errors=True)
+        return call([*ours, QUERY], folder)
+
     ways = {
         "metaalign-edge chat --no-cache": lambda: call([*ours, "--no-cache", QUERY], folder),
+        "metaalign-edge chat, the first call": first,
         "llama-completion": lambda: call([*theirs, str(prompts[QUERY])], folder),
         "llama-cpp-python's Llama": lambda: call(class_, folder),
         "metaalign-edge chat, another query": lambda: call([*ours, OTHER], folder),

@@ -13,12 +13,15 @@ import metaalign_edge as edge
 from metaalign_edge import (
     ContextOverflow,
     Dialog,
+    IndexedVocabulary,
     LlamaVocabulary,
     Markers,
     ModelFile,
     Tokens,
     Turn,
+    VocabularyIndex,
     load_vocabulary,
+    make_index,
     render,
     tokenize,
 )
@@ -37,18 +40,24 @@ BENIGN = (
 )
 
 
-@pytest.fixture(scope="module", params=["spm", "bpe", "tiny"])
+KINDS = [f"{kind}{how}" for kind in ("spm", "bpe", "tiny") for how in ("", " by its index")]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaVocabulary]:
-    """A vocabulary of each kind."""
-    folder = tmp_path_factory.mktemp("vocabularies")
-    if request.param == "spm":
+    """A vocabulary of each kind, whole and by its index."""
+    folder, (kind, _, how) = tmp_path_factory.mktemp("vocabularies"), request.param.partition(" ")
+    if kind == "spm":
         path = vocabularies.write_spm(folder / "spm.gguf")
-    elif request.param == "bpe":
+    elif kind == "bpe":
         path = vocabularies.write_bpe(folder / "bpe.gguf")
     else:
-        path = request.getfixturevalue(request.param)
+        path = request.getfixturevalue(kind)
     with load_vocabulary(ModelFile(path)) as loaded:
-        yield loaded
+        if how:
+            yield IndexedVocabulary(VocabularyIndex(make_index(loaded)), lambda: loaded)  # type: ignore[misc]
+        else:
+            yield loaded
 
 
 TEMPLATES = {name: shipped(name) for name in ("metaalign", "chatml", "llama3", "gemma", "mistral", "plain")}

@@ -16,7 +16,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = (
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"#()[]{}<>/|_-=%*\n"
 
 
-def write_spm(path: Path) -> Path:
+def write_spm(path: Path, name: str = "") -> Path:
     """SentencePiece: byte tokens, and merges that lead to control and byte tokens from plain text."""
     tokens = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL)]
     tokens += [(f"<0x{byte:02X}>", BYTE) for byte in range(256)]
@@ -30,10 +30,13 @@ def write_spm(path: Path) -> Path:
         ("<|im_end|>", CONTROL),
         ("[/INST]", USER_DEFINED),
         ("▁▁▁▁", USER_DEFINED),
+        *([("<|endoftext|>", CONTROL)] if name else []),  # that of Phi 3 has it
     ]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(4096)
     writer.add_tokenizer_model("llama")
+    if name:
+        writer.add_name(name)
     writer.add_token_list([text.encode() for text, _ in tokens])
     writer.add_token_scores([-float(index) for index in range(len(tokens))])
     writer.add_token_types([kind for _, kind in tokens])
@@ -44,7 +47,7 @@ def write_spm(path: Path) -> Path:
     return finish(writer, path)
 
 
-def write_bpe(path: Path, pre: str = "qwen2") -> Path:
+def write_bpe(path: Path, pre: str = "qwen2", more_merges: Sequence[str] = ()) -> Path:
     """Byte-level BPE with user-defined markers, white space among them, and an end of turn that no key names."""
     shown = byte_symbols()
     tokens = [(shown[byte], NORMAL) for byte in range(256)]
@@ -60,7 +63,7 @@ def write_bpe(path: Path, pre: str = "qwen2") -> Path:
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([text.encode() for text, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
-    writer.add_token_merges(merges)
+    writer.add_token_merges([*merges, *more_merges])
     writer.add_eos_token_id(next(index for index, (text, _) in enumerate(tokens) if text == "<|endoftext|>"))
     writer.add_add_bos_token(False)
     return finish(writer, path)

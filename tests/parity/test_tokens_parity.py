@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from metaalign_edge import (
     ChatTemplate,
     Dialog,
+    IndexedVocabulary,
     LlamaVocabulary,
     LoadError,
     ModelFile,
@@ -29,9 +31,11 @@ from metaalign_edge import (
     Template,
     Tokens,
     Turn,
+    VocabularyIndex,
     choose_template,
     llama_cpp,
     load_vocabulary,
+    make_index,
     render,
     tokenize,
 )
@@ -133,6 +137,7 @@ def test_every_vocabulary_at_hand_is_compared_or_is_not_for_chat(reference: Refe
 
 # Benign text: the ids are the reference's
 
+SCRIPTS = [range(32, 127), range(0xA0, 0x2000), range(0x4E00, 0x9FA0), range(0x1F300, 0x1F700), range(0x20, 0x21)]
 CODE = "def f(x):\n    return x**2 + 1\n\n\n# 3.14e-10, 0xFF, 12345678\nif __name__ == '__main__':\n\tprint(f(3))"
 UNICODE = "Ünïcödé — “quotes” … 10 € ≠ 5 £ 😀👩‍👩‍👧‍👦🇩🇪 𝒳 ½ ² ™ é e\u0301 한국어 日本語のテキスト ภาษาไทย"
 BENIGN = {
@@ -188,6 +193,46 @@ def test_the_texts_that_llama_cpp_tests_its_tokenizers_with_have_its_ids(case: C
     dialogs = [Dialog(text, text, (Turn("x" + text, text or "x"), Turn(text or "x"))) for text in texts]
     for template in case.templates[:2]:
         assert compare_with_llama_cpp(case, template, dialogs) == []
+
+
+NOT_INDEXED = {  # and why
+    "gemma-4": "its tokens are raw text, in a BPE that is not byte-level",
+    "phi-3": "which tokens take the space behind them is told by the model's name",
+}
+
+
+def test_an_index_gives_the_ids_of_the_whole_vocabulary(case: Case) -> None:
+    data = make_index(case.vocabulary)
+    assert (data == b"") == (case.name in NOT_INDEXED)
+    if not data:
+        return
+    whole = case.vocabulary
+
+    def too_much() -> LlamaVocabulary:
+        raise AssertionError("all of the vocabulary was needed")
+
+    with IndexedVocabulary(VocabularyIndex(data), too_much) as indexed:
+        for token in range(whole.size):
+            assert indexed.piece(token) == whole.piece(token)
+            assert indexed.attributes(token) == whole.attributes(token)
+            assert indexed.is_end(token) == whole.is_end(token)
+        for name in ("size", "bos", "longest", "escapes_spaces", "space_prefix"):
+            assert getattr(indexed, name) == getattr(whole, name)
+        chance = random.Random(0)
+        texts = [text for dialog in (*BENIGN.values(), *SPACED.values()) for _, text in dialog.texts()]
+        texts += (
+            case.file.path.with_name("ggml-vocab-gpt-2.gguf.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+        )
+        texts += ["".join(chance.choices(case.specials(), k=3)).join(chance.choices(texts, k=2)) for _ in range(20)]
+        texts += ["".join(chr(chance.choice(ranges)) for ranges in chance.choices(SCRIPTS, k=60)) for _ in range(20)]
+        for text in texts:
+            for special in (False, True):
+                fresh = IndexedVocabulary(VocabularyIndex(data), too_much) if len(text) < 200 else indexed
+                for part in (text, text[len(text) // 3 :]):  # the second by the words of the first
+                    if len(part.encode()) <= indexed.LONG:
+                        assert fresh.encode(part, special) == whole.encode(part, special), (part, special)
+                if fresh is not indexed:
+                    fresh.close()
 
 
 def test_phi_3_loses_space_after_a_marker_and_tier_text_keeps_it(reference: Reference) -> None:
