@@ -3724,7 +3724,7 @@ def make_index(vocabulary: LlamaVocabulary) -> bytes:
             for text, special in itertools.product((VocabularyIndex.PROOF, names), (False, True)):
                 if indexed.encode(text, special) != vocabulary.encode(text, special):
                     return b""
-    except (ValueError, LookupError, OverflowError):  # a vocabulary of another make
+    except (ValueError, LookupError, OverflowError, struct.error):  # a vocabulary of another make
         return b""
     return data
 
@@ -3733,7 +3733,7 @@ def packed_index(vocabulary: LlamaVocabulary) -> bytes:
     """Return what an index is made of; nothing for a vocabulary of a kind that has no ordinary words.
 
     Raises:
-        ValueError, LookupError, OverflowError: it is of another make.
+        ValueError, LookupError, OverflowError, struct.error: it is of another make.
     """
     file, size = vocabulary.file, vocabulary.size
     metadata = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.ggml.")}
@@ -3830,6 +3830,14 @@ def merges_by_word(merges: Sequence[str], number_of: Mapping[str, int]) -> tuple
     return Merges(array.array("I", latest[:none]), array.array("I", before), array.array("H", cuts)), others
 
 
+def load_words(path: str | Path) -> Any:
+    """Return llama.cpp's pointer to the vocabulary of a file, which is null if it does not load."""
+    llama = llama_cpp()
+    params = llama.llama_model_default_params()
+    params.vocab_only, params.n_gpu_layers = True, 0
+    return llama.llama_model_load_from_file(os.fsencode(path), params)
+
+
 class IndexedVocabulary(Closing):
     """A vocabulary by its index: for each text, llama.cpp loads the words that it contains. Close it, or use a `with`.
 
@@ -3913,8 +3921,9 @@ class IndexedVocabulary(Closing):
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
             with LOG.silenced():
-                return load_vocabulary(ModelFile(Path(path))), ids
-        except (OSError, LoadError):
+                pointer = load_words(path)
+            return (LlamaVocabulary(pointer, ModelFile(Path(path))) if pointer else None), ids
+        except OSError:
             return None, ids
         finally:
             with contextlib.suppress(OSError):
@@ -3983,9 +3992,7 @@ class Loading(Closing):
             self._loads = Background(self._load)
 
     def _load(self) -> Any:
-        params = self._llama.llama_model_default_params()
-        params.vocab_only, params.n_gpu_layers = True, 0
-        pointer = self._llama.llama_model_load_from_file(os.fsencode(self._path), params)
+        pointer = load_words(self._path)
         trim_memory()
         return pointer
 
@@ -4067,7 +4074,7 @@ class Model(Closing):
     """A GGUF loaded by llama.cpp. Close it, or use it in a `with`.
 
     llama.cpp loads it twice at the same time: the vocabulary without weights, and the weights without a vocabulary.
-    With a `loading` the vocabulary may still be on its way; it is waited for when it is asked for.
+    With a `loading` both may still be on their way, and each is waited for, and its error raised, when it is asked for.
 
     A program opens one with `Model.open`, and hands it to `generate`, `stream` and `compare`.
 
@@ -4152,8 +4159,9 @@ class Model(Closing):
         return (self.ready - self._loading.began) * 1000
 
     def keep_index(self) -> None:
-        """Keep what spares the next call to load the vocabulary."""
-        self._loading.keep_index(self.vocabulary)
+        """Keep what spares the next call to load the vocabulary; Ctrl-C has the prompt back sooner."""
+        with contextlib.suppress(KeyboardInterrupt):
+            self._loading.keep_index(self.vocabulary)
 
     def _load(self) -> Any:
         """Load the weights; return llama.cpp's pointer, which is null if they do not load."""

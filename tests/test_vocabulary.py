@@ -146,6 +146,17 @@ def test_a_call_that_fails_makes_none(tiny: Path, states: States, monkeypatch: p
         ask(tiny, states, Dialog("fox " * 2000, "", DIALOG.turns))
 
 
+def test_ctrl_c_while_one_is_made_loses_nothing(tiny: Path, states: States, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(edge, "make_index", pressed)
+        answer = ask(tiny, states)[0]
+    assert answer.finish_reason != "interrupted" and not indexes(states)
+    assert not ask(tiny, states)[2].indexed and ask(tiny, states)[2].indexed
+
+
 def test_what_has_no_index_is_not_tried_again(tmp_path: Path, states: States, monkeypatch: pytest.MonkeyPatch) -> None:
     path = vocabularies.write_spm(tmp_path / "spm.gguf", name="Phi-3 mini")  # by which llama.cpp knows what strips
     for made in (True, False):
@@ -324,3 +335,4 @@ def test_a_shell_call_keeps_an_index_and_the_next_one_starts_by_it(large: Path, 
     assert json.loads(run("cache", "show", "--json").stdout)["states"] == []
     verbose = [run("chat", "-v", "-m", str(large), "-n", "1", "hi").stderr for _ in range(2)]
     assert ["load: token to piece cache size" in said for said in verbose] == [True, False]  # nor the words' own log
+    assert all("load_tensors: " in said and "llama_context: " in said for said in verbose)
