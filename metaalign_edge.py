@@ -3147,25 +3147,28 @@ def checked_context(value: str | None, flag: str = "-c") -> int | None:
 class Interrupt:
     """Ctrl-C as a flag: an exception inside a ctypes callback would be lost, and llama.cpp be left in the middle.
 
-    A second Ctrl-C while the first is still being honoured ends the process at once.
+    A second Ctrl-C while the first is still being honoured ends the process at once. One `with` may hold another.
     """
 
     undo: ClassVar[list[Callable[[], object]]] = []  # gives a terminal back what was taken from it
 
     def __init__(self) -> None:
         self.raised = False
+        self._depth = 0
         self._before: Any = None
 
     def __enter__(self) -> Interrupt:
         ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a script's background job: its Ctrl-C is not ours
-        if threading.current_thread() is threading.main_thread() and not ignored:
+        if not self._depth and threading.current_thread() is threading.main_thread() and not ignored:
             self._before = signal.signal(signal.SIGINT, self._raise)
+        self._depth += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before is not None:
+        self._depth -= 1
+        if not self._depth and self._before is not None:
             signal.signal(signal.SIGINT, self._before)
             self._before = None
 
@@ -4159,9 +4162,8 @@ class Model(Closing):
         return (self.ready - self._loading.began) * 1000
 
     def keep_index(self) -> None:
-        """Keep what spares the next call to load the vocabulary; Ctrl-C has the prompt back sooner."""
-        with contextlib.suppress(KeyboardInterrupt):
-            self._loading.keep_index(self.vocabulary)
+        """Keep what spares the next call to load the vocabulary."""
+        self._loading.keep_index(self.vocabulary)
 
     def _load(self) -> Any:
         """Load the weights; return llama.cpp's pointer, which is null if they do not load."""
@@ -5085,22 +5087,25 @@ class Session(Closing):
         self._untold_ms = 0.0  # of contexts that were made since the latest answer began
         self._told_of_model = False
         try:
-            if context := self.at_once():
-                self.open(context, parallel * len(self.guidance(Dialog("both", "tiers")).dialogs))
-            self.marks = thinking_marks(chat_template.template.source, model.vocabulary)
+            with self.interrupt:
+                if context := self.at_once():
+                    self.open(context, parallel * len(self.guidance(Dialog("both", "tiers")).dialogs))
+                self.marks = thinking_marks(chat_template.template.source, model.vocabulary)
+                self.interrupt.check()
         except EdgeError:
             self.close()
             raise
 
     def close(self) -> None:
         """Free the context and write down the states; again is harmless."""
-        if self.engine:
-            self.engine.close()
-            self.engine = None
-        self._save()
-        if self._answered:
+        with self.interrupt:  # Ctrl-C would be lost in llama.cpp, or lose a state
+            if self.engine:
+                self.engine.close()
+                self.engine = None
+            self._save()
+            if self._answered and not self.interrupt.raised:
+                self.model.keep_index()
             self._answered = False
-            self.model.keep_index()
 
     def _save(self) -> None:
         """Write down the states that were taken, now that nobody waits for an answer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -146,15 +147,20 @@ def test_a_call_that_fails_makes_none(tiny: Path, states: States, monkeypatch: p
         ask(tiny, states, Dialog("fox " * 2000, "", DIALOG.turns))
 
 
-def test_ctrl_c_while_one_is_made_loses_nothing(tiny: Path, states: States, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pressed(_: object) -> bytes:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(edge, "make_index", pressed)
-        answer = ask(tiny, states)[0]
-    assert answer.finish_reason != "interrupted" and not indexes(states)
-    assert not ask(tiny, states)[2].indexed and ask(tiny, states)[2].indexed
+def test_after_ctrl_c_none_is_made(tiny: Path, states: States, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "make_index", no_index)
+    usual = signal.getsignal(signal.SIGINT)
+    with (
+        Loading(tiny, states=states) as loading,
+        Model(ModelFile(tiny), GREEDY, Interrupt(), loading) as model,
+        Chat(model, edge.choose_template("auto", model.file), GREEDY, edge.AS_USUAL, Interrupt()) as session,
+    ):
+        session.answer(DIALOG, 0, lambda _: None, lambda _: None)
+        with session.interrupt:
+            signal.raise_signal(signal.SIGINT)
+            session.close()
+            assert signal.getsignal(signal.SIGINT) not in (usual, None)  # the outer one's, still
+    assert signal.getsignal(signal.SIGINT) is usual and session.interrupt.raised
 
 
 def test_what_has_no_index_is_not_tried_again(tmp_path: Path, states: States, monkeypatch: pytest.MonkeyPatch) -> None:
