@@ -330,6 +330,11 @@ def shortened(text: object, most: int) -> str:
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
+def counted(number: int, what: str) -> str:
+    """Return how many there are of something: `1 state`, `2 states`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def digest(document: Any) -> str:
     """Return 32 hexadecimal digits that stand for a JSON document."""
     import hashlib  # four milliseconds
@@ -3722,7 +3727,7 @@ def make_index(vocabulary: LlamaVocabulary) -> bytes:
     try:
         if not (data := packed_index(vocabulary)):
             return b""
-        with IndexedVocabulary(VocabularyIndex(data), whole) as indexed:
+        with IndexedVocabulary(VocabularyIndex(data), vocabulary.file, whole) as indexed:
             names = "".join(kept.text for kept in itertools.islice(indexed.index.kept.values(), 100))
             for text, special in itertools.product((VocabularyIndex.PROOF, names), (False, True)):
                 if indexed.encode(text, special) != vocabulary.encode(text, special):
@@ -3845,13 +3850,14 @@ class IndexedVocabulary(Closing):
     """A vocabulary by its index: for each text, llama.cpp loads the words that it contains. Close it, or use a `with`.
 
     Args:
+        file: whose vocabulary it is.
         whole: loads all of it, where that is needed; it is closed with this one.
     """
 
     LONG = 1 << 14  # bytes; in more, finding the words takes as long as loading all
 
-    def __init__(self, index: VocabularyIndex, whole: Callable[[], LlamaVocabulary]) -> None:
-        self.index, self._load_whole = index, whole
+    def __init__(self, index: VocabularyIndex, file: ModelFile, whole: Callable[[], LlamaVocabulary]) -> None:
+        self.index, self._file, self._load_whole = index, file, whole
         self.size: int = index.about["size"]
         self.bos: int | None = index.about["bos"]
         self.longest: int = index.about["longest"]
@@ -3860,7 +3866,6 @@ class IndexedVocabulary(Closing):
         self._small: LlamaVocabulary | None = None
         self._ids: list[int] = []  # of the tokens of that
         self._covered = b""
-        self._pieces: dict[int, bytes] = {}
 
     def close(self) -> None:
         """Free it; again is harmless."""
@@ -3925,7 +3930,7 @@ class IndexedVocabulary(Closing):
                 file.write(data)
             with LOG.silenced():
                 pointer = load_words(path)
-            return (LlamaVocabulary(pointer, ModelFile(Path(path))) if pointer else None), ids
+            return (LlamaVocabulary(pointer, self._file) if pointer else None), ids
         except OSError:
             return None, ids
         finally:
@@ -4011,7 +4016,7 @@ class Loading(Closing):
         Raises:
             LoadError: llama.cpp refuses it, or it is of no kind that chat models have.
         """
-        return IndexedVocabulary(self.index, lambda: self.whole(file)) if self.index else self.whole(file)
+        return IndexedVocabulary(self.index, file, lambda: self.whole(file)) if self.index else self.whole(file)
 
     def whole(self, file: ModelFile) -> LlamaVocabulary:
         """Wait for all of the vocabulary, which is this file's, and return it. Close that, too.
@@ -7184,8 +7189,9 @@ class Doctor:
         status, detail = self.folder(cache_folder(), "METAALIGN_EDGE_CACHE")
         states = States()
         files = states.files()
-        size, hits = sum(file.bytes for file in files), sum(file.hits for file in files)
-        return status, f"{detail}; {len(files)} states, {in_bytes(size)} of {in_bytes(states.most)}, {hits} hits"
+        held = f"{in_bytes(sum(file.bytes for file in files))} of {in_bytes(states.most)}"
+        hits = counted(sum(file.hits for file in files), "hit")
+        return status, f"{detail}; {counted(len(files), 'state')}, {held}, {hits}"
 
     def config(self) -> Finding:
         """Look at the settings and their folder."""
@@ -7464,7 +7470,11 @@ def wish_text(wish: str) -> str:
 def describe_session(transcript: Transcript) -> str:
     """Sum up a session in one line."""
     turns = transcript.dialog().turns
-    return f"session {transcript.name}: {len(turns)} turns so far" if turns else f"session {transcript.name} begins"
+    return (
+        f"session {transcript.name}: {counted(len(turns), 'turn')} so far"
+        if turns
+        else f"session {transcript.name} begins"
+    )
 
 
 def line_editor(complete: Callable[[str], list[tuple[str, int]]]) -> Callable[[str], str]:
@@ -9148,14 +9158,14 @@ def cache_show(as_json: JsonOption = False) -> None:
         for file in files
     ]
     lines = aligned(heads, rows) if rows else []
-    total = f"{len(files)} states, {size / 1e6:,.1f} of {states.most / 1e6:,.0f} MB, {states.folder}"
+    total = f"{counted(len(files), 'state')}, {size / 1e6:,.1f} of {states.most / 1e6:,.0f} MB, {states.folder}"
     screen.lines([*lines, total])
 
 
 @cache.command("clear")
 def cache_clear(quiet: QuietOption = False) -> None:
     """Remove all states. The next call reads its meta-prompt again."""
-    Screen(quiet).note(f"{States().clear()} states removed")
+    Screen(quiet).note(f"{counted(States().clear(), 'state')} removed")
 
 
 pref = typer.Typer(no_args_is_help=True, help="Preferences with a name, and the ones that stand.")

@@ -225,8 +225,8 @@ def test_the_command_line_keeps_shows_and_clears(run: Run, far: tuple[str, ...])
     assert json.loads(run("chat", "--no-cache", *far).stdout)["cached_tokens"] == 0
     shown = json.loads(run("cache", "show", "--json").stdout)
     assert shown["hits"] == 1 and len(shown["states"]) == 1 and shown["bytes"] == shown["states"][0]["bytes"] > 1e6
-    assert "1 states" in run("cache", "show").stdout
-    assert "1 states removed" in run("cache", "clear").stderr
+    assert "\n1 state, " in run("cache", "show").stdout
+    assert "1 state removed" in run("cache", "clear").stderr
     assert json.loads(run("cache", "show", "--json").stdout)["states"] == []
     assert json.loads(run("chat", *far).stdout)["cached_tokens"] == 0
 

@@ -55,7 +55,7 @@ def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         path = request.getfixturevalue(kind)
     with load_vocabulary(ModelFile(path)) as loaded:
         if how:
-            yield IndexedVocabulary(VocabularyIndex(make_index(loaded)), lambda: loaded)  # type: ignore[misc]
+            yield IndexedVocabulary(VocabularyIndex(make_index(loaded)), loaded.file, lambda: loaded)  # type: ignore[misc]
         else:
             yield loaded
 

@@ -180,7 +180,7 @@ def test_a_vocabulary_of_another_make_has_none(merge: str, tmp_path: Path) -> No
     with edge.load_vocabulary(ModelFile(path)) as vocabulary:
         data = edge.make_index(vocabulary)
         if data:  # then it is right
-            with IndexedVocabulary(VocabularyIndex(data), lambda: vocabulary) as indexed:
+            with IndexedVocabulary(VocabularyIndex(data), vocabulary.file, lambda: vocabulary) as indexed:
                 for text in ("te", "t  e te tea", "the team"):
                     assert indexed.encode(text, False) == vocabulary.encode(text, False)
 
@@ -200,7 +200,7 @@ def indexed(vocabulary: LlamaVocabulary, asked: list[str]) -> IndexedVocabulary:
         asked.append("whole")
         return vocabulary
 
-    return IndexedVocabulary(VocabularyIndex(edge.make_index(vocabulary)), whole)
+    return IndexedVocabulary(VocabularyIndex(edge.make_index(vocabulary)), vocabulary.file, whole)
 
 
 def test_long_text_spelling_and_a_grammar_need_the_whole_vocabulary_and_it_is_loaded_once(tiny: Path) -> None:
@@ -237,7 +237,7 @@ def test_few_words_are_loaded_and_parts_of_a_text_need_no_more(demo: Path) -> No
         data, ids = index.excerpt(b"What is tea?")
         assert len(ids) < vocabulary.size / 10 and ids == sorted(ids) and len(data) < 1 << 14
         assert {index.word(number).decode() for number in index.find(b"tea")} >= {"t", "e", "a"}
-        one = IndexedVocabulary(index, no_index)  # type: ignore[arg-type]
+        one = IndexedVocabulary(index, vocabulary.file, no_index)  # type: ignore[arg-type]
         one.expect("What is tea? A drink.")
         loaded = one._small
         for part in ("What is tea?", " A drink.", "tea"):
@@ -336,7 +336,7 @@ def test_a_shell_call_keeps_an_index_and_the_next_one_starts_by_it(large: Path, 
     schema = run("chat", "-m", str(large), "-n", "30", "--json-schema", "n int", "how many")
     assert schema.returncode in (0, 1) and "Traceback" not in schema.stderr
     assert json.loads(run("cache", "show", "--json").stdout)["hits"] == 3  # a grammar needs all words
-    assert run("cache", "clear").stderr.endswith(" states removed\n")
+    assert run("cache", "clear").stderr.endswith(" removed\n")
     run(*call, "--no-cache", "what is tea")
     assert json.loads(run("cache", "show", "--json").stdout)["states"] == []
     verbose = [run("chat", "-v", "-m", str(large), "-n", "1", "hi").stderr for _ in range(2)]

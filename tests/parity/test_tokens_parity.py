@@ -211,7 +211,7 @@ def test_an_index_gives_the_ids_of_the_whole_vocabulary(case: Case) -> None:
     def too_much() -> LlamaVocabulary:
         raise AssertionError("all of the vocabulary was needed")
 
-    with IndexedVocabulary(VocabularyIndex(data), too_much) as indexed:
+    with IndexedVocabulary(VocabularyIndex(data), case.file, too_much) as indexed:
         for token in range(whole.size):
             assert indexed.piece(token) == whole.piece(token)
             assert indexed.attributes(token) == whole.attributes(token)
@@ -227,7 +227,7 @@ def test_an_index_gives_the_ids_of_the_whole_vocabulary(case: Case) -> None:
         texts += ["".join(chr(chance.choice(ranges)) for ranges in chance.choices(SCRIPTS, k=60)) for _ in range(20)]
         for text in texts:
             for special in (False, True):
-                fresh = IndexedVocabulary(VocabularyIndex(data), too_much) if len(text) < 200 else indexed
+                fresh = IndexedVocabulary(VocabularyIndex(data), case.file, too_much) if len(text) < 200 else indexed
                 for part in (text, text[len(text) // 3 :]):  # the second by the words of the first
                     if len(part.encode()) <= indexed.LONG:
                         assert fresh.encode(part, special) == whole.encode(part, special), (part, special)
