@@ -3981,10 +3981,11 @@ class Loading(Closing):
     """
 
     def __init__(self, path: Path, verbose: bool = False, states: States | None = None) -> None:
-        self._llama = llama_cpp()  # not in the thread: Python in both at a time is slower than one after the other
-        LOG.attach(verbose)
-        LOG.errors.clear()
-        self._llama.llama_backend_init()
+        with STOPWATCH("library"):
+            self._llama = llama_cpp()  # not in the thread: Python in both at a time is slower than one after the other
+            LOG.attach(verbose)
+            LOG.errors.clear()
+            self._llama.llama_backend_init()
         self.began = time.monotonic()
         self._path, self._states = path, states
         self._loads: Background | None = None  # until it is taken

@@ -40,7 +40,9 @@ def test_verbose_says_where_the_time_went(run: Run) -> None:
     spent, memory = line.split("; ")
     total, *laps = (int(number) for number in re.findall(r"\d+", spent))
     names = re.findall(r"[a-z.]+(?= \d)", spent)[1:]
-    assert names == [*"start options metadata template model context vocabulary tokens prompt answer other".split()]
+    assert names == [
+        *"start options library metadata template model context vocabulary tokens prompt answer other".split()
+    ]
     assert abs(sum(laps) - total) <= len(laps)
     assert re.fullmatch(r"memory \d{2,} MB at most", memory)
 
