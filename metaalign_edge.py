@@ -3567,7 +3567,8 @@ def ordinary_words(texts: Sequence[str], tokens: Iterable[int], byte_level: bool
     They are all that a vocabulary writes as `escaped` does.
     """
     if byte_level:  # all at once, as there are 150,000; a letter that stands for no byte is gone, the word is shorter
-        words = "\n".join(texts).translate(LetterBytes()).split(LetterBytes.END)
+        lines = "\n".join("" if "\n" in text else text for text in texts)  # a line's end stands for no byte
+        words = lines.translate(LetterBytes()).split(LetterBytes.END)
         ordinary = [token for token in tokens if len(words[token]) == len(texts[token])]
     else:
         words = [text.replace("\u2581", " ").encode().decode("latin-1") for text in texts]

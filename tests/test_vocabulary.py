@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -247,6 +249,34 @@ def test_few_words_are_loaded_and_parts_of_a_text_need_no_more(demo: Path) -> No
         assert one._small is not loaded
         one.close()
         one.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_any_vocabulary_gives_the_same_tokens_by_its_index(seed: int, tmp_path: Path) -> None:
+    def encoded(vocabulary: LlamaVocabulary | IndexedVocabulary, text: str, special: bool) -> list[int] | None:
+        try:
+            return vocabulary.encode(text, special)
+        except edge.TierViolation:  # some of these have no token for a space
+            return None
+
+    chance = random.Random(seed)
+    words = [*"abc <>|\né▁d中", "ab", *vocabularies.SPECIALS, "<0x0A>"]
+    for number in range(60):
+        write = chance.choice([vocabularies.write_random_bpe, vocabularies.write_random_spm])
+        with edge.load_vocabulary(ModelFile(write(tmp_path / f"{number}.gguf", chance))) as whole:
+            data = edge.packed_index(whole)
+            one = IndexedVocabulary(VocabularyIndex(data), whole.file, no_index)  # type: ignore[arg-type]
+            for token in range(whole.size):
+                assert one.piece(token) == whole.piece(token)
+                assert (one.attributes(token), one.is_end(token)) == (whole.attributes(token), whole.is_end(token))
+            for _ in range(20):
+                text = "".join(chance.choices(words, k=chance.choice([1, 3, 10, 60])))
+                fresh = IndexedVocabulary(VocabularyIndex(data), whole.file, no_index)  # type: ignore[arg-type]
+                for special, by_index in itertools.product((False, True), (one, fresh)):
+                    assert encoded(by_index, text, special) == encoded(whole, text, special), (number, text, special)
+                fresh.close()
+            one.close()
 
 
 def test_a_file_is_read_by_its_landmarks_as_without(demo: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -190,3 +191,66 @@ def write_sentencepiece(folder: Path, *, model: bool = True, style: dict[str, An
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     write_json(folder / "tokenizer_config.json", settings)
     return folder
+
+
+# -- vocabularies by chance: words that overlap, merges that lead nowhere, special tokens made of ordinary ones --------
+
+SPECIALS = ("<a>", "<|a|>", "ab", "  ", "\n\n", "<|im_end|>", "<|eot_id|>", "a<", "<b|>", "é", "</s>", "a b", "<0x")
+PRE_TOKENIZERS = ("qwen2", "llama-bpe", "gpt-2", "deepseek-llm", "tekken", "default", "falcon")
+
+
+def write_random_bpe(path: Path, chance: random.Random) -> Path:
+    shown = byte_symbols()
+    pool = [shown[byte] for byte in "abc <>|\né▁".encode()]
+    tokens, merges = dict.fromkeys(shown, NORMAL), []
+    for _ in range(chance.randrange(5, 120)):
+        left, right = chance.choice(pool), chance.choice(pool)
+        merges.append(f"{left} {right}")
+        if chance.random() < 0.95:
+            tokens[left + right] = NORMAL
+            pool += [left + right] if len(left + right) < 10 else []
+    if chance.random() < 0.3:
+        chance.shuffle(merges)
+    for text in chance.sample(SPECIALS, chance.randrange(8)):
+        tokens.setdefault(text, chance.choice([CONTROL, USER_DEFINED, NORMAL, UNKNOWN]))
+    found = list(tokens.items())
+    if chance.random() < 0.5:
+        chance.shuffle(found)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(chance.choice(PRE_TOKENIZERS))
+    writer.add_token_list([text.encode() for text, _ in found])
+    writer.add_token_types([kind for _, kind in found])
+    writer.add_token_merges(merges)
+    for name in ("eos", "eot"):
+        if chance.random() < 0.5:
+            getattr(writer, f"add_{name}_token_id")(chance.randrange(len(found)))
+    writer.add_add_bos_token(False)
+    return finish(writer, path)
+
+
+def write_random_spm(path: Path, chance: random.Random) -> Path:
+    tokens = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL, **{f"<0x{byte:02X}>": BYTE for byte in range(256)}}
+    pool = [*"abc<>|0xé", "▁"]
+    for letter in pool:
+        if chance.random() < 0.9:
+            tokens.setdefault(letter, NORMAL)
+    for _ in range(chance.randrange(5, 150)):
+        text = chance.choice(pool) + chance.choice(pool)
+        tokens.setdefault(text, NORMAL)
+        pool += [text] if len(text) < 12 else []
+    for text in chance.sample(SPECIALS, chance.randrange(8)):
+        tokens.setdefault(text, chance.choice([CONTROL, USER_DEFINED, NORMAL]))
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([text.encode() for text in tokens])
+    writer.add_token_types(list(tokens.values()))
+    writer.add_token_scores([-chance.choice([chance.randrange(20), chance.uniform(0, 20)]) * 1.0 for _ in tokens])
+    for number, name in enumerate(("unk", "bos", "eos")):
+        getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_add_bos_token(True)
+    if chance.random() < 0.4:
+        writer.add_add_space_prefix(chance.random() < 0.5)
+    return finish(writer, path)
