@@ -4033,14 +4033,12 @@ class Loading(Closing):
             raise LoadError(f"cannot load {file.path}: {LOG.reason()}")
         return LlamaVocabulary(pointer, file)
 
-    def keep_index(self, vocabulary: LlamaVocabulary | IndexedVocabulary) -> None:
-        """Keep an index of a vocabulary that was taken, for the next call; of a large one that has none yet."""
+    def index_for(self, vocabulary: LlamaVocabulary | IndexedVocabulary) -> tuple[States, str] | None:
+        """Return where an index of a vocabulary that was taken can be kept; None if it is small, or there is one."""
         size = vocabulary.size
-        if self._indexed or not isinstance(vocabulary, LlamaVocabulary) or size < VocabularyIndex.LEAST:
-            return
-        if self._states and self._key and self._states.holds(64 * size):
-            self._indexed = True
-            self._states.save(self._key, make_index(vocabulary))
+        if self._indexed or size < VocabularyIndex.LEAST or not (self._states and self._key):
+            return None
+        return (self._states, self._key) if self._states.holds(64 * size) else None
 
 
 def index_key(path: Path) -> str | None:
@@ -4169,8 +4167,13 @@ class Model(Closing):
         return (self.ready - self._loading.began) * 1000
 
     def keep_index(self) -> None:
-        """Keep what spares the next call to load the vocabulary."""
-        self._loading.keep_index(self.vocabulary)
+        """Keep what spares the next call to load the vocabulary. For that the weights are freed: call it at the end."""
+        vocabulary = self.vocabulary
+        place = self._loading.index_for(vocabulary)
+        if place and isinstance(vocabulary, LlamaVocabulary):
+            self._free()
+            states, key = place
+            states.save(key, make_index(vocabulary))
 
     def _load(self) -> Any:
         """Load the weights; return llama.cpp's pointer, which is null if they do not load."""
@@ -4252,12 +4255,16 @@ class Model(Closing):
         """Free the model; again is harmless."""
         if self.session:
             self.session.close()
+        self._free()
+        self._held.close()
+
+    def _free(self) -> None:
+        """Free the weights."""
         if self._loads:
             self._unwanted = True
             if pointer := self._loads.result():
                 llama_cpp().llama_model_free(pointer)
             self._loads = None
-        self._held.close()
         self.pointer = None
 
 
@@ -5087,7 +5094,6 @@ class Session(Closing):
         self.model, self.template, self.parallel = model, chat_template, parallel
         self.states = states
         self._unsaved: list[tuple[str, bytearray]] = []
-        self._answered = False
         self.settings, self.options, self.interrupt = settings, options, interrupt
         self.engine: Engine | None = None
         self.forged: list[str] = []  # marker words in the tiers of the latest prompt
@@ -5110,9 +5116,6 @@ class Session(Closing):
                 self.engine.close()
                 self.engine = None
             self._save()
-            if self._answered and not self.interrupt.raised:
-                self.model.keep_index()
-            self._answered = False
 
     def _save(self) -> None:
         """Write down the states that were taken, now that nobody waits for an answer."""
@@ -5349,7 +5352,6 @@ class Session(Closing):
         """Complete an answer."""
         running.job.show(running.draft.close())
         running.sampler.close()
-        self._answered = True
 
 
 class Chat(Session):
@@ -8661,6 +8663,8 @@ def chat(
         else:
             reply = None if as_json else Reply(screen, markdown, stream)
             answer_once(session, transcript, asked, screen, rendered.strict_tiers, reply)
+    with interrupt:
+        model.keep_index()
 
 
 @app.command("compare")
@@ -8703,6 +8707,7 @@ def compare_command(
                 contextlib.nullcontext() if as_json else Columns(wishes, screen) as columns,
             ):
                 answers = answer_together(session, dialogs, columns, screen, rendered.strict_tiers)
+            model.keep_index()
         if as_json:
             screen.json([{"pref": wish, **asdict(answer)} for wish, answer in zip(wishes, answers, strict=False)])
         screen.detail("\n".join(map(describe, answers)))

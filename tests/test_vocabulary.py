@@ -57,14 +57,13 @@ def states(tmp_path: Path, all_are_large: None) -> States:
 
 def ask(path: Path, states: States | None, dialog: Dialog = DIALOG) -> tuple[Answer, bytes, Model]:
     """Load a model and answer, as a call does; return the last logits, too, bit by bit, and the model, closed."""
-    with (
-        Loading(path, states=states) as loading,
-        Model(ModelFile(path), GREEDY, Interrupt(), loading) as model,
-        Chat(model, edge.choose_template("auto", model.file), GREEDY, edge.AS_USUAL, Interrupt()) as session,
-    ):
-        answer = session.answer(dialog, 0, lambda _: None, lambda _: None)
-        assert session.engine
-        return answer, session.engine.logits(-1).tobytes(), model
+    with Loading(path, states=states) as loading, Model(ModelFile(path), GREEDY, Interrupt(), loading) as model:
+        with Chat(model, edge.choose_template("auto", model.file), GREEDY, edge.AS_USUAL, Interrupt()) as session:
+            answer = session.answer(dialog, 0, lambda _: None, lambda _: None)
+            assert session.engine
+            bits = session.engine.logits(-1).tobytes()
+        model.keep_index()
+        return answer, bits, model
 
 
 def indexes(states: States) -> list[edge.StateFile]:
@@ -143,26 +142,33 @@ def test_none_is_made_where_it_could_not_be_kept(
     assert not list(tmp_path.glob("**/*.kv"))
 
 
-def test_a_call_that_fails_makes_none(tiny: Path, states: States, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edge, "make_index", no_index)
-    with pytest.raises(edge.ContextOverflow):
-        ask(tiny, states, Dialog("fox " * 2000, "", DIALOG.turns))
+def test_weights_are_freed_for_it_and_a_call_that_fails_makes_none(
+    demo: Path, here: Run, all_are_large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, real = [], edge.make_index
+
+    def make(vocabulary: LlamaVocabulary) -> bytes:
+        made.append(Path("/proc/self/maps").read_text().count(demo.name))
+        return real(vocabulary)
+
+    monkeypatch.setattr(edge, "make_index", make)
+    assert here("chat", "-n", "1", "-c", "64", "word " * 100).returncode == edge.ContextOverflow.exit_code
+    assert not made
+    assert [here("chat", "-n", "3", "What is tea?").returncode for _ in range(2)] == [0, 0]
+    assert made == [1]  # what has read the metadata; the weights were mapped, too
+    assert here("chat", "--json-schema", "n int", "How many?").returncode == 0
+    assert made == [1]
 
 
-def test_after_ctrl_c_none_is_made(tiny: Path, states: States, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edge, "make_index", no_index)
-    usual = signal.getsignal(signal.SIGINT)
-    with (
-        Loading(tiny, states=states) as loading,
-        Model(ModelFile(tiny), GREEDY, Interrupt(), loading) as model,
-        Chat(model, edge.choose_template("auto", model.file), GREEDY, edge.AS_USUAL, Interrupt()) as session,
-    ):
-        session.answer(DIALOG, 0, lambda _: None, lambda _: None)
-        with session.interrupt:
-            signal.raise_signal(signal.SIGINT)
-            session.close()
-            assert signal.getsignal(signal.SIGINT) not in (usual, None)  # the outer one's, still
-    assert signal.getsignal(signal.SIGINT) is usual and session.interrupt.raised
+def test_one_interrupt_may_hold_another() -> None:
+    usual, interrupt = signal.getsignal(signal.SIGINT), Interrupt()
+    with interrupt:
+        ours = signal.getsignal(signal.SIGINT)
+        with interrupt:
+            pass
+        assert signal.getsignal(signal.SIGINT) == ours != usual
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is usual and interrupt.raised
 
 
 def test_what_has_no_index_is_not_tried_again(tmp_path: Path, states: States, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +176,9 @@ def test_what_has_no_index_is_not_tried_again(tmp_path: Path, states: States, mo
     for made in (True, False):
         with Loading(path, states=states) as loading, loading.take(ModelFile(path)) as vocabulary:
             assert isinstance(vocabulary, LlamaVocabulary) and loading.index is None
-            loading.keep_index(vocabulary)
+            if place := loading.index_for(vocabulary):
+                place[0].save(place[1], edge.make_index(vocabulary))
+            assert bool(place) == made
             assert [file.bytes for file in indexes(states)] == [edge.STATE_HEAD.size]
         if made:
             monkeypatch.setattr(edge, "make_index", no_index)
