@@ -145,19 +145,23 @@ def test_none_is_made_where_it_could_not_be_kept(
 def test_weights_are_freed_for_it_and_a_call_that_fails_makes_none(
     demo: Path, here: Run, all_are_large: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, real = [], edge.make_index
+    done: list[str] = []
 
-    def make(vocabulary: LlamaVocabulary) -> bytes:
-        made.append(Path("/proc/self/maps").read_text().count(demo.name))
-        return real(vocabulary)
+    def noting(what: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            done.append(what)
+            return real(*arguments)
 
-    monkeypatch.setattr(edge, "make_index", make)
+        return noted
+
+    monkeypatch.setattr(edge, "make_index", noting("made", edge.make_index))
+    monkeypatch.setattr(Model, "_free", noting("freed", Model._free))
     assert here("chat", "-n", "1", "-c", "64", "word " * 100).returncode == edge.ContextOverflow.exit_code
-    assert not made
+    assert "made" not in done
+    done.clear()
     assert [here("chat", "-n", "3", "What is tea?").returncode for _ in range(2)] == [0, 0]
-    assert made == [1]  # what has read the metadata; the weights were mapped, too
-    assert here("chat", "--json-schema", "n int", "How many?").returncode == 0
-    assert made == [1]
+    assert done[:2] == ["freed", "made"] and done.count("made") == 1
+    assert here("chat", "--json-schema", "n int", "How many?").returncode == 0 and done.count("made") == 1
 
 
 def test_one_interrupt_may_hold_another() -> None:
