@@ -361,6 +361,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return vocabularies.finish(writer, path)
 
 
+@pytest.mark.slow
 def test_a_shell_call_keeps_an_index_and_the_next_one_starts_by_it(large: Path, run: Run) -> None:
     assert large.stat().st_size > edge.TINY_MODEL
     call = ["chat", "-m", str(large), "--temp", "0", "-n", "3", "--json"]
