@@ -3752,7 +3752,7 @@ def packed_index(vocabulary: LlamaVocabulary) -> bytes:
     texts, scores = list(file.items("tokenizer.ggml.tokens")), list(file.items("tokenizer.ggml.scores"))
     attributes = list(map(vocabulary.attributes, range(size)))
     if not all(texts) or any(bits & (ATTR_LSTRIP | ATTR_RSTRIP) for bits in attributes):
-        return b""  # llama.cpp gives the ones a text, and tells by the model's name what the others strip
+        return b""  # llama.cpp makes a text for an empty one, and tells by the model's name what the others strip
     named = vocabulary.special_tokens()
     special = {*named.values(), *(value for key, value in metadata.items() if key.endswith("_token_id"))}
 
