@@ -1113,9 +1113,6 @@ class Vocabulary(Protocol):
     def size(self) -> int:
         """Number of tokens."""
 
-    def expect(self, text: str) -> None:
-        """Prepare for parts of this text to be tokenised; nothing else changes by it."""
-
     def encode(self, text: str, special: bool) -> list[int]:
         """Tokenise; `special` recognises control tokens in the text."""
 
@@ -1206,7 +1203,6 @@ def tokenize(rendering: Rendering, vocabulary: Vocabulary, context: int) -> Toke
     tokens: list[Token] = []
     words: set[str] = set()
     markers = Markers(rendering.source, vocabulary)
-    vocabulary.expect(prompt)
     for part in cut_at_markers(prompt, markers, vocabulary):
         if isinstance(part, int):
             tokens.append(Token(part, vocabulary.piece(part), None))
@@ -1528,7 +1524,7 @@ class StateFile(NamedTuple):
 class States:
     """KV states of prompts' beginnings on disk: what took seconds to compute is there in milliseconds.
 
-    The indexes of vocabularies are kept beside them, in the same way. A file is named after a digest of all that
+    A file is named after a digest of all that
     decides its content. One that is cut, altered or foreign is removed and never trusted; where nothing can be written,
     nothing is kept. They hold what was said, in a form: no other user may read them. `fills` is off where there are
     only some to be read.
@@ -1574,14 +1570,6 @@ class States:
                 file.write(STATE_HEAD.pack(STATE_MAGIC, 0, state_checksum(key, data)))
                 file.write(data)
             self._evict()
-
-    def holds(self, size: int) -> bool:
-        """Tell whether so many bytes could be written, as things are."""
-        with contextlib.suppress(OSError):
-            folder, free = room_at(self.folder)
-            fits = STATE_HEAD.size + size <= min(self.most, free)
-            return self.fills and fits and folder.is_dir() and os.access(folder, os.W_OK)
-        return False
 
     def files(self) -> list[StateFile]:
         """List the states, the most recently used first."""
@@ -2192,8 +2180,8 @@ class GGUFReader:
     )
     STRING, ARRAY = 8, 9
 
-    def __init__(self, data: mmap.mmap, at: int, landmarks: dict[tuple[int, int], int] | None = None) -> None:
-        self._data, self.at, self._landmarks = data, at, {} if landmarks is None else landmarks
+    def __init__(self, data: mmap.mmap, at: int) -> None:
+        self._data, self.at = data, at
 
     def scalar(self, form: str) -> Any:
         """Read a number."""
@@ -2237,13 +2225,10 @@ class GGUFReader:
         else:
             if kind == self.ARRAY:
                 raise KeyError(kind)
-            begun = at = self.at
-            if (end := self._landmarks.get((begun, length))) is None:
-                data, size_at = self._data, struct.Struct("<Q").unpack_from  # for 300,000 strings
-                for _ in range(length):
-                    at += 8 + size_at(data, at)[0]
-                end = self._landmarks[begun, length] = at
-            self.at = end
+            data, at, size_at = self._data, self.at, struct.Struct("<Q").unpack_from  # for 300,000 strings
+            for _ in range(length):
+                at += 8 + size_at(data, at)[0]
+            self.at = at
         if self.at > len(self._data):
             raise struct.error
 
@@ -2253,13 +2238,10 @@ class ModelFile:
 
     Raises:
         NotFound: there is no such file. LoadError: it is empty, truncated or no GGUF, or a part is missing.
-
-    Attributes:
-        landmarks: where in the file a number of strings end that begin somewhere, for those that were passed over.
     """
 
-    def __init__(self, path: Path, number: int = 0, landmarks: dict[tuple[int, int], int] | None = None) -> None:
-        self.path, self.paths, self.landmarks = path, [path], landmarks or {}
+    def __init__(self, path: Path, number: int = 0) -> None:
+        self.path, self.paths = path, [path]
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -2291,7 +2273,7 @@ class ModelFile:
             raise LoadError(f"{self.path} lacks its part {', '.join(missing)}: download it again")
 
     def _read(self) -> dict[str, Any]:
-        reader = GGUFReader(self._data, 4, self.landmarks)
+        reader = GGUFReader(self._data, 4)
         version = reader.scalar("<I")
         if version not in (2, 3):
             raise LoadError(f"{self.path} is GGUF version {version}; 2 and 3 can be read (a big-endian file cannot)")
@@ -2313,7 +2295,7 @@ class ModelFile:
         """Yield the items of an array of strings or numbers; nothing if the key is not there."""
         array = self.metadata.get(key)
         if isinstance(array, GGUFArray):
-            reader = GGUFReader(self._data, array.offset, self.landmarks)
+            reader = GGUFReader(self._data, array.offset)
             if array.kind == reader.STRING:
                 yield from reader.strings(array.length)
             else:
@@ -2326,7 +2308,7 @@ class ModelFile:
         tokens = self.metadata.get("tokenizer.ggml.tokens")
         if index is None or not isinstance(tokens, GGUFArray) or not 0 <= index < tokens.length:
             return ""
-        reader = GGUFReader(self._data, tokens.offset, self.landmarks)
+        reader = GGUFReader(self._data, tokens.offset)
         reader.skip(tokens.kind, index)
         text = str(reader.value(tokens.kind))
         self._forget_pages()
@@ -3227,7 +3209,6 @@ class Log:
         self._metadata: set[str] = set()  # lines that say what is in a file
         self._callback: Any = None
         self._last: Any = None
-        self._silent: int | None = None  # the thread whose lines are dropped
 
     def attach(self, verbose: bool) -> None:
         """Take over llama.cpp's log; again, as llama-cpp-python takes it for itself where it is imported whole."""
@@ -3253,18 +3234,7 @@ class Log:
             sys.stderr.flush()
         Interrupt.leave(LoadError.exit_code)
 
-    @contextlib.contextmanager
-    def silenced(self) -> Iterator[None]:
-        """Drop what llama.cpp says in this thread."""
-        self._silent = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._silent = None
-
     def _write(self, level: int, text: bytes, _: Any) -> None:
-        if threading.get_ident() == self._silent:
-            return
         line = text.decode("utf-8", "replace")
         self.level = level if level != 5 else self.level  # GGML_LOG_LEVEL_CONT
         if level == 4 and line.strip():  # GGML_LOG_LEVEL_ERROR
@@ -3372,7 +3342,7 @@ def gpus() -> list[Device]:
 # =====================================================================================================================
 # 17  Vocabulary
 # =====================================================================================================================
-# Tokens by llama.cpp: of all words of a model or, where an index is kept, of those that a text can become.
+# Tokens by llama.cpp.
 
 
 class LlamaVocabulary(Closing):
@@ -3412,9 +3382,6 @@ class LlamaVocabulary(Closing):
         if self._model:
             self._llama.llama_model_free(self._model)
             self._model = None
-
-    def expect(self, text: str) -> None:
-        """Do nothing: all tokens are there."""
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Tokenise; long text on a thread with a stack for it, as llama.cpp's regex fallback recurses per character."""
@@ -3465,13 +3432,6 @@ class LlamaVocabulary(Closing):
         """Tell whether a token ends a generation."""
         return bool(self._llama.llama_vocab_is_eog(self.pointer, token))
 
-    def special_tokens(self) -> dict[str, int]:
-        """Return the tokens that have a part to play, by the key of a GGUF that names them."""
-        tokens = {
-            key: getattr(self._llama, f"llama_vocab_{name}")(self.pointer) for name, key in SPECIAL_TOKENS.items()
-        }
-        return {key: token for key, token in tokens.items() if token >= 0}
-
     @functools.cached_property
     def longest(self) -> int:
         """Bytes of the longest token."""
@@ -3511,334 +3471,6 @@ class LlamaVocabulary(Closing):
         return ids
 
 
-SPECIAL_TOKENS = {  # llama.cpp's name of a token: the key of a GGUF that names it
-    "bos": "tokenizer.ggml.bos_token_id",
-    "eos": "tokenizer.ggml.eos_token_id",
-    "eot": "tokenizer.ggml.eot_token_id",
-    "sep": "tokenizer.ggml.seperator_token_id",  # so spelled
-    "pad": "tokenizer.ggml.padding_token_id",
-    "mask": "tokenizer.ggml.mask_token_id",
-    "fim_pre": "tokenizer.ggml.fim_pre_token_id",
-    "fim_suf": "tokenizer.ggml.fim_suf_token_id",
-    "fim_mid": "tokenizer.ggml.fim_mid_token_id",
-    "fim_pad": "tokenizer.ggml.fim_pad_token_id",
-    "fim_rep": "tokenizer.ggml.fim_rep_token_id",
-    "fim_sep": "tokenizer.ggml.fim_sep_token_id",
-}
-
-
-def token_kind(attributes: int) -> int:
-    """Return the number by which a GGUF calls a kind of token, of llama.cpp's attribute bits; the first of several."""
-    kinds = {ATTR_CONTROL: 3, ATTR_UNKNOWN: 2, ATTR_USER_DEFINED: 4, ATTR_BYTE: 6, ATTR_UNUSED: 5, ATTR_NORMAL: 1}
-    return next((kind for bit, kind in kinds.items() if attributes & bit), 0)
-
-
-@functools.cache
-def byte_letters() -> dict[int, str]:
-    """Map each byte to the letter that stands for it in a byte-level vocabulary (GPT-2's: what can be seen, itself)."""
-    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = itertools.count(0x100)
-    return {byte: chr(byte if byte in seen else next(others)) for byte in range(0x100)}
-
-
-class LetterBytes(dict[int, "str | None"]):
-    """Maps those letters back to their bytes, as characters, and a line's end to END; no other letter is any."""
-
-    END = "\u2028"
-
-    def __init__(self) -> None:
-        super().__init__((ord(letter), chr(byte)) for byte, letter in byte_letters().items())
-        self[ord("\n")] = self.END
-
-    def __missing__(self, letter: int) -> None:
-        return None
-
-
-def escaped(word: bytes, byte_level: bool) -> str:
-    """Return how a vocabulary writes an ordinary token that stands for these bytes."""
-    if byte_level:
-        return word.decode("latin-1").translate(byte_letters())
-    return word.decode().replace(" ", "\u2581")
-
-
-def ordinary_words(texts: Sequence[str], tokens: Iterable[int], byte_level: bool) -> tuple[list[str], list[int]]:
-    """Return what the ordinary ones of these tokens stand for, a byte a character, in order; and those tokens.
-
-    They are all that a vocabulary writes as `escaped` does.
-    """
-    if byte_level:  # all at once, as there are 150,000; a letter that stands for no byte is gone, the word is shorter
-        lines = "\n".join("" if "\n" in text else text for text in texts)  # a line's end stands for no byte
-        words = lines.translate(LetterBytes()).split(LetterBytes.END)
-        ordinary = [token for token in tokens if len(words[token]) == len(texts[token])]
-    else:
-        words = [text.replace("\u2581", " ").encode().decode("latin-1") for text in texts]
-        ordinary = [token for token in tokens if " " not in texts[token]]
-    ordinary.sort(key=words.__getitem__)
-    return [words[token] for token in ordinary], ordinary
-
-
-def packed_gguf(metadata: Mapping[str, bool | int | str | list[int] | list[float] | list[str]]) -> bytes:
-    """Return a GGUF that has metadata, in lists of one kind each, and no tensors."""
-    single = {bool: (7, "?"), int: (4, "I"), str: (8, "")}
-    several = {int: (5, "i"), float: (6, "f"), str: (8, "")}
-
-    def packed(value: bool | int | str) -> bytes:
-        if isinstance(value, str):
-            return struct.pack("<Q", len(data := value.encode())) + data
-        return struct.pack(f"<{single[type(value)][1]}", value)
-
-    parts = [b"GGUF", struct.pack("<IQQ", 3, 0, len(metadata))]
-    for key, value in metadata.items():
-        parts.append(packed(key))
-        if isinstance(value, list):
-            kind, form = several[type(value[0]) if value else str]
-            parts.append(struct.pack("<IIQ", 9, kind, len(value)))
-            parts += [struct.pack(f"<{len(value)}{form}", *value)] if form else map(packed, cast("list[str]", value))
-        else:
-            parts += [struct.pack("<I", single[type(value)][0]), packed(value)]
-    return b"".join(parts)
-
-
-INDEX = "vocabulary-"  # how the names of their files begin
-
-
-class Kept(NamedTuple):
-    """A token that an index does not look for in a text: a control token, say. Each small vocabulary has it."""
-
-    id: int
-    attributes: int
-    ends: bool  # it ends a generation
-    score: float
-    text: str  # in the file
-    piece: str  # what it stands for, a byte a character
-
-    @classmethod
-    def of(cls, vocabulary: Vocabulary, token: int, text: str, score: float) -> Kept:
-        """Ask a vocabulary for it."""
-        attributes, ends = vocabulary.attributes(token), vocabulary.is_end(token)
-        return cls(token, attributes, ends, score, text, vocabulary.piece(token).decode("latin-1"))
-
-
-class VocabularyIndex:
-    """The ordinary tokens of a vocabulary by their bytes, so that those which a text can become are found in it.
-
-    llama.cpp takes 0.25 s to load 150,000 tokens, and makes of a page of text some 2,000 of them at most: BPE and
-    SentencePiece join neighbours, so no word that the text does not contain, and no merge into one, changes anything.
-    A vocabulary of the others gives the same tokens, and is loaded in milliseconds. `IndexedVocabulary` does that.
-
-    Args:
-        data: as `make_index` returned it.
-
-    Attributes:
-        about: what `packed_index` says of it.
-        kept: by their ids, the tokens that are in every such vocabulary.
-        landmarks: see `ModelFile`.
-    """
-
-    LEAST = 1 << 14  # tokens; fewer are loaded as fast
-    NOWHERE = 2**32 - 1
-    PROOF = (  # what an index must tokenise as llama.cpp does: letters, numbers, spaces and signs of all kinds
-        "It's 3.14 € for 1,234,567 naïve cafés, isn't it? Здравствуй, κόσμε! 今日は、世界。안녕 नमस्ते สวัสดี\n\n\n"
-        "\tif x == 1:\r\n        return [None] * 20_000  # 👍🏽 <0x0A> ▁ \u00a0\u200b e\u0301\n   END...</s><|end|>  "
-    )
-
-    def __init__(self, data: bytes | bytearray) -> None:
-        view = memoryview(data)
-        (size,) = struct.unpack_from("<I", view)
-        head, at = json.loads(bytes(view[4 : 4 + size])), 4 + size
-        self.about: dict[str, Any] = head
-        self.kept = {one[0]: Kept(*one) for one in head["kept"]}
-        self.landmarks = {(begin, length): end for begin, length, end in head["landmarks"]}
-
-        def numbers(form: Literal["I", "H", "f"], count: int) -> Any:
-            nonlocal at
-            before, at = at, at + count * struct.calcsize(form)
-            return view[before:at].cast(form)
-
-        self._starts = numbers("I", head["words"] + 1)  # of each word, where its bytes begin
-        self._ids = numbers("I", head["words"])
-        self._scores = numbers("f", head["words"])
-        self._parents = numbers("I", head["words"])  # see `parents_of`
-        self._made = Merges(numbers("I", head["words"]), numbers("I", head["merges"]), numbers("H", head["merges"]))
-        self._places = numbers("I", head["size"])  # by the id
-        self._words = bytes(view[at:])
-        self._all = range(head["words"])
-        self._seen: set[bytes] = set()  # in which words were looked for
-        self._found: set[int] = set()  # and these
-
-    def word(self, number: int) -> bytes:
-        """Return the bytes of an ordinary token, by its number in the order of their bytes."""
-        return self._words[self._starts[number] : self._starts[number + 1]]
-
-    def find(self, data: bytes) -> set[int]:
-        """Return the numbers of all ordinary tokens that a text contains, and of those that were found before."""
-        longest, found, parents, word = self.about["longest"], self._found, self._parents, self.word
-        rests = {data[at : at + longest] for at in range(len(data))}
-        if self.about["space_prefix"]:  # llama.cpp may put a space before any part
-            rests |= {b" " + rest for rest in rests}
-        for rest in rests - self._seen:
-            number = bisect.bisect_right(self._all, rest, key=word) - 1  # it begins with all by which the rest does
-            while 0 <= number < self.NOWHERE and not rest.startswith(word(number)):
-                number = parents[number]
-            while 0 <= number < self.NOWHERE and number not in found:
-                found.add(number)
-                number = parents[number]
-        self._seen |= rests
-        return found
-
-    def piece(self, token: int) -> bytes:
-        """Return the bytes a token stands for."""
-        kept = self.kept.get(token)
-        return kept.piece.encode("latin-1") if kept else self.word(self._places[token])
-
-    def excerpt(self, text: bytes) -> tuple[bytes, list[int]]:
-        """Return a GGUF with a vocabulary for the parts of a text, and the ids of its tokens in the whole one."""
-        about, byte_level = self.about, cast(bool, self.about["byte_level"])
-        found = self.find(text)
-        texts = {self._ids[number]: escaped(self.word(number), byte_level) for number in found}
-        texts.update((token, kept.text) for token, kept in self.kept.items())
-        tokens = sorted(texts)
-        scores: dict[int, float] = {self._ids[number]: self._scores[number] for number in found}
-        scores.update((token, kept.score) for token, kept in self.kept.items())
-        merges = list[Any](about["kept_merges"])
-        for number in found:
-            merged = texts[self._ids[number]]
-            merges += ([rank, f"{merged[:cut]} {merged[cut:]}"] for rank, cut in self._made.into(number))
-        place = {token: at for at, token in enumerate(tokens)}
-        kinds = [token_kind(self.kept[token].attributes) if token in self.kept else 1 for token in tokens]
-        metadata = {
-            "general.architecture": "llama",  # of which only the vocabulary is loaded
-            **about["metadata"],
-            **{key: place[token] for key, token in about["named"].items()},
-            "tokenizer.ggml.tokens": [texts[token] for token in tokens],
-            "tokenizer.ggml.token_type": kinds,
-            "tokenizer.ggml.scores": [scores[token] for token in tokens],
-        }
-        if byte_level:
-            metadata["tokenizer.ggml.merges"] = [merge for _, merge in sorted(merges)]
-        return packed_gguf(metadata), tokens
-
-
-def make_index(vocabulary: LlamaVocabulary) -> bytes:
-    """Return what an index is made of; nothing where it could not be trusted to tokenise as the vocabulary does."""
-
-    def whole() -> LlamaVocabulary:
-        raise LookupError("the words of the proof do not load")
-
-    try:
-        if not (data := packed_index(vocabulary)):
-            return b""
-        with IndexedVocabulary(VocabularyIndex(data), vocabulary.file, whole) as indexed:
-            names = "".join(kept.text for kept in itertools.islice(indexed.index.kept.values(), 100))
-            for text, special in itertools.product((VocabularyIndex.PROOF, names), (False, True)):
-                if indexed.encode(text, special) != vocabulary.encode(text, special):
-                    return b""
-    except (ValueError, LookupError, OverflowError, struct.error):  # a vocabulary of another make
-        return b""
-    return data
-
-
-def packed_index(vocabulary: LlamaVocabulary) -> bytes:
-    """Return what an index is made of; nothing for a vocabulary of a kind that has no ordinary words.
-
-    Raises:
-        ValueError, LookupError, OverflowError, struct.error: it is of another make.
-    """
-    file, size = vocabulary.file, vocabulary.size
-    metadata = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.ggml.")}
-    byte_level = metadata["tokenizer.ggml.model"] == "gpt2"
-    if not byte_level and metadata["tokenizer.ggml.model"] != "llama":
-        return b""
-    texts, scores = list(file.items("tokenizer.ggml.tokens")), list(file.items("tokenizer.ggml.scores"))
-    attributes = list(map(vocabulary.attributes, range(size)))
-    if not all(texts) or any(bits & (ATTR_LSTRIP | ATTR_RSTRIP) for bits in attributes):
-        return b""  # llama.cpp makes a text for an empty one, and tells by the model's name what the others strip
-    named = vocabulary.special_tokens()
-    special = {*named.values(), *(value for key, value in metadata.items() if key.endswith("_token_id"))}
-
-    likely = (token for token in range(size) if attributes[token] == ATTR_NORMAL and token not in special)
-    words, tokens = ordinary_words(texts, likely, byte_level)
-    others = sorted(set(range(size)).difference(tokens))
-    kept = [Kept.of(vocabulary, token, texts[token], scores[token] if scores else 0.0) for token in others]
-    number_of = {texts[token]: number for number, token in enumerate(tokens)}
-    made, merges = merges_by_word(list(file.items("tokenizer.ggml.merges")), number_of)
-    if max(len(kept), len(merges)) > VocabularyIndex.LEAST:
-        return b""
-    places = array.array("I", [VocabularyIndex.NOWHERE]) * size
-    for number, token in enumerate(tokens):
-        places[token] = number
-    head = {
-        "size": size,
-        "words": len(words),
-        "merges": len(made.cuts),
-        "longest": max(map(len, (*words, *(one.piece for one in kept)))),
-        "byte_level": byte_level,
-        "bos": vocabulary.bos,
-        "space_prefix": vocabulary.space_prefix,
-        "named": named,
-        "metadata": {
-            key: value
-            for key, value in metadata.items()
-            if isinstance(value, str | bool | int) and not key.endswith("_token_id")
-        },
-        "kept": kept,
-        "kept_merges": merges,
-        "landmarks": [(*where, end) for where, end in file.landmarks.items()],
-    }
-    packed = json.dumps(head).encode()
-    sections = (
-        struct.pack("<I", len(packed)),
-        packed,
-        array.array("I", itertools.accumulate(map(len, words), initial=0)),
-        array.array("I", tokens),
-        array.array("f", [scores[token] for token in tokens] if scores else bytes(4 * len(tokens))),
-        parents_of(words),
-        *made,
-        places,
-        "".join(words).encode("latin-1"),
-    )
-    return b"".join(map(bytes, sections))
-
-
-def parents_of(words: Sequence[str]) -> array.array[int]:
-    """Return, for each of some words in order, which one is the longest other that it begins with, or NOWHERE."""
-    parents, begun = array.array("I"), list[int]()  # by those that the latest word begins with
-    for number, word in enumerate(words):
-        while begun and not word.startswith(words[begun[-1]]):
-            begun.pop()
-        parents.append(begun[-1] if begun else VocabularyIndex.NOWHERE)
-        begun.append(number)
-    return parents
-
-
-class Merges(NamedTuple):
-    """Merges by the word that each makes."""
-
-    latest: Sequence[int]  # of each word, the last one that makes it; NOWHERE if none does
-    before: Sequence[int]  # of each merge, the one before it that makes the same word
-    cuts: Sequence[int]  # letters of its left part
-
-    def into(self, number: int) -> Iterator[tuple[int, int]]:
-        """Yield rank and left part of each that makes a word."""
-        rank = self.latest[number]
-        while rank != VocabularyIndex.NOWHERE:
-            yield rank, self.cuts[rank]
-            rank = self.before[rank]
-
-
-def merges_by_word(merges: Sequence[str], number_of: Mapping[str, int]) -> tuple[Merges, list[tuple[int, str]]]:
-    """Sort merges by the word that each makes; return those that make none besides, with their ranks."""
-    none, nowhere = len(number_of), VocabularyIndex.NOWHERE
-    cuts = [merge.find(" ", 1) for merge in merges]
-    numbers = [number_of.get(merge[:cut] + merge[cut + 1 :], none) for merge, cut in zip(merges, cuts, strict=True)]
-    latest, before = [nowhere] * (none + 1), []
-    for rank, number in enumerate(numbers):
-        before.append(latest[number])
-        latest[number] = rank
-    others = [(rank, merges[rank]) for rank, number in enumerate(numbers) if number == none]
-    return Merges(array.array("I", latest[:none]), array.array("I", before), array.array("H", cuts)), others
-
-
 def load_words(path: str | Path) -> Any:
     """Return llama.cpp's pointer to the vocabulary of a file, which is null if it does not load."""
     llama = llama_cpp()
@@ -3847,158 +3479,26 @@ def load_words(path: str | Path) -> Any:
     return llama.llama_model_load_from_file(os.fsencode(path), params)
 
 
-class IndexedVocabulary(Closing):
-    """A vocabulary by its index: for each text, llama.cpp loads the words that it contains. Close it, or use a `with`.
-
-    Args:
-        file: whose vocabulary it is.
-        whole: loads all of it, where that is needed; it is closed with this one.
-    """
-
-    LONG = 1 << 14  # bytes; in more, finding the words takes as long as loading all
-
-    def __init__(self, index: VocabularyIndex, file: ModelFile, whole: Callable[[], LlamaVocabulary]) -> None:
-        self.index, self._file, self._load_whole = index, file, whole
-        self.size: int = index.about["size"]
-        self.bos: int | None = index.about["bos"]
-        self.longest: int = index.about["longest"]
-        self.escapes_spaces: bool = not index.about["byte_level"]
-        self.space_prefix: bool = index.about["space_prefix"]
-        self._small: LlamaVocabulary | None = None
-        self._ids: list[int] = []  # of the tokens of that
-        self._covered = b""
-
-    def close(self) -> None:
-        """Free it; again is harmless."""
-        self._forget()
-        if not self.is_small:
-            self.whole.close()
-
-    def _forget(self) -> None:
-        if self._small:
-            self._small.close()
-            self._small = None
-
-    @property
-    def pointer(self) -> Any:
-        """Return llama.cpp's pointer to all of it.
-
-        Raises:
-            LoadError: as `Loading.take`.
-        """
-        return self.whole.pointer
-
-    @functools.cached_property
-    def whole(self) -> LlamaVocabulary:
-        """Load all of it.
-
-        Raises:
-            LoadError: as `Loading.take`.
-        """
-        return self._load_whole()
-
-    @property
-    def is_small(self) -> bool:
-        """Tell whether not all of it was needed so far."""
-        return "whole" not in self.__dict__
-
-    def expect(self, text: str) -> None:
-        """Load the words of a text: its parts are tokenised by them."""
-        data = self._spaced(text)
-        if not self.is_small or (self._small and data in self._covered):
-            return
-        self._forget()
-        if len(data) <= self.LONG:
-            self._small, self._ids, self._covered = *self._excerpt(data), data
-        if self._small is None:
-            self.whole  # noqa: B018
-
-    def _spaced(self, text: str) -> bytes:
-        data = text.encode()
-        return data.replace("\u2581".encode(), b" ") if self.escapes_spaces else data
-
-    def _excerpt(self, text: bytes) -> tuple[LlamaVocabulary | None, list[int]]:
-        """Load a vocabulary for a text; None where that cannot be done here."""
-        import tempfile
-
-        data, ids = self.index.excerpt(text)
-        try:
-            handle, path = tempfile.mkstemp(".gguf", "metaalign-edge-")
-        except OSError:
-            return None, ids
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            with LOG.silenced():
-                pointer = load_words(path)
-            return (LlamaVocabulary(pointer, self._file) if pointer else None), ids
-        except OSError:
-            return None, ids
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-
-    def encode(self, text: str, special: bool) -> list[int]:
-        """Tokenise; `special` recognises control tokens in the text."""
-        self.expect(text)
-        if not self.is_small or self._small is None:
-            return self.whole.encode(text, special)
-        return [self._ids[token] for token in self._small.encode(text, special)]
-
-    def piece(self, token: int) -> bytes:
-        """Return the bytes a token stands for."""
-        return self.index.piece(token)
-
-    def attributes(self, token: int) -> int:
-        """Return llama.cpp's attribute bits of a token."""
-        kept = self.index.kept.get(token)
-        return kept.attributes if kept else ATTR_NORMAL
-
-    def is_end(self, token: int) -> bool:
-        """Tell whether a token ends a generation."""
-        kept = self.index.kept.get(token)
-        return kept is not None and kept.ends
-
-    def spell(self, text: str) -> list[int]:
-        """Write text one character, or one byte, per token.
-
-        Raises:
-            TierViolation: the vocabulary lacks a letter.
-        """
-        return self.whole.spell(text)
-
-
 class Loading(Closing):
-    """A file's vocabulary, on its way: a thread loads it while this one goes on, or there is an index of it.
+    """A file's vocabulary, on its way: a thread loads it while this one goes on.
 
     llama.cpp takes some 0.25 s for 150,000 tokens. Close it, or use it in a `with`; a vocabulary that nobody has taken
     by its end is freed.
-
-    Args:
-        states: where an index may be kept.
 
     Raises:
         LoadError: llama.cpp does not run on this machine.
     """
 
-    def __init__(self, path: Path, verbose: bool = False, states: States | None = None) -> None:
+    def __init__(self, path: Path, verbose: bool = False) -> None:
         with STOPWATCH("library"):
             self._llama = llama_cpp()  # not in the thread: Python in both at a time is slower than one after the other
             LOG.attach(verbose)
             LOG.errors.clear()
             self._llama.llama_backend_init()
         self.began = time.monotonic()
-        self._path, self._states = path, states
+        self._path = path
         self._loads: Background | None = None  # until it is taken
-        self._key = index_key(path) if states else None
-        index = states.load(self._key) if states and self._key else None
-        self._indexed = index is not None  # perhaps as one that is of no use
-        self.index = VocabularyIndex(index) if index else None
-        if not self.index:
-            self._start()
-
-    def _start(self) -> None:
-        if self._path.is_file():  # a pipe would be read up, or waited for
+        if path.is_file():  # a pipe would be read up, or waited for
             self._loads = Background(self._load)
 
     def _load(self) -> Any:
@@ -4012,42 +3512,16 @@ class Loading(Closing):
             self._llama.llama_model_free(pointer)
         self._loads = None
 
-    def take(self, file: ModelFile) -> LlamaVocabulary | IndexedVocabulary:
-        """Return the vocabulary, which is this file's, by its index or when it is loaded. Close that, too.
+    def take(self, file: ModelFile) -> LlamaVocabulary:
+        """Wait for the vocabulary, which is this file's, and return it. Close that, too.
 
         Raises:
             LoadError: llama.cpp refuses it, or it is of no kind that chat models have.
         """
-        return IndexedVocabulary(self.index, file, lambda: self.whole(file)) if self.index else self.whole(file)
-
-    def whole(self, file: ModelFile) -> LlamaVocabulary:
-        """Wait for all of the vocabulary, which is this file's, and return it. Close that, too.
-
-        Raises:
-            LoadError: as `take`.
-        """
-        if self.index:
-            self._start()
         loads, self._loads = self._loads, None
         if not loads or not (pointer := loads.result()):
             raise LoadError(f"cannot load {file.path}: {LOG.reason()}")
         return LlamaVocabulary(pointer, file)
-
-    def index_for(self, vocabulary: LlamaVocabulary | IndexedVocabulary) -> tuple[States, str] | None:
-        """Return where an index of a vocabulary that was taken can be kept; None if it is small, or there is one."""
-        size = vocabulary.size
-        if self._indexed or size < VocabularyIndex.LEAST or not (self._states and self._key):
-            return None
-        return (self._states, self._key) if self._states.holds(64 * size) else None
-
-
-def index_key(path: Path) -> str | None:
-    """Return the name of a file's index, of a digest of all that decides it; None if a tiny one, or none, is there."""
-    with contextlib.suppress(OSError):
-        if path.stat().st_size < TINY_MODEL:
-            return None
-        return f"{INDEX}{digest([1, identity(parts_of(path)), build()])}"
-    return None
 
 
 def load_vocabulary(file: ModelFile, verbose: bool = False) -> LlamaVocabulary:
@@ -4057,7 +3531,7 @@ def load_vocabulary(file: ModelFile, verbose: bool = False) -> LlamaVocabulary:
         LoadError: as `Loading.take`.
     """
     with Loading(file.path, verbose) as loading:
-        return loading.whole(file)
+        return loading.take(file)
 
 
 # =====================================================================================================================
@@ -4141,14 +3615,9 @@ class Model(Closing):
         if not self._awaited:
             self.ready = time.monotonic()
 
-    @property
-    def indexed(self) -> bool:
-        """Tell whether nothing has to be loaded for a text to be tokenised."""
-        return self._loading.index is not None
-
     @functools.cached_property
-    def vocabulary(self) -> LlamaVocabulary | IndexedVocabulary:
-        """Wait for the vocabulary, if it is loaded.
+    def vocabulary(self) -> LlamaVocabulary:
+        """Wait for the vocabulary.
 
         Raises:
             LoadError: as `Loading.take`.
@@ -4165,15 +3634,6 @@ class Model(Closing):
         self.pointer  # noqa: B018
         self.vocabulary  # noqa: B018
         return (self.ready - self._loading.began) * 1000
-
-    def keep_index(self) -> None:
-        """Keep what spares the next call to load the vocabulary. For that the weights are freed: call it at the end."""
-        vocabulary = self.vocabulary
-        place = self._loading.index_for(vocabulary)
-        if place and isinstance(vocabulary, LlamaVocabulary):
-            self._free()
-            states, key = place
-            states.save(key, make_index(vocabulary))
 
     def _load(self) -> Any:
         """Load the weights; return llama.cpp's pointer, which is null if they do not load."""
@@ -4255,17 +3715,13 @@ class Model(Closing):
         """Free the model; again is harmless."""
         if self.session:
             self.session.close()
-        self._free()
-        self._held.close()
-
-    def _free(self) -> None:
-        """Free the weights."""
         if self._loads:
             self._unwanted = True
             if pointer := self._loads.result():
                 llama_cpp().llama_model_free(pointer)
             self._loads = None
         self.pointer = None
+        self._held.close()
 
 
 def threads_for(model: Model, settings: Settings) -> int:
@@ -4735,7 +4191,6 @@ def thinking_marks(source: str, vocabulary: Vocabulary) -> tuple[str, str] | Non
     """Return by what a model marks its reasoning: what its template names, or has a token; None if it has neither."""
     if named := next((marks for marks in THINKING if marks[1] in source), None):
         return named
-    vocabulary.expect(" ".join(marks[1] for marks in THINKING))
     return next((marks for marks in THINKING if len(vocabulary.encode(marks[1], special=True)) == 1), None)
 
 
@@ -5126,7 +4581,7 @@ class Session(Closing):
     def at_once(self) -> int | None:
         """Return how many tokens of each sequence are made room for before the first dialog is seen; None: it decides.
 
-        That costs nothing while a vocabulary is still loading; if there is none to wait for, the dialog is at hand.
+        That costs nothing while the vocabulary is still loading.
         """
         return None
 
@@ -5366,7 +4821,7 @@ class Chat(Session):
     def at_once(self) -> int | None:
         """Return as much as any dialog has; only a strength may need more sequences than one."""
         guided = self.settings.system_strength != 1 or self.settings.pref_strength != 1
-        return None if guided or self.model.indexed else least_context(self.model.file, self.settings)
+        return None if guided else least_context(self.model.file, self.settings)
 
     def prepare(self, outline: Outline) -> Engine:
         """Return the context, made anew if the dialog needs more of it."""
@@ -6874,13 +6329,13 @@ def find_model(name: str | None, offline: bool | None, screen: Screen) -> Path:
     return path
 
 
-def open_model(path: Path, landmarks: dict[tuple[int, int], int] | None = None) -> ModelFile:
+def open_model(path: Path) -> ModelFile:
     """Read a model's metadata.
 
     Raises:
         NotFound: there is no such file. LoadError: it is bad, or no model.
     """
-    file = ModelFile(path, landmarks=landmarks)
+    file = ModelFile(path)
     if file.purpose in ("adapter", "mmproj", "imatrix"):
         raise LoadError(f"{path} is no model but a file for one ({file.purpose}): name the model itself with -m")
     return file
@@ -8231,7 +7686,7 @@ NoCacheOption = Annotated[
     bool,
     option(
         "--no-cache",
-        help="Neither load nor keep what was read of the meta-prompt and the vocabulary.",
+        help="Neither load nor keep what was read of the meta-prompt.",
         panel=MODEL,
         env="NO_CACHE",
     ),
@@ -8505,7 +7960,6 @@ def load_model(
     settings: Settings,
     interrupt: Interrupt,
     screen: Screen,
-    states: States | None,
     columns: int = 1,
 ) -> tuple[Model, ChatTemplate, Settings]:
     """Load a model, and choose its template meanwhile.
@@ -8517,10 +7971,9 @@ def load_model(
     path = loaded.path(screen)
     STOPWATCH.mark("options")
     with interrupt, contextlib.ExitStack() as unless_loaded:
-        loads = Loading(path, settings.verbose, None if settings.schema else states)  # a grammar needs all words
-        loading = unless_loaded.enter_context(loads)
+        loading = unless_loaded.enter_context(Loading(path, settings.verbose))
         with STOPWATCH("metadata"):
-            file = open_model(path, loading.index.landmarks if loading.index else None)
+            file = open_model(path)
             settings = loaded.fitted(settings, file, columns=columns)
         model = unless_loaded.enter_context(Model(file, settings, interrupt, loading))
         with STOPWATCH("template"):
@@ -8651,7 +8104,7 @@ def chat(
     settings = gathered(loaded, sampling, strengths, talk)
     asked = read_query(query, no_stdin, repl=not as_json)
     interrupt, states = Interrupt(), kept_states(no_cache)
-    model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen, states)
+    model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen)
     OPEN.enter_context(model)
     with Chat(model, chosen, settings, rendered.options(), interrupt, states=states) as session:
         explain(model, chosen, settings, screen)
@@ -8663,8 +8116,6 @@ def chat(
         else:
             reply = None if as_json else Reply(screen, markdown, stream)
             answer_once(session, transcript, asked, screen, rendered.strict_tiers, reply)
-    with interrupt:
-        model.keep_index()
 
 
 @app.command("compare")
@@ -8697,7 +8148,7 @@ def compare_command(
     dialogs = [Dialog(meta_prompt.system_info(), wish_text(wish), (asked,)) for wish in wishes]
     settings = gathered(loaded, sampling, strengths, talk)
     interrupt, options, states = Interrupt(), rendered.options(), kept_states(no_cache)
-    model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen, states, len(dialogs))
+    model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen, len(dialogs))
     with interrupt:
         with model:
             explain(model, chosen, settings, screen)
@@ -8707,7 +8158,6 @@ def compare_command(
                 contextlib.nullcontext() if as_json else Columns(wishes, screen) as columns,
             ):
                 answers = answer_together(session, dialogs, columns, screen, rendered.strict_tiers)
-            model.keep_index()
         if as_json:
             screen.json([{"pref": wish, **asdict(answer)} for wish, answer in zip(wishes, answers, strict=False)])
         screen.detail("\n".join(map(describe, answers)))
@@ -9137,13 +8587,13 @@ def verify_conversion(path: Path, settings: Settings) -> list[str]:
 # =====================================================================================================================
 # States, preferences and settings: what is kept between calls, and where.
 
-cache = typer.Typer(no_args_is_help=True, help="What was read of meta-prompts and vocabularies, kept on the disk.")
+cache = typer.Typer(no_args_is_help=True, help="What was read of meta-prompts, kept on the disk.")
 app.add_typer(cache, name="cache")
 
 
 @cache.command("show")
 def cache_show(as_json: JsonOption = False) -> None:
-    """List what is kept: how large, how often it saved the reading of a meta-prompt or a vocabulary, and when last."""
+    """List what is kept: how large, how often it saved the reading of a meta-prompt, and when last."""
     screen, states = Screen(), States()
     files = states.files()
     size = sum(file.bytes for file in files)
@@ -9161,7 +8611,7 @@ def cache_show(as_json: JsonOption = False) -> None:
         return
     heads = ["state", "MB", "hits", "last used"]
     rows = [
-        [file.path.stem.partition("-")[0][:12], f"{file.bytes / 1e6:.1f}", str(file.hits), on_clock(file.used)]
+        [file.path.stem[:12], f"{file.bytes / 1e6:.1f}", str(file.hits), on_clock(file.used)]
         for file in files
     ]
     lines = aligned(heads, rows) if rows else []

@@ -13,15 +13,12 @@ import metaalign_edge as edge
 from metaalign_edge import (
     ContextOverflow,
     Dialog,
-    IndexedVocabulary,
     LlamaVocabulary,
     Markers,
     ModelFile,
     Tokens,
     Turn,
-    VocabularyIndex,
     load_vocabulary,
-    make_index,
     render,
     tokenize,
 )
@@ -40,13 +37,13 @@ BENIGN = (
 )
 
 
-KINDS = ("spm", "bpe", "tiny", "spm by its index", "bpe by its index")
+KINDS = ("spm", "bpe", "tiny")
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaVocabulary]:
-    """A vocabulary of each kind, whole and by its index."""
-    folder, (kind, _, how) = tmp_path_factory.mktemp("vocabularies"), request.param.partition(" ")
+    """A vocabulary of each kind."""
+    folder, kind = tmp_path_factory.mktemp("vocabularies"), request.param
     if kind == "spm":
         path = vocabularies.write_spm(folder / "spm.gguf")
     elif kind == "bpe":
@@ -54,10 +51,7 @@ def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     else:
         path = request.getfixturevalue(kind)
     with load_vocabulary(ModelFile(path)) as loaded:
-        if how:
-            yield IndexedVocabulary(VocabularyIndex(make_index(loaded)), loaded.file, lambda: loaded)  # type: ignore[misc]
-        else:
-            yield loaded
+        yield loaded
 
 
 TEMPLATES = {name: shipped(name) for name in ("metaalign", "chatml", "llama3", "gemma", "mistral", "plain")}

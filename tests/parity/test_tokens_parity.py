@@ -23,7 +23,6 @@ from transformers import PreTrainedTokenizerFast
 from metaalign_edge import (
     ChatTemplate,
     Dialog,
-    IndexedVocabulary,
     LlamaVocabulary,
     LoadError,
     ModelFile,
@@ -31,11 +30,9 @@ from metaalign_edge import (
     Template,
     Tokens,
     Turn,
-    VocabularyIndex,
     choose_template,
     llama_cpp,
     load_vocabulary,
-    make_index,
     render,
     tokenize,
 )
@@ -193,46 +190,6 @@ def test_the_texts_that_llama_cpp_tests_its_tokenizers_with_have_its_ids(case: C
     dialogs = [Dialog(text, text, (Turn("x" + text, text or "x"), Turn(text or "x"))) for text in texts]
     for template in case.templates[:2]:
         assert compare_with_llama_cpp(case, template, dialogs) == []
-
-
-NOT_INDEXED = {  # and why
-    "gemma-4": "its tokens are raw text, in a BPE that is not byte-level",
-    "phi-3": "which tokens take the space behind them is told by the model's name",
-}
-
-
-def test_an_index_gives_the_ids_of_the_whole_vocabulary(case: Case) -> None:
-    data = make_index(case.vocabulary)
-    assert (data == b"") == (case.name in NOT_INDEXED)
-    if not data:
-        return
-    whole = case.vocabulary
-
-    def too_much() -> LlamaVocabulary:
-        raise AssertionError("all of the vocabulary was needed")
-
-    with IndexedVocabulary(VocabularyIndex(data), case.file, too_much) as indexed:
-        for token in range(whole.size):
-            assert indexed.piece(token) == whole.piece(token)
-            assert indexed.attributes(token) == whole.attributes(token)
-            assert indexed.is_end(token) == whole.is_end(token)
-        for name in ("size", "bos", "longest", "escapes_spaces", "space_prefix"):
-            assert getattr(indexed, name) == getattr(whole, name)
-        chance = random.Random(0)
-        texts = [text for dialog in (*BENIGN.values(), *SPACED.values()) for _, text in dialog.texts()]
-        texts += (
-            case.file.path.with_name("ggml-vocab-gpt-2.gguf.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
-        )
-        texts += ["".join(chance.choices(case.specials(), k=3)).join(chance.choices(texts, k=2)) for _ in range(20)]
-        texts += ["".join(chr(chance.choice(ranges)) for ranges in chance.choices(SCRIPTS, k=60)) for _ in range(20)]
-        for text in texts:
-            for special in (False, True):
-                fresh = IndexedVocabulary(VocabularyIndex(data), case.file, too_much) if len(text) < 200 else indexed
-                for part in (text, text[len(text) // 3 :]):  # the second by the words of the first
-                    if len(part.encode()) <= indexed.LONG:
-                        assert fresh.encode(part, special) == whole.encode(part, special), (part, special)
-                if fresh is not indexed:
-                    fresh.close()
 
 
 def test_phi_3_loses_space_after_a_marker_and_tier_text_keeps_it(reference: Reference) -> None:
