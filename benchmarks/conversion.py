@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from metaalign_edge import physical_cores
+from metaalign_edge_runtime.llama.library import physical_cores
 
 LAYERS, WIDTH, INNER, HEADS, KV_HEADS, HEAD = 24, 896, 4864, 14, 2, 64
 BFLOAT16 = 2  # bytes
@@ -57,7 +57,7 @@ try:
 except SystemExit as end:
     if end.code:
         raise
-from metaalign_edge import peak_mb
+from metaalign_edge_runtime.llama.memory import peak_mb
 print("peak", peak_mb(), file=sys.stderr)
 """
 

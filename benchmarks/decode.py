@@ -34,19 +34,10 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from metaalign_edge import (
-    Chat,
-    Dialog,
-    Interrupt,
-    Model,
-    ModelFile,
-    RenderOptions,
-    Settings,
-    Turn,
-    choose_template,
-    llama_cpp,
-    physical_cores,
-)
+from metaalign_edge import Chat, Dialog, Model, RenderOptions, Settings, Turn, choose_template
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
+from metaalign_edge_runtime.llama.library import llama_cpp, physical_cores
 
 LAYERS, WIDTH, INNER, HEADS, KV_HEADS, VOCABULARY = 24, 896, 4864, 14, 2, 151_936
 ENDS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -40,18 +40,10 @@ from typing import NamedTuple
 
 from decode import Tokenizer, random_model
 
-from metaalign_edge import (
-    Dialog,
-    ModelFile,
-    Rendering,
-    Turn,
-    choose_template,
-    llama_cpp,
-    load_vocabulary,
-    physical_cores,
-    render,
-    tokenize,
-)
+from metaalign_edge import Dialog, Rendering, Turn, choose_template, render, tokenize
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.library import llama_cpp, physical_cores
+from metaalign_edge_runtime.llama.vocabulary import load_vocabulary
 
 PACKAGE = "llama-cpp-python"
 PROGRAMS = ("llama-completion", "llama-batched-bench")
@@ -60,15 +52,18 @@ LENGTH = 48  # tokens that each sequence writes
 META_PROMPT = " ".join(["The tone is calm, and every answer names its source."] * 63)  # of 12 tokens each
 QUERY, OTHER = "What is tea?", "What is ice?"
 TOGETHER = """
-import json, sys
-import metaalign_edge as edge
+import json, pathlib, sys
+from metaalign_edge import Dialog, Guidance, Model, Settings
+from metaalign_edge_commands.measure.speeds import Bench
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
 path, threads, layers, *counts = sys.argv[1:]
-file, counts = edge.ModelFile(edge.Path(path)), list(map(int, counts))
-settings, interrupt = edge.Settings(gpu_layers=layers, threads=int(threads)), edge.Interrupt()
-with edge.Model(file, settings) as model, edge.Bench(model, settings, interrupt, counts) as bench:
+file, counts = ModelFile(pathlib.Path(path)), list(map(int, counts))
+settings, interrupt = Settings(gpu_layers=layers, threads=int(threads)), Interrupt()
+with Model(file, settings) as model, Bench(model, settings, interrupt, counts) as bench:
     bench.write(1)
     found = {count: bench.write(count) for count in counts}
-    strength = edge.Guidance(edge.Dialog("", "a preference"), 1.0, 2.0)
+    strength = Guidance(Dialog("", "a preference"), 1.0, 2.0)
     print(json.dumps({"guided": bench.write(2, strength), "together": found}))
 """
 NODE = """

@@ -17,7 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.gguf_writer import GGUFWriter
 
-from metaalign_edge import peak_mb
+from metaalign_edge_runtime.llama.memory import peak_mb
 
 from .architectures import Transform
 from .checkpoint import Checkpoint, Output

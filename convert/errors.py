@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from metaalign_edge_runtime import errors
+from metaalign_edge_runtime.errors import LoadError
+
 MESSAGE_LIMIT = 600  # characters; names and tokens come from files and may be of any length
 
 
-class ConvertError(Exception):
+class ConvertError(LoadError):
     """The checkpoint cannot be converted as it is."""
 
     def __init__(self, message: str) -> None:
@@ -20,13 +23,19 @@ class ConvertError(Exception):
 class SourceNotFound(ConvertError):
     """There is no checkpoint where one was looked for."""
 
+    exit_code = errors.NotFound.exit_code
+
 
 class OutputExists(ConvertError):
     """The output is there already, and nobody said that it may be replaced."""
 
+    exit_code = errors.UsageError.exit_code
+
 
 class CannotWrite(ConvertError):
     """The output cannot be written: no folder, no permission, no space."""
+
+    exit_code = errors.CannotWrite.exit_code
 
 
 def some(names: list[str], limit: int = 4) -> str:

@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from metaalign_edge import peak_mb
+from metaalign_edge_runtime.llama.memory import peak_mb
 
 from .architectures import Transform
 from .chat import templates_to_write

@@ -17,6 +17,8 @@ import gguf
 import pytest
 
 import metaalign_edge as edge
+from metaalign_edge_runtime.llama import library
+from metaalign_edge_runtime.stores import models
 
 TASTES = ("EDITOR", "VISUAL", "NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS")  # typer takes the last for a terminal
 for name in list(os.environ):  # of the machine's user; libraries read some of them once, when they are imported
@@ -88,7 +90,7 @@ def tiny(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo() -> Path:
     """The embedded default model."""
-    return edge.embedded_model()
+    return models.embedded_model()
 
 
 @pytest.fixture
@@ -161,7 +163,7 @@ def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute attention in 32 bits: random weights have near ties, which the usual 16 bits decide one way or another."""
-    llama = edge.llama_cpp()
+    llama = library.llama_cpp()
     usual = llama.llama_context_default_params
 
     def params() -> Any:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from checkpoints import CONFIG, ROWS, draw_weights, edit_json, write_json, write_tokenizer, write_weights
-from metaalign_edge_convert import OUTTYPES, open_checkpoint, write_gguf
-from metaalign_edge_convert.architectures import find
 from vocabularies import GEMMA as GEMMA_STYLE
 from vocabularies import LEGACY, model_proto, pieces, write_sentencepiece
+
+from metaalign_edge_convert import OUTTYPES, open_checkpoint, write_gguf
+from metaalign_edge_convert.architectures import find
 
 Json = dict[str, Any]
 LOCAL = {"rope_type": "default", "rope_theta": 10000.0}

@@ -16,23 +16,22 @@ from terminal import Terminal
 from test_lora import IDS, MODULES, alone, base_gguf, matrices, merged, write_lora
 
 import metaalign_edge as edge
-from metaalign_edge import (
+from metaalign_edge import (  # fmt: skip
     Adapter,
     Chat,
     Dialog,
     Engine,
     Feed,
-    Interrupt,
-    LoadError,
     Model,
-    ModelFile,
     RenderOptions,
     Settings,
     Turn,
-    UsageError,
     find_adapters,
     split_scale,
-)  # fmt: skip
+)
+from metaalign_edge_runtime.errors import LoadError, UsageError
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Fails = Callable[..., str]

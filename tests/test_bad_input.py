@@ -16,7 +16,7 @@ import gguf
 import pytest
 import vocabularies
 
-from metaalign_edge import ModelFile
+from metaalign_edge_runtime.llama.gguf import ModelFile
 
 Fails = Callable[..., str]
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import metaalign_edge as edge
-from metaalign_edge import Bench, Interrupt, Model, ModelFile, Settings
+from metaalign_edge import Model, Settings
+from metaalign_edge_commands.measure.speeds import BENCH_PROMPT, BENCH_TOKENS, Bench, Speeds
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -30,7 +32,7 @@ def test_the_document_is_complete_and_the_chart_is_drawn(run: Run, demo: Path, t
 
 
 def test_the_table_relates_what_can_be_related() -> None:
-    speeds = edge.Speeds("tiny.gguf", 1000.0, 100.0, {"2": 150.0}, 50.0, 400.0, 100.0, 60.0)
+    speeds = Speeds("tiny.gguf", 1000.0, 100.0, {"2": 150.0}, 50.0, 400.0, 100.0, 60.0)
     assert [row[:3] for row in speeds.rows()] == [
         ["read a prompt", "1,000.0", ""],
         ["write an answer", "100.0", "1.00"],
@@ -47,7 +49,7 @@ def test_what_is_measured_is_done(tiny: Path) -> None:
     with Model(ModelFile(tiny), settings) as model, Bench(model, settings, Interrupt()) as bench:
         assert bench.read() > 0 and bench.write(4) > 0
         lengths = [len(sequence.tokens) for sequence in bench._engine.sequences]
-        assert lengths == [edge.BENCH_PROMPT // 4 + edge.BENCH_TOKENS] * 4 + [0] * 4
+        assert lengths == [BENCH_PROMPT // 4 + BENCH_TOKENS] * 4 + [0] * 4
 
 
 @pytest.mark.parametrize("code, arguments", [

@@ -4,6 +4,7 @@ import json
 from random import Random
 
 import pytest
+
 from metaalign_edge_preferences import families, fill, values
 from metaalign_edge_preferences.checkers import CHECKERS, prose
 from metaalign_edge_preferences.dialogs import Plan, compose

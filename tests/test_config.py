@@ -8,9 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer.main
 
 import metaalign_edge as edge
+from metaalign_edge_commands.measure import speeds
+from metaalign_edge_commands.options import in_files
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
+from metaalign_edge_runtime.stores import config
 
 Says = Callable[..., tuple[str, str]]
 Refuses = Callable[..., str]
@@ -40,7 +44,7 @@ def test_a_flag_comes_before_a_variable_before_the_file_before_what_is_built_in(
 
 
 def test_every_setting_is_named_like_its_option() -> None:
-    known = edge.settable(typer.main.get_command(edge.app))
+    known = in_files.settings_by_name()
     for name, option in known.items():
         flags = [flag for flag in (*option.opts, *option.secondary_opts) if flag.startswith("--")]
         assert f"--{name.replace('_', '-')}" in flags
@@ -51,7 +55,7 @@ def test_show_lists_every_setting_with_what_gives_it(says: Says, file: Path, mon
     file.write_text('temp = 0\nstop = ["a", "b"]\nno_cache = true\npref = "Be brief."\ngpu_layers = 4\n')
     monkeypatch.setenv("METAALIGN_EDGE_SEED", "7")
     shown = json.loads(says("config", "show", "--json")[0])
-    assert shown.keys() == edge.settable(typer.main.get_command(edge.app)).keys()
+    assert shown.keys() == in_files.settings_by_name().keys()
     here = str(file)
     assert shown["temp"] == {"value": 0.0, "origin": here} and shown["stop"] == {"value": ["a", "b"], "origin": here}
     assert shown["pref"]["value"] == ["Be brief."] and shown["gpu_layers"]["value"] == "4"
@@ -69,7 +73,7 @@ def test_set_get_and_unset(says: Says, refuses: Refuses, file: Path) -> None:
     says("config", "set", "quiet", "yes")
     says("config", "set", "pref", "@concise", "I live in Rome.")
     says("config", "set", "gpu_layers", "20")
-    assert edge.read_toml(file) == {
+    assert config.read_toml(file) == {
         "temp": 0.5,
         "max_tokens": 300,
         "quiet": True,
@@ -81,7 +85,7 @@ def test_set_get_and_unset(says: Says, refuses: Refuses, file: Path) -> None:
     assert says("config", "get", "template")[0] == "auto\n"
     for key in ("temp", "max_tokens", "quiet", "pref", "gpu_layers"):
         says("config", "unset", key)
-    assert edge.read_toml(file) == {} and says("config", "unset", "temp") == ("", "")
+    assert config.read_toml(file) == {} and says("config", "unset", "temp") == ("", "")
 
 
 def test_comments_links_and_rights_stay(says: Says, file: Path, tmp_path: Path) -> None:
@@ -106,7 +110,7 @@ def test_one_mistake_keeps_no_other_setting_from_being_seen_or_mended(says: Says
     assert "@gone" in says("config", "show")[0] and "*" not in says("pref", "list")[0]
     file.write_text("nonsense = 1\nseed = 2\n")
     assert says("config", "set", "seed", "3") == ("", "")
-    assert edge.read_toml(file) == {"nonsense": 1, "seed": 3}
+    assert config.read_toml(file) == {"nonsense": 1, "seed": 3}
 
 
 def test_a_models_path_is_found_from_anywhere(
@@ -235,7 +239,7 @@ def test_what_measures_a_model_leaves_sampling_and_preferences_aside(
 
 def test_what_bench_times_knows_nothing_of_the_users_files(tiny: Path, file: Path) -> None:
     file.write_text("damage\n")
-    times = edge.time_calls(edge.ModelFile(tiny), edge.Settings(threads=1), "auto", "be kind", edge.Interrupt())
+    times = speeds.time_calls(ModelFile(tiny), edge.Settings(threads=1), "auto", "be kind", Interrupt())
     assert min(times[:2]) > 0
 
 
@@ -263,5 +267,5 @@ def test_no_file_costs_no_toml(tmp_path: Path, tiny: Path) -> None:
     from test_package import imported_by
 
     assert not imported_by("render", "-m", str(tiny), "tea?") & {"tomllib", "tomli", "tomlkit"}
-    edge.store_setting("temp", 0.5)
+    config.store_setting("temp", 0.5)
     assert "tomlkit" not in imported_by("render", "-m", str(tiny), "tea?")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import metaalign_edge_convert.writer as writer
 import numpy as np
 import pytest
 from checkpoints import (
@@ -31,6 +30,8 @@ from checkpoints import (
     write_weights,
 )
 from llama_cpp import Llama
+
+import metaalign_edge_convert.writer as writer
 from metaalign_edge_convert import (
     OUTTYPES,
     CannotWrite,

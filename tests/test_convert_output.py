@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import metaalign_edge_convert.ggml as ggml
-import metaalign_edge_convert.writer as writer
 import numpy as np
 import pytest
 from checkpoints import CONFIG, edit_json, make_checkpoint, random_weights, write_container, write_weights
 from gguf import GGMLQuantizationType as Type
 from llama_cpp import Llama, llama_cpp
+
+import metaalign_edge as edge
+import metaalign_edge_convert.ggml as ggml
+import metaalign_edge_convert.writer as writer
 from metaalign_edge_convert import (
     CannotWrite,
     ConvertError,
@@ -37,8 +39,6 @@ from metaalign_edge_convert import (
 )
 from metaalign_edge_convert.encode import encode, magnitude
 from metaalign_edge_convert.quantize import MIXTURES
-
-import metaalign_edge as edge
 
 WIDE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 2}  # K types take 256
 
@@ -549,7 +549,7 @@ def sparse_checkpoint(folder: Path, **changes: Any) -> Path:
 def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
     folder = sparse_checkpoint(tmp_path / "tiny", intermediate_size=600_000)  # three matrices of 77 MB
     script = (
-        "import sys; from pathlib import Path; from metaalign_edge import peak_mb; from metaalign_edge_convert import *\n"
+        "import sys; from pathlib import Path; import metaalign_edge; from metaalign_edge_runtime.llama.memory import peak_mb; from metaalign_edge_convert import *\n"
         "plan = plan_checkpoint(open_checkpoint(Path(sys.argv[1])), sys.argv[3], check=False)\n"
         "before = peak_mb(); done = write_plan(plan, Path(sys.argv[2])); print(done.peak_mb - before, plan.memory / 1e6)"
     )

@@ -15,7 +15,12 @@ from pathlib import Path
 import pytest
 
 import metaalign_edge as edge
-from metaalign_edge import Interrupt, LoadError, Loading, Model, ModelFile, Settings
+from metaalign_edge import Model, Settings
+from metaalign_edge_runtime.errors import Interrupted, LoadError
+from metaalign_edge_runtime.llama import library
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
+from metaalign_edge_runtime.llama.vocabulary import Loading
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 CPU = Settings(threads=1, gpu_layers="0")
@@ -65,7 +70,7 @@ def test_laps_of_another_thread_are_not_the_calls() -> None:
 def test_a_vocabulary_is_loaded_while_something_else_is_done(
     program: bool, demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edge, "is_program", program)
+    monkeypatch.setattr("metaalign_edge_runtime.llama.library.is_program", program)
     usual = sys.getswitchinterval()
     with Loading(demo) as loading, Model(ModelFile(demo), CPU, Interrupt(), loading) as model:
         assert math.isinf(model.ready) and model.pointer
@@ -78,7 +83,7 @@ def test_a_vocabulary_is_loaded_while_something_else_is_done(
 def test_weights_are_loaded_without_words_but_with_as_many_tokens(name: str, request: pytest.FixtureRequest) -> None:
     found = request.getfixturevalue(name)
     with Model(ModelFile(found[0] if name == "parts" else found), CPU) as model:
-        llama, other = edge.llama_cpp(), edge.llama_cpp().llama_model_get_vocab(model.pointer)
+        llama, other = library.llama_cpp(), library.llama_cpp().llama_model_get_vocab(model.pointer)
         assert llama.llama_vocab_type(other) == 0 != llama.llama_vocab_type(model.vocabulary.pointer)
         assert llama.llama_vocab_n_tokens(other) == model.vocabulary.size > 100
 
@@ -106,7 +111,7 @@ def test_a_vocabulary_that_nobody_takes_is_freed(demo: Path) -> None:
 def test_ctrl_c_stops_a_load(demo: Path) -> None:
     interrupt = Interrupt()
     interrupt.raised = True
-    with pytest.raises(edge.Interrupted):
+    with pytest.raises(Interrupted):
         Model(ModelFile(demo), CPU, interrupt)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 import metaalign_edge as edge
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -77,8 +79,8 @@ def test_llama_cpp_pythons_own_chat_gives_the_same_tokens(
         edge.Turn(query, answers[index] if index < len(answers) else None) for index, query in enumerate(queries)
     )
     dialog = edge.Dialog(said.get("system", ""), said.get("user_info", ""), turns)
-    settings, interrupt = edge.Settings(temperature=0.0), edge.Interrupt()
-    file = edge.ModelFile(demo)
+    settings, interrupt = edge.Settings(temperature=0.0), Interrupt()
+    file = ModelFile(demo)
     with (
         edge.Model(file, settings) as model,
         edge.Chat(model, edge.choose_template("auto", file), settings, edge.AS_USUAL, interrupt) as chat,

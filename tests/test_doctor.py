@@ -19,7 +19,10 @@ from terminal import Terminal
 from test_bad_input import edited
 
 import metaalign_edge as edge
-from metaalign_edge import Doctor, ModelFile, Settings
+from metaalign_edge import Settings
+from metaalign_edge_commands.measure.health import Doctor
+from metaalign_edge_runtime.errors import EdgeError, LoadError
+from metaalign_edge_runtime.llama.gguf import ModelFile
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 NAMES = (
@@ -124,14 +127,16 @@ def test_a_library_that_hangs_leaves_dies_or_is_another_is_named(
     body: str, said: str, doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(library(tmp_path / "broken", body)))
-    monkeypatch.setattr(edge, "START_SECONDS", 1.0 if body.startswith("pause") else 60.0)
-    with pytest.raises(edge.EdgeError, match=f"it does not load: .*{said}"):
+    monkeypatch.setattr(
+        "metaalign_edge_commands.measure.health.START_SECONDS", 1.0 if body.startswith("pause") else 60.0
+    )
+    with pytest.raises(EdgeError, match=f"it does not load: .*{said}"):
         doctor.llama()
 
 
 def test_no_library_at_all_is_named(doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
-    with pytest.raises(edge.EdgeError, match=r"it does not load: .*reinstall"):
+    with pytest.raises(EdgeError, match=r"it does not load: .*reinstall"):
         doctor.llama()
 
 
@@ -177,10 +182,10 @@ def test_what_does_not_fit_has_failed_and_what_crawls_is_a_warning(
     doctor.metadata()
     (need,) = edge.plan_for(ModelFile(tiny), doctor.settings, []).needs
     assert doctor.fit()[0] == "ok"
-    monkeypatch.setattr(edge, "free_memory", lambda: need.cache + need.compute + 1.0)
+    monkeypatch.setattr("metaalign_edge_runtime.llama.memory.free_memory", lambda: need.cache + need.compute + 1.0)
     assert doctor.fit()[0] == "warning" and "quantisation" in doctor.fit()[1]
-    monkeypatch.setattr(edge, "free_memory", lambda: need.cache + need.compute - 1.0)
-    with pytest.raises(edge.LoadError, match=r"-c \d+ would fit"):
+    monkeypatch.setattr("metaalign_edge_runtime.llama.memory.free_memory", lambda: need.cache + need.compute - 1.0)
+    with pytest.raises(LoadError, match=r"-c \d+ would fit"):
         doctor.fit()
 
 
@@ -199,9 +204,9 @@ def test_devices_are_listed_and_one_that_is_not_used_is_pointed_out(
     doctor.metadata()
     assert "3 of 3 layers on the GPU" in doctor.fit()[1] and "free on CUDA0" in doctor.fit()[1]
     doctor.facts["offloads"] = False
-    monkeypatch.setattr(edge, "unused_gpu", lambda: None)
+    monkeypatch.setattr("metaalign_edge_commands.measure.health.unused_gpu", lambda: None)
     assert doctor.devices() == ("ok", "the CPU alone: this build of llama.cpp has no GPU")
-    monkeypatch.setattr(edge, "unused_gpu", lambda: ("an NVIDIA GPU", "GGML_CUDA"))
+    monkeypatch.setattr("metaalign_edge_commands.measure.health.unused_gpu", lambda: ("an NVIDIA GPU", "GGML_CUDA"))
     assert doctor.devices()[0] == "warning" and "GGML_CUDA=on" in doctor.devices()[1]
 
 
@@ -299,15 +304,15 @@ def test_a_hub_that_cannot_be_reached_or_says_nothing_is_a_failed_line(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     doctor.network = True
-    monkeypatch.setattr(edge, "HUB_SECONDS", 0.3)
+    monkeypatch.setattr("metaalign_edge_commands.measure.health.HUB_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for address in (f"http://127.0.0.1:{silent.getsockname()[1]}", "http://127.0.0.1:9"):
             monkeypatch.setenv("HF_ENDPOINT", address)
-            with pytest.raises(edge.EdgeError, match=f"{address} cannot be reached"):
+            with pytest.raises(EdgeError, match=f"{address} cannot be reached"):
                 doctor.hub()
     for address in ("file:///etc/hosts", "nonsense"):
         monkeypatch.setenv("HF_ENDPOINT", address)
-        with pytest.raises(edge.EdgeError, match="no address of a hub"):
+        with pytest.raises(EdgeError, match="no address of a hub"):
             doctor.hub()
 
 

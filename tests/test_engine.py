@@ -9,22 +9,21 @@ import pytest
 from reading import read, write
 
 import metaalign_edge as edge
-from metaalign_edge import (
+from metaalign_edge import (  # fmt: skip
     Chat,
-    ContextOverflow,
     Dialog,
     Engine,
     Feed,
     Incremental,
-    Interrupt,
-    Interrupted,
     Model,
-    ModelFile,
     RenderOptions,
     Sampler,
     Settings,
     Turn,
-)  # fmt: skip
+)
+from metaalign_edge_runtime.errors import ContextOverflow, Interrupted
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
 
 GREEDY = Settings(temperature=0.0, threads=1)
 

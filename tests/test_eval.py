@@ -25,11 +25,15 @@ import jinja2.meta
 import pytest
 
 import metaalign_edge as edge
+from metaalign_edge_commands.measure import adherence
+from metaalign_edge_commands.terminal import tables
+from metaalign_edge_preferences import findings, ifeval, report
+from metaalign_edge_preferences import suite as suites
+from metaalign_edge_runtime.stores import files
 
-findings, report, suites = (edge.preferences(name) for name in ("findings", "report", "suite"))
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 COMMAND = [sys.executable, "-m", "metaalign_edge", "eval"]
-TEMPLATE = Path(edge.__file__).parent / "templates" / "report.html.jinja"
+TEMPLATE = Path(edge.__file__).parent / "preferences" / "report.html.jinja"
 
 
 @pytest.fixture(autouse=True)
@@ -104,17 +108,17 @@ def test_a_terminal_gets_a_table_that_fits_it(monkeypatch: pytest.MonkeyPatch) -
         ["  seen", "50.0 %", "1.0-99.0", "2", "a long meaning " * 9],
         ["[b]x[/b]", "1", "2", "3", ""],
     ]
-    lines = edge.rich_table(["", "rate", "95 %", "n", "what"], rows)
+    lines = tables.rich_table(["", "rate", "95 %", "n", "what"], rows)
     assert all(len(line) <= 70 for line in lines) and len(lines) > 5
     assert "[b]x[/b]" in "".join(lines) and "\x1b" not in "".join(lines) and "meaning" in "".join(lines)
     monkeypatch.setenv("COLUMNS", "45")
-    lines = edge.rich_table(["", "rate", "95 %", "n", "what"], rows)
+    lines = tables.rich_table(["", "rate", "95 %", "n", "what"], rows)
     assert "1.0-99.0" in "".join(lines) and "meaning" not in "".join(lines)
 
 
 def test_earlier_turns_are_the_models_own_and_stand_under_their_own_meta_prompt(tiny: Path, own: Path) -> None:
     talk = suites.read_suite(own)[-1]
-    first, second, last = (edge.case_dialog(talk, ["a", "b"][:turns]) for turns in range(3))
+    first, second, last = (adherence.case_dialog(talk, ["a", "b"][:turns]) for turns in range(3))
     assert first == edge.Dialog("", "I am a cook.", (edge.Turn("What is rain?"),))
     assert second.turns == (edge.Turn("What is rain?", "a"), edge.Turn("And snow?")) and not second.system_info
     assert (last.system_info, last.user_info, last.turns[1].response) == ("Be brief.", "", "b")
@@ -127,7 +131,7 @@ def test_earlier_turns_are_the_models_own_and_stand_under_their_own_meta_prompt(
 
 
 def test_what_a_preference_changes_is_seen_against_the_same_questions_without_a_meta_prompt() -> None:
-    suite = edge.find_suite("builtin", 0, 2, "system")
+    suite = adherence.find_suite("builtin", 0, 2, "system")
     plain = suite.asked[len(suite.cases) :]
     compared = [case for case in suite.cases if case.section in ("seen", "combination", "frame")]
     assert [case.queries for case in plain] == list(dict.fromkeys(case.queries for case in compared))
@@ -377,8 +381,8 @@ def test_a_home_that_cannot_be_written_costs_the_resumption_and_no_more(
 
 
 def test_files_lie_where_the_system_wants_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert edge.cache_folder() == tmp_path / "cache"
-    kinds = {"cache": edge.cache_folder, "config": edge.config_folder, "data": edge.data_folder}
+    assert files.cache_folder() == tmp_path / "cache"
+    kinds = {"cache": files.cache_folder, "config": files.config_folder, "data": files.data_folder}
     for kind, folder in kinds.items():
         monkeypatch.setenv(f"METAALIGN_EDGE_{kind.upper()}", str(tmp_path / "named" / kind))
         assert folder() == tmp_path / "named" / kind
@@ -388,7 +392,7 @@ def test_files_lie_where_the_system_wants_them(monkeypatch: pytest.MonkeyPatch, 
     places = [home / ".cache", home / ".config", home / ".local" / "share"]
     assert [folder() for folder in kinds.values()] == [place / "metaalign-edge" for place in places]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert edge.cache_folder() == tmp_path / "xdg" / "metaalign-edge"
+    assert files.cache_folder() == tmp_path / "xdg" / "metaalign-edge"
 
 
 def test_progress_is_shown_at_a_terminal(tiny: Path, own: Path) -> None:
@@ -442,8 +446,8 @@ HOSTILE = '</pre><script>alert("&amp;")</script>{{ 7 * 7 }}<img src=x onerror=1>
 
 def test_a_pipe_is_written_and_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "page")
-    edge.write_whole(tmp_path / "page", None)  # only tried: nobody reads yet
-    writer = threading.Thread(target=edge.write_whole, args=(tmp_path / "page", b"whole"))
+    files.write_whole(tmp_path / "page", None)  # only tried: nobody reads yet
+    writer = threading.Thread(target=files.write_whole, args=(tmp_path / "page", b"whole"))
     writer.start()
     assert (tmp_path / "page").read_bytes() == b"whole"
     writer.join()
@@ -643,6 +647,6 @@ def test_without_lm_eval_a_file_of_ifevals_says_what_to_install(
 ) -> None:
     row = {"key": 1, "prompt": "Tea?", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
     path = write_suite(tmp_path / "rows.jsonl", row)
-    monkeypatch.setattr(edge.preferences("ifeval"), "missing", lambda: True)
+    monkeypatch.setattr(ifeval, "missing", lambda: True)
     assert edge.run(["eval", "-m", str(tiny), "--suite", str(path)]) == 2
     assert 'pip install "metaalign-edge[eval]"' in capsys.readouterr().err

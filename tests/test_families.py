@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from checkpoints import CONFIG, edit_json, random_weights, write_json, write_tokenizer, write_weights
 from families import FAMILIES, GOLDEN, configuration, give_tokenizer, golden_digests, make_family
-from metaalign_edge_convert import ARCHITECTURES, ConvertError, open_checkpoint, write_gguf
 from safetensors.numpy import load_file
+
+from metaalign_edge_convert import ARCHITECTURES, ConvertError, open_checkpoint, write_gguf
 
 IDS = [11, 42, 7, 99, 300, 255, 17, 80]
 

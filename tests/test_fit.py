@@ -20,19 +20,14 @@ from families import make_family
 from test_parallel import memories  # noqa: F401  a fixture
 
 import metaalign_edge as edge
-from metaalign_edge import (
-    CELLS,
-    SPARE,
-    Device,
-    Engine,
-    Feed,
-    Footprint,
-    Interrupt,
-    LoadError,
-    Model,
-    ModelFile,
-    Settings,
-)
+from metaalign_edge import Engine, Feed, Model, Settings
+from metaalign_edge_runtime.errors import LoadError, UsageError
+from metaalign_edge_runtime.llama import library, memory
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
+from metaalign_edge_runtime.llama.library import LOG
+from metaalign_edge_runtime.llama.memory import CELLS, PREFILL_CHUNK, SHARE, SPARE, UNFORETOLD, Device, Footprint, Plan
+from metaalign_edge_runtime.stores import models
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Refuses = Callable[..., str]
@@ -42,17 +37,17 @@ MIB, GB = 1 << 20, 10**9
 
 def allocated(path: Path, contexts: Sequence[tuple[int, int]]) -> list[dict[str, float]]:
     """Say what llama.cpp would allocate for contexts of so many tokens and sequences: it plans, and no more."""
-    llama, found = edge.llama_cpp(), []
+    llama, found = library.llama_cpp(), []
     llama.llama_backend_init()
     params = llama.llama_model_default_params()
     params.no_alloc, params.load_mode, params.n_gpu_layers = True, 0, 0
-    edge.LOG.attach(verbose=True)
+    LOG.attach(verbose=True)
     with contextlib.redirect_stderr(io.StringIO()):
         model = llama.llama_model_load_from_file(os.fsencode(path), params)
     for context, sequences in contexts:
         options = llama.llama_context_default_params()
         options.n_ctx, options.n_seq_max, options.kv_unified = context * sequences, sequences, sequences > 1
-        options.n_batch = options.n_ubatch = max(edge.PREFILL_CHUNK, sequences)
+        options.n_batch = options.n_ubatch = max(PREFILL_CHUNK, sequences)
         options.n_outputs_max = sequences
         with contextlib.redirect_stderr(io.StringIO()) as log:
             llama.llama_free(llama.llama_init_from_model(model, options))
@@ -64,7 +59,7 @@ def allocated(path: Path, contexts: Sequence[tuple[int, int]]) -> list[dict[str,
         takes = {"cache": cache, "compute": total("compute buffer size") + logits}
         found.append({"weights": llama.llama_model_size(model), **takes})
     llama.llama_model_free(model)
-    edge.LOG.attach(verbose=False)
+    LOG.attach(verbose=False)
     return found
 
 
@@ -196,15 +191,15 @@ def test_what_verbose_foretells_is_what_llama_cpp_then_logs(
     assert float(compute) == pytest.approx(logged("compute") + logged("output"), rel=0.08)
 
 
-@pytest.mark.parametrize("key", edge.UNFORETOLD)
+@pytest.mark.parametrize("key", UNFORETOLD)
 def test_what_is_not_known_is_not_foretold(
     key: str, tiny: Path, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = ModelFile(tiny)
     file.metadata[f"llama.{key}"] = 1
     footprint = Footprint.of(file)
-    assert edge.cache_bytes(file) is None and not footprint.foretold and not sum(footprint.cache)
-    with pytest.raises(edge.UsageError, match="-c a number"):
+    assert memory.cache_bytes(file) is None and not footprint.foretold and not sum(footprint.cache)
+    with pytest.raises(UsageError, match="-c a number"):
         edge.largest_context(file, CPU)
 
 
@@ -230,14 +225,14 @@ def machine(*gigabytes: float) -> list[Device]:
 def test_every_layer_has_a_place_the_last_ones_on_devices_in_order_and_in_proportion() -> None:
     for layers, offloaded in itertools.product(range(1, 40), range(42)):
         for free in ([], [8], [24, 8], [1, 1, 1], [5, 80, 11], [0, 8], [0]):
-            places = edge.placed(layers, offloaded, free)
+            places = memory.placed(layers, offloaded, free)
             on = [place for place in places if place]
             assert len(places) == layers and len(on) == (min(offloaded, layers) if free else 0)
             assert places == sorted(places) and max(places) <= len(free)
             for place, share in enumerate(free, 1):
                 assert sum(free) == 0 or abs(on.count(place) - len(on) * share / sum(free)) <= 1
-    assert edge.placed(33, 33, [24, 8]) == [1] * 25 + [2] * 8  # llama.cpp: upper_bound of number / offloaded
-    assert edge.placed(33, 99, [24]) == [1] * 33 and edge.placed(33, 2, [24, 8]) == [0] * 31 + [1, 1]
+    assert memory.placed(33, 33, [24, 8]) == [1] * 25 + [2] * 8  # llama.cpp: upper_bound of number / offloaded
+    assert memory.placed(33, 99, [24]) == [1] * 33 and memory.placed(33, 2, [24, 8]) == [0] * 31 + [1, 1]
 
 
 MACHINES = [(), (2,), (6,), (12,), (24,), (80,), (8, 8), (24, 8), (4, 12, 4)]
@@ -250,12 +245,12 @@ def test_auto_offloads_as_many_layers_as_fit_with_their_part_of_the_cache(
 ) -> None:
     for layers, tied in itertools.product((1, 2, 7, 30), (False, True)):
         footprint, devices = uniform(layers, GB // 3, 4096, tied=tied), machine(*gigabytes)
-        plan = edge.make_plan(footprint, 64 * GB, devices, context, sequences, "auto")
+        plan = memory.make_plan(footprint, 64 * GB, devices, context, sequences, "auto")
 
         def holds(offloaded: int, footprint: Footprint = footprint, devices: list[Device] = devices) -> bool:
             """Add up by hand what each device would hold."""
             count = len(footprint.weights)
-            places, cells = edge.placed(count, offloaded, [device.free for device in devices]), context * sequences
+            places, cells = memory.placed(count, offloaded, [device.free for device in devices]), context * sequences
             batch, logits = min(cells, max(512, sequences)), 4 * 100_000 * sequences
             compute = max(logits, batch * (4 * 40960 + 2 * cells)) + logits
             compute += max((w for w, place in zip(footprint.weights, places, strict=True) if not place), default=0)
@@ -270,9 +265,9 @@ def test_auto_offloads_as_many_layers_as_fit_with_their_part_of_the_cache(
 
         best = max((offloaded for offloaded in range(1, layers + 2) if devices and holds(offloaded)), default=0)
         assert plan.offloaded == best and not any(plan.tight(roomy=True))
-        everything = edge.make_plan(footprint, 64 * GB, devices, context, sequences, "all")
+        everything = memory.make_plan(footprint, 64 * GB, devices, context, sequences, "all")
         assert everything.offloaded == (layers + 1 if devices else 0)
-        assert edge.make_plan(footprint, 64 * GB, devices, context, sequences, "2").offloaded == (2 if devices else 0)
+        assert memory.make_plan(footprint, 64 * GB, devices, context, sequences, "2").offloaded == (2 if devices else 0)
 
 
 @pytest.mark.parametrize("gigabytes", MACHINES)
@@ -281,7 +276,7 @@ def test_the_largest_context_fits_beside_the_weights_if_any_does_and_a_larger_on
     main: float, gigabytes: tuple[float, ...]
 ) -> None:
     for most, sequences in itertools.product((100, 4096, 5000, 131072), (1, 8)):
-        plan = edge.make_plan(uniform(8, GB // 4, 8192), main * GB, machine(*gigabytes), min(most, 4096), sequences)
+        plan = memory.make_plan(uniform(8, GB // 4, 8192), main * GB, machine(*gigabytes), min(most, 4096), sequences)
         beside = not replace(plan, context=CELLS).tight(roomy=True, whole=True)
         largest = plan.largest(most)
         assert largest == most or (largest % CELLS == 0 and largest < most)
@@ -295,13 +290,13 @@ def test_the_largest_context_fits_beside_the_weights_if_any_does_and_a_larger_on
 
 
 def test_what_does_not_fit_is_refused_with_numbers_and_with_what_would_fit() -> None:
-    def said(plan: edge.Plan) -> str:
+    def said(plan: Plan) -> str:
         with pytest.raises(LoadError) as refused:
             plan.check(Path("a.gguf"))
         return str(refused.value)
 
     footprint, path = uniform(8, GB // 4, 8192), Path("a.gguf")
-    plan = edge.make_plan(footprint, 4 * GB, [], 16384, 4, "auto")
+    plan = memory.make_plan(footprint, 4 * GB, [], 16384, 4, "auto")
     line = said(plan)
     numbers = r"4 times 16,384 tokens takes ([\d.]+) GB of cache and ([\d.]+) MB .* a\.gguf, and 4\.0 GB are free: -c (\d+) or --parallel (\d) would fit"
     cache, compute, context, parallel = re.search(numbers, line).groups()  # type: ignore[union-attr]
@@ -309,10 +304,10 @@ def test_what_does_not_fit_is_refused_with_numbers_and_with_what_would_fit() -> 
     replace(plan, context=int(context)).check(path)
     replace(plan, sequences=int(parallel)).check(path)
     assert "take a smaller model, or end other programs" in said(replace(plan, free=(1e6,)))
-    on_gpu = edge.make_plan(footprint, 64 * GB, machine(2), 1024, 1, "all")
+    on_gpu = memory.make_plan(footprint, 64 * GB, machine(2), 1024, 1, "all")
     line = said(on_gpu)
     assert "2.1 GB of weights" in line and "2.0 GB are free on GPU0: -ngl auto would fit" in line
-    edge.make_plan(footprint, 64 * GB, machine(2), 1024, 1, "auto").check(path)
+    memory.make_plan(footprint, 64 * GB, machine(2), 1024, 1, "auto").check(path)
     replace(on_gpu, loaded=True).check(path)  # the weights are there, and what is free is the rest
     grown = replace(on_gpu, loaded=True, context=1 << 17)
     (context,) = re.findall(r"on GPU0: -c (\d+) would fit", said(grown))
@@ -326,7 +321,7 @@ def test_weights_that_main_memory_cannot_keep_are_a_warning_and_what_must_stay_i
     arguments = ["chat", "-m", str(tiny), "-c", "256", "-n", "2", "--seed", "1", "--no-stdin", "tea?"]
     outputs = []
     for free, code in ((GB, 0), (need.cache + need.compute + 1, 0), (need.cache + need.compute - 1, 5)):
-        monkeypatch.setattr(edge, "free_memory", lambda free=free: float(free))
+        monkeypatch.setattr("metaalign_edge_runtime.llama.memory.free_memory", lambda free=free: float(free))
         assert edge.run(arguments) == code
         outputs.append(capfd.readouterr())
     assert outputs[0].err == "" and outputs[0].out == outputs[1].out
@@ -338,13 +333,13 @@ def test_weights_that_main_memory_cannot_keep_are_a_warning_and_what_must_stay_i
 def test_the_command_line_refuses_it_in_one_line_before_weights_are_loaded(
     refuses: Refuses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = edge.llama_cpp().llama_model_load_from_file
+    load = library.llama_cpp().llama_model_load_from_file
 
     def only_vocabularies(path: bytes, params: Any) -> Any:
         assert params.vocab_only
         return load(path, params)
 
-    monkeypatch.setattr(edge.llama_cpp(), "llama_model_load_from_file", only_vocabularies)
+    monkeypatch.setattr(library.llama_cpp(), "llama_model_load_from_file", only_vocabularies)
     line = refuses(5, "chat", "-ngl", "0", "-c", "2000000000", "What is tea?")
     assert re.search(r"a context of 2,000,000,000 tokens takes [\d,.]+ GB .*, and [\d,.]+ [GM]B are free: -c \d+", line)
 
@@ -359,9 +354,11 @@ def test_c_auto_takes_the_models_own_context_or_the_largest_that_fits(
     assert context("-c", "auto") == 512 and context() == 512 and context("-c", "64") == 64
     monkeypatch.setenv("METAALIGN_EDGE_CTX_SIZE", "auto")
     (need,) = edge.plan_for(ModelFile(tiny), replace(CPU, context=256), []).needs
-    monkeypatch.setattr(edge, "free_memory", lambda: (need.cache + need.compute) / edge.SHARE + 1)
+    monkeypatch.setattr(
+        "metaalign_edge_runtime.llama.memory.free_memory", lambda: (need.cache + need.compute) / SHARE + 1
+    )
     assert context() == 256 and context("-c", "128") == 128
-    monkeypatch.setattr(edge, "free_memory", lambda: float(need.compute / 2))
+    monkeypatch.setattr("metaalign_edge_runtime.llama.memory.free_memory", lambda: float(need.compute / 2))
     assert edge.run(["chat", "-m", str(tiny), "--no-stdin", "tea?"]) == 5
     assert capfd.readouterr().err.count("\n") == 1
 
@@ -375,13 +372,13 @@ def test_a_context_that_is_none_is_exit_2(value: str, refuses: Refuses, monkeypa
 
 
 def test_the_devices_are_read_from_ggml_and_a_build_for_the_cpu_offloads_nothing(tiny: Path) -> None:
-    (processor,) = [device for device in edge.devices() if device.kind == 0]
+    (processor,) = [device for device in library.devices() if device.kind == 0]
     assert processor.name == "CPU" and processor.description
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert processor.total == pytest.approx(total, rel=0.05) and processor.free <= processor.total
-    assert edge.gpus() == [] and not edge.llama_cpp().llama_supports_gpu_offload()
+    assert library.gpus() == [] and not library.llama_cpp().llama_supports_gpu_offload()
     for wish in ("auto", "all", "7"):
-        plan = edge.plan_for(ModelFile(tiny), Settings(gpu_layers=wish), edge.gpus())
+        plan = edge.plan_for(ModelFile(tiny), Settings(gpu_layers=wish), library.gpus())
         assert plan.offloaded == 0 and len(plan.needs) == 1
 
 
@@ -424,7 +421,7 @@ def test_metadata_without_sense_are_left_to_llama_cpp(key: str, value: object, t
 def test_only_options_that_there_are_are_advised(
     refuses: Refuses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edge, "free_memory", lambda: 20.0 * GB)
+    monkeypatch.setattr("metaalign_edge_runtime.llama.memory.free_memory", lambda: 20.0 * GB)
     strong = ("--pref-strength", "2", "-c")
     assert "--parallel" not in refuses(5, "chat", *strong, "20000000", "tea?")
     assert "--parallel" not in refuses(5, "compare", *strong, "20000000", "--pref", "a", "--pref", "b", "tea?")
@@ -432,7 +429,7 @@ def test_only_options_that_there_are_are_advised(
     line = refuses(5, "batch", str(tmp_path / "rows.jsonl"), *strong, "20000", "--parallel", "256")
     (answers,) = re.findall(r"512 times 20,000 tokens .* and 20\.0 GB are free: .* or --parallel (\d+) would fit", line)
     settings = Settings(context=20000, sequences=2 * int(answers), lanes=2, gpu_layers="0")
-    assert edge.plan_for(ModelFile(edge.resolve_model(None)), settings, []).tight(roomy=True) == []
+    assert edge.plan_for(ModelFile(models.resolve_model(None)), settings, []).tight(roomy=True) == []
 
 
 def test_a_damaged_list_of_tensors_is_one_line(tiny: Path, tmp_path: Path, refuses: Refuses) -> None:

@@ -15,23 +15,24 @@ import pytest
 from reading import read
 
 import metaalign_edge as edge
-from metaalign_edge import (
+from metaalign_edge import (  # fmt: skip
     Answer,
     Chat,
     Dialog,
     Engine,
     Feed,
     Guidance,
-    Interrupt,
     Job,
     Model,
-    ModelFile,
     Parallel,
     Sampler,
     Settings,
     Strength,
     Turn,
-)  # fmt: skip
+)
+from metaalign_edge_runtime.llama import library
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
 
 GREEDY = Settings(temperature=0.0, threads=1, max_tokens=12, context=256)
 BOTH = Dialog("be a kind fox", "brief and quick", (Turn("does the dog jump"),))
@@ -249,7 +250,7 @@ def test_what_is_implausible_given_all_tiers_cannot_win() -> None:
 def test_of_what_is_implausible_the_model_itself_decides_where_a_grammar_leaves_nothing_else(model: Model) -> None:
     found = guide([5.0, 4.0, 2.0, 1.0], [5.0, 3.0, 9.0, -50.0])
     assert found[2] > found[3] and max(found[2:]) < min(found[:2]) - 1000
-    llama = edge.llama_cpp()
+    llama = library.llama_cpp()
     with Engine(model, GREEDY, Interrupt(), 256, sequences=2) as engine:
         prompts = [prompt_of(model, dialog) for dialog in (BOTH, replace(BOTH, user_info=""))]
         rows = engine.step([Feed(one, prompt) for one, prompt in zip(engine.sequences, prompts, strict=True)])

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 from terminal import Terminal
 
 import metaalign_edge as edge
-from metaalign_edge import EdgeError
+from metaalign_edge_commands import program
+from metaalign_edge_runtime.errors import EdgeError
+from metaalign_edge_runtime.stores import docs
 
 README = (Path(edge.__file__).with_name("README.md")).read_text(encoding="utf-8")
+ROOT = Path(edge.__file__).resolve().parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -30,7 +32,7 @@ def said(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_without_a_topic_the_topics_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
     listed = dict(re.split("  +", line) for line in said(capfd, "help").splitlines())
-    assert listed.keys() == edge.topics().keys() and listed["exit-codes"] == "Exit codes"
+    assert listed.keys() == docs.topics().keys() and listed["exit-codes"] == "Exit codes"
     wanted = {
         "dialog",
         "templates",
@@ -45,7 +47,7 @@ def test_without_a_topic_the_topics_are_listed(capfd: pytest.CaptureFixture[str]
     assert wanted <= listed.keys()
 
 
-@pytest.mark.parametrize("topic", edge.topics())
+@pytest.mark.parametrize("topic", docs.topics())
 def test_a_topic_is_a_whole_section_of_the_readme(topic: str, capfd: pytest.CaptureFixture[str]) -> None:
     heading, _, text = said(capfd, "help", topic).partition("\n\n")
     assert f"# {heading}\n" in README and len(text) > 100 and text.endswith("\n")
@@ -55,7 +57,7 @@ def test_a_topic_is_a_whole_section_of_the_readme(topic: str, capfd: pytest.Capt
 
 
 def test_a_section_has_its_subsections_and_ends_where_the_next_begins() -> None:
-    scripts, codes = edge.topics()["scripts"][1], edge.topics()["exit-codes"][1]
+    scripts, codes = docs.topics()["scripts"][1], docs.topics()["exit-codes"][1]
     assert codes in scripts and "### Environment" in scripts and "## A strength" not in scripts
     assert "interrupted" in codes and "METAALIGN_EDGE" not in codes
 
@@ -95,7 +97,7 @@ def test_at_a_narrow_terminal_a_topic_is_laid_out_for_it() -> None:
 
 
 def test_the_exit_codes_are_those_of_the_errors() -> None:
-    listed = [int(code) for code in re.findall(r"^\| (\d+) \|", edge.topics()["exit-codes"][1], re.MULTILINE)]
+    listed = [int(code) for code in re.findall(r"^\| (\d+) \|", docs.topics()["exit-codes"][1], re.MULTILINE)]
     assert listed == sorted({0, EdgeError.exit_code, *(kind.exit_code for kind in EdgeError.__subclasses__())})
 
 
@@ -106,9 +108,18 @@ def options(command: Any) -> Iterator[Any]:
 
 
 def test_the_variables_are_those_of_the_options_and_called_like_them() -> None:
-    listed = re.findall(r"`([A-Z_]+)`", edge.topics()["environment"][1].replace("`METAALIGN_EDGE_`", ""))
-    read = set(re.findall(r'environ\.get\("METAALIGN_EDGE_([A-Z]+)"\)', Path(edge.__file__).read_text()))
-    taken = {one.envvar: one for one in options(typer.main.get_command(edge.app)) if getattr(one, "envvar", None)}
+    listed = re.findall(r"`([A-Z_]+)`", docs.topics()["environment"][1].replace("`METAALIGN_EDGE_`", ""))
+    read = set(
+        re.findall(
+            r'environ\.get\("METAALIGN_EDGE_([A-Z]+)"\)',
+            "".join(
+                path.read_text()
+                for folder in ("runtime", "commands")
+                for path in sorted(ROOT.glob(f"{folder}/**/*.py"))
+            ),
+        )
+    )
+    taken = {one.envvar: one for one in options(program) if getattr(one, "envvar", None)}
     assert len(listed) == len(set(listed))
     assert {f"METAALIGN_EDGE_{name}" for name in listed} == taken.keys() | {f"METAALIGN_EDGE_{name}" for name in read}
     for name, one in taken.items():

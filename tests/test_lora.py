@@ -27,6 +27,7 @@ from checkpoints import (
 )
 from families import FAMILIES, configuration, make_family, weights
 from llama_cpp import Llama
+
 from metaalign_edge_convert import (
     CannotWrite,
     ConvertError,

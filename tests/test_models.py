@@ -17,6 +17,9 @@ import pytest
 from hub import keep
 
 import metaalign_edge as edge
+from metaalign_edge_runtime.llama import memory
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.stores import models
 
 Refuses = Callable[..., str]
 Says = Callable[..., str]
@@ -40,7 +43,7 @@ def says(capfd: pytest.CaptureFixture[str]) -> Says:
 @pytest.fixture
 def cached(tiny: Path) -> Path:
     """A model in the hub's cache, as huggingface_hub leaves it there."""
-    return keep(edge.hub_folder(), REPOSITORY, "tiny-Q8_0.gguf", tiny.read_bytes())
+    return keep(models.hub_folder(), REPOSITORY, "tiny-Q8_0.gguf", tiny.read_bytes())
 
 
 def write_gguf(path: Path, architecture: str = "llama", **metadata: object) -> Path:
@@ -71,13 +74,14 @@ def test_the_hubs_cache_is_where_huggingface_hub_has_it() -> None:
         {"HF_HUB_CACHE": "$HOME/f"},
     ]
     code = f"""
-import importlib, os, huggingface_hub.constants as constants, metaalign_edge as edge
+import importlib, os, huggingface_hub.constants as constants, metaalign_edge
+from metaalign_edge_runtime.stores import models
 for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
     os.environ.pop(name, None)
 for setting in {settings!r}:
     os.environ.update(setting)
     importlib.reload(constants)
-    assert str(edge.hub_folder()) == constants.HF_HUB_CACHE, (setting, edge.hub_folder(), constants.HF_HUB_CACHE)
+    assert str(models.hub_folder()) == constants.HF_HUB_CACHE, (setting, models.hub_folder(), constants.HF_HUB_CACHE)
     for name in setting:
         del os.environ[name]
 """
@@ -88,7 +92,7 @@ def test_without_a_home_there_is_no_cache_but_the_embedded_model(
     monkeypatch: pytest.MonkeyPatch, refuses: Refuses
 ) -> None:
     monkeypatch.setenv("HF_HOME", "~nobody-of-this-name/hub")
-    assert edge.model_names() == ["metaalign-demo"]
+    assert models.model_names() == ["metaalign-demo"]
     assert "models list" in refuses(3, "chat", "-m", "zzz", "tea?")
 
 
@@ -105,7 +109,7 @@ def test_without_a_home_there_is_no_cache_but_the_embedded_model(
     ("Qwen3-Q-model.gguf", ""),
 ])  # fmt: skip
 def test_a_files_name_tells_its_quantisation(name: str, quantization: str) -> None:
-    assert edge.quantization_of(name) == quantization
+    assert models.quantization_of(name) == quantization
 
 
 @pytest.mark.parametrize("name, model", [
@@ -115,7 +119,7 @@ def test_a_files_name_tells_its_quantisation(name: str, quantization: str) -> No
     ("ggml-vocab-llama.gguf", False), ("._a.gguf", False), ("model.safetensors", False),
 ])  # fmt: skip
 def test_side_files_are_told_from_models_by_name(name: str, model: bool) -> None:
-    assert edge.is_main_part(name) is model
+    assert models.is_main_part(name) is model
 
 
 def test_what_a_file_says_of_itself_outweighs_its_name(tmp_path: Path, says: Says, refuses: Refuses) -> None:
@@ -144,10 +148,10 @@ def test_models_of_other_programs_are_listed_and_never_removed(
         llama, "new/tiny", "tiny-Q6_K.gguf", tiny.read_bytes()
     )  # newer versions keep a hub's cache there
     found = {row["name"]: row["path"] for row in json.loads(says("models", "list", "--json"))}
-    assert found.pop("metaalign-demo") == str(edge.embedded_model())
+    assert found.pop("metaalign-demo") == str(models.embedded_model())
     assert found == {**{name: str(path) for name, path in places.items()}, "new/tiny:Q6_K": str(in_llamas_hub)}
     for name, path in places.items():
-        assert edge.resolve_model(name) == path
+        assert models.resolve_model(name) == path
         assert "only what is there" in refuses(2, "models", "rm", name)
     assert all(path.is_file() for path in places.values())
 
@@ -159,7 +163,7 @@ def test_llama_cpps_own_cache_is_found_without_its_variable(
     path = tmp_path / "home/.cache/llama.cpp/a.gguf"
     path.parent.mkdir(parents=True)
     shutil.copy(tiny, path)
-    assert edge.resolve_model("a") == path
+    assert models.resolve_model("a") == path
 
 
 # ---- what -m means
@@ -175,12 +179,12 @@ def test_a_path_comes_before_the_cache_and_the_cache_before_the_hub(
         f"{REPOSITORY}:tiny-Q8_0.gguf",
         REPOSITORY.upper(),
     ):
-        assert edge.resolve_model(name) == cached, name
-    assert edge.resolve_model(f"{REPOSITORY}:Q4_K_M") is None and edge.resolve_model("some/none") is None
+        assert models.resolve_model(name) == cached, name
+    assert models.resolve_model(f"{REPOSITORY}:Q4_K_M") is None and models.resolve_model("some/none") is None
     monkeypatch.chdir(tmp_path)
     Path("some").mkdir()
     shutil.copy(tiny, REPOSITORY)
-    assert edge.resolve_model(REPOSITORY) == Path(REPOSITORY)
+    assert models.resolve_model(REPOSITORY) == Path(REPOSITORY)
     assert "no model file" in refuses(3, "render", "-m", "./some/none", "tea?")
     assert "no model file" in refuses(3, "render", "-m", "some/none.gguf", "tea?")
 
@@ -191,21 +195,21 @@ def test_a_name_that_does_not_exist_says_which_are_near(cached: Path, refuses: R
 
 
 def test_of_several_the_one_that_came_last_is_meant(tiny: Path, cached: Path) -> None:
-    newer = keep(edge.hub_folder(), REPOSITORY, "tiny-f16.gguf", tiny.read_bytes() + bytes(1))
+    newer = keep(models.hub_folder(), REPOSITORY, "tiny-f16.gguf", tiny.read_bytes() + bytes(1))
     os.utime(cached, (1, 1), follow_symlinks=False)
-    assert edge.resolve_model(REPOSITORY) == newer
+    assert models.resolve_model(REPOSITORY) == newer
 
 
 def test_names_are_had_without_anything_heavy(cached: Path) -> None:
-    code = "import sys, metaalign_edge as edge; print(*edge.model_names()); print(*sys.modules)"
+    code = "import sys, metaalign_edge; from metaalign_edge_runtime.stores import models; print(*models.model_names()); print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
     assert out[0].split() == [f"{REPOSITORY}:Q8_0", "metaalign-demo"]
     assert not {"huggingface_hub", "llama_cpp", "numpy", "gguf", "jinja2"} & set(out[1].split())
 
 
 def test_files_of_one_quantisation_are_told_apart_by_their_names(tiny: Path, cached: Path) -> None:
-    keep(edge.hub_folder(), REPOSITORY, "other-Q8_0.gguf", tiny.read_bytes())
-    assert sorted(edge.model_names())[1:] == [f"{REPOSITORY}:other-Q8_0.gguf", f"{REPOSITORY}:tiny-Q8_0.gguf"]
+    keep(models.hub_folder(), REPOSITORY, "other-Q8_0.gguf", tiny.read_bytes())
+    assert sorted(models.model_names())[1:] == [f"{REPOSITORY}:other-Q8_0.gguf", f"{REPOSITORY}:tiny-Q8_0.gguf"]
 
 
 # ---- list and show
@@ -227,7 +231,7 @@ def test_a_damaged_model_is_listed_as_such_and_the_others_too(
     cut: float, word: str, tiny: Path, cached: Path, says: Says
 ) -> None:
     data = tiny.read_bytes()
-    keep(edge.hub_folder(), "some/half", "half-Q4_0.gguf", data[: int(cut * len(data)) if cut < 1 else int(cut)])
+    keep(models.hub_folder(), "some/half", "half-Q4_0.gguf", data[: int(cut * len(data)) if cut < 1 else int(cut)])
     rows = {row["name"]: row for row in json.loads(says("models", "list", "--json"))}
     assert word in rows["some/half:Q4_0"]["error"] and rows["some/half:Q4_0"]["architecture"] is None
     assert rows[f"{REPOSITORY}:Q8_0"]["error"] is None
@@ -235,7 +239,7 @@ def test_a_damaged_model_is_listed_as_such_and_the_others_too(
 
 
 def test_readings_of_one_file_do_not_disturb_each_other(demo: Path) -> None:
-    file, alone = edge.ModelFile(demo), edge.ModelFile(demo)  # a thread loads the model, one chooses its template
+    file, alone = ModelFile(demo), ModelFile(demo)  # a thread loads the model, one chooses its template
     words, infos = file.items("tokenizer.ggml.tokens"), file.tensor_infos()
     read = [(next(words), next(infos), file.token("eos")) for _ in range(3)]
     assert [word for word, _, _ in read] == list(alone.items("tokenizer.ggml.tokens"))[:3]
@@ -258,7 +262,7 @@ def test_show_says_what_a_model_is_and_what_its_context_takes(demo: Path, says: 
     assert shown["name"] == "metaalign-demo" and shown["native"] and shown["template"] == "metaalign"
     assert set(shown["marker_tokens"]) == {"<|system_info|>", "<|user_info|>", "<|user|>", "<|assistant|>", "<|end|>"}
     assert shown["marker_words"] == []
-    assert shown["kv_bytes_per_1000_tokens"] == 1000 * sum(edge.cache_bytes(edge.ModelFile(demo)) or ())
+    assert shown["kv_bytes_per_1000_tokens"] == 1000 * sum(memory.cache_bytes(ModelFile(demo)) or ())
     text = says("models", "show")
     assert "native" in text and "2.0 MB for each 1,000" in text and f"{shown['parameters']:,}" in text
 
@@ -283,14 +287,14 @@ def test_show_of_what_is_not_here_asks_no_network(refuses: Refuses) -> None:
 def test_rm_frees_what_no_other_file_needs(
     tiny: Path, cached: Path, says: Says, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    twin = keep(edge.hub_folder(), REPOSITORY, "twin.gguf", tiny.read_bytes())  # the same bytes, so the same blob
-    old = keep(edge.hub_folder(), REPOSITORY, "tiny-Q8_0.gguf", b"GGUF of an older version", commit=OTHER)
+    twin = keep(models.hub_folder(), REPOSITORY, "twin.gguf", tiny.read_bytes())  # the same bytes, so the same blob
+    old = keep(models.hub_folder(), REPOSITORY, "tiny-Q8_0.gguf", b"GGUF of an older version", commit=OTHER)
     assert edge.run(["models", "rm", f"{REPOSITORY}:Q8_0"]) == 0
     assert capfd.readouterr().err == "0.0 MB freed\n"
     assert not cached.exists() and not old.exists() and twin.read_bytes() == tiny.read_bytes()
     assert edge.run(["models", "rm", f"{REPOSITORY}:twin.gguf"]) == 0
     assert capfd.readouterr().err == f"{tiny.stat().st_size / 1e6:.1f} MB freed\n"
-    assert huggingface_hub.scan_cache_dir(edge.hub_folder()).size_on_disk == 0
+    assert huggingface_hub.scan_cache_dir(models.hub_folder()).size_on_disk == 0
 
 
 def test_rm_removes_nothing_where_one_name_is_wrong(cached: Path, tiny: Path, refuses: Refuses) -> None:
@@ -298,7 +302,7 @@ def test_rm_removes_nothing_where_one_name_is_wrong(cached: Path, tiny: Path, re
     assert "only what is there" in refuses(2, "models", "rm", REPOSITORY, "metaalign-demo")
     assert "a path is removed with rm" in refuses(3, "models", "rm", REPOSITORY, str(tiny))
     assert "name the models" in refuses(2, "models", "rm")
-    keep(edge.hub_folder(), REPOSITORY, "tiny-f16.gguf", b"GGUF")
+    keep(models.hub_folder(), REPOSITORY, "tiny-f16.gguf", b"GGUF")
     assert "several" in refuses(2, "models", "rm", REPOSITORY)
     assert cached.is_file() and tiny.is_file()
 
@@ -320,18 +324,18 @@ def test_what_stopped_downloads_left_is_reported_and_removed(
 def test_the_default_is_what_was_chosen(cached: Path, demo: Path, tmp_path: Path, says: Says) -> None:
     assert says("models", "default") == "metaalign-demo\n"
     assert says("models", "default", REPOSITORY) == f"{REPOSITORY}:Q8_0\n"
-    assert edge.resolve_model(None) == cached
+    assert models.resolve_model(None) == cached
     assert json.loads(says("models", "default", "--json")) == {"name": f"{REPOSITORY}:Q8_0", "path": str(cached)}
     assert says("models", "default", "--none") == "metaalign-demo\n"
-    assert edge.resolve_model(None) == demo
+    assert models.resolve_model(None) == demo
     shutil.copy(demo, tmp_path / "mine.gguf")
     assert says("models", "default", str(tmp_path / "mine.gguf")) == f"{tmp_path / 'mine.gguf'}\n"
-    assert edge.resolve_model(None) == tmp_path / "mine.gguf"
+    assert models.resolve_model(None) == tmp_path / "mine.gguf"
 
 
 def test_a_default_that_is_gone_is_an_error_that_names_it(cached: Path, says: Says, refuses: Refuses) -> None:
     says("models", "default", REPOSITORY)
-    shutil.rmtree(edge.hub_folder())
+    shutil.rmtree(models.hub_folder())
     assert f"{REPOSITORY}:Q8_0 is not on this machine" in refuses(4, "chat", "--offline", "tea?")
     assert "not on this machine" in refuses(3, "models", "default", "some/none")
     assert "takes no name" in refuses(2, "models", "default", "--none", REPOSITORY)
@@ -340,14 +344,14 @@ def test_a_default_that_is_gone_is_an_error_that_names_it(cached: Path, says: Sa
 def test_rm_of_the_default_goes_back_to_the_embedded_model(cached: Path, demo: Path, says: Says) -> None:
     says("models", "default", REPOSITORY)
     says("models", "rm", REPOSITORY)
-    assert edge.resolve_model(None) == demo
+    assert models.resolve_model(None) == demo
 
 
 # ---- in several parts
 
 
 def test_a_model_in_parts_is_one_model(parts: list[Path], tiny: Path, says: Says) -> None:
-    file, whole = edge.ModelFile(parts[0]), edge.ModelFile(tiny)
+    file, whole = ModelFile(parts[0]), ModelFile(tiny)
     assert file.paths == parts and len(parts) == 3
     assert file.bytes == sum(part.stat().st_size for part in parts) and file.parameters == whole.parameters
     before = file.identity

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer.main
 
 import metaalign_edge as edge
+from metaalign_edge_commands import program
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,7 +23,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def commands() -> dict[str, object]:
-    return dict(typer.main.get_command(edge.app).commands)  # type: ignore[attr-defined]
+    return dict(program.commands)  # type: ignore[attr-defined]
 
 
 def imported_by(*arguments: str) -> set[str]:
@@ -48,14 +48,14 @@ def test_chat_imports_neither_numpy_nor_the_high_level_class_nor_the_hub(tiny: P
 
 
 def test_importing_the_toolkit_leaves_llama_cpp_python_whole() -> None:
-    code = "import metaalign_edge as e; e.llama_cpp(); import llama_cpp; assert llama_cpp.Llama; assert llama_cpp.llama_cpp is e.llama_cpp()"
+    code = "from metaalign_edge_runtime.llama import library as e; e.llama_cpp(); import llama_cpp; assert llama_cpp.Llama; assert llama_cpp.llama_cpp is e.llama_cpp()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_a_bare_checkout_runs_as_a_script(tiny: Path, tmp_path: Path) -> None:
     for name in ("metaalign_edge.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("templates", "convert", "models", "preferences", "schema"):
+    for name in ("runtime", "templates", "convert", "models", "preferences", "schema", "commands"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.gguf", "__pycache__"))
     script = [
         sys.executable,

@@ -17,28 +17,31 @@ from families import make_family
 from reading import read
 
 import metaalign_edge as edge
-from metaalign_edge import (
+from metaalign_edge import (  # fmt: skip
     Answer,
     Chat,
-    ContextOverflow,
     Dialog,
-    EdgeError,
     Engine,
     Feed,
-    Interrupt,
-    Interrupted,
     Job,
-    LoadError,
     Model,
-    ModelFile,
     Parallel,
     RenderOptions,
     Sampler,
     Settings,
+    Turn,
+)
+from metaalign_edge_runtime.errors import (
+    ContextOverflow,
+    EdgeError,
+    Interrupted,
+    LoadError,
     TemplateError,
     TierViolation,
-    Turn,
-)  # fmt: skip
+)
+from metaalign_edge_runtime.llama import library
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
 
 GREEDY = Settings(temperature=0.0, threads=1, max_tokens=16)
 SHORT = replace(GREEDY, max_tokens=12, context=256)
@@ -227,8 +230,8 @@ def test_what_a_sliding_window_has_lost_is_read_again(memories: dict[str, Path],
             engine.cut(one, 20)
             read(engine, other, second[:300])  # into the cells that are free now
             read(engine, one, first[:20] + prompt(4, 200))  # into those, then into the other's outside its window
-            memory = edge.llama_cpp().llama_get_memory(engine.pointer)
-            assert edge.llama_cpp().llama_memory_seq_pos_min(memory, other.id) > 0
+            memory = library.llama_cpp().llama_get_memory(engine.pointer)
+            assert library.llama_cpp().llama_memory_seq_pos_min(memory, other.id) > 0
             engine.share(other, one, 150)
             assert len(one.tokens) == 220  # nothing was shared
             read(engine, one, wanted)
@@ -329,7 +332,7 @@ def test_an_answer_is_seen_before_it_is_begun_and_can_be_refused(model: Model) -
 
 
 def test_what_is_finished_leaves_only_its_prompt_which_is_not_read_again(model: Model) -> None:
-    llama, jobs = edge.llama_cpp(), babble(3)
+    llama, jobs = library.llama_cpp(), babble(3)
     with parallel(model, SHORT, 3) as desk:
         together(desk, jobs)
         assert desk.engine
@@ -425,7 +428,7 @@ def test_of_equal_logits_the_first_is_taken_as_llama_cpps_greedy_sampler_does(mo
         feeds = [Feed(sequence, [5, 6 + sequence.id]) for sequence in engine.sequences]
         feeds[1] = feeds[1]._replace(logits=False)
         rows = [row for row in engine.step(feeds) if row >= 0]
-        pointer = edge.llama_cpp().llama_get_logits(engine.pointer)
+        pointer = library.llama_cpp().llama_get_logits(engine.pointer)
         table = np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (3, model.vocabulary.size))
         assert (
             [sampler.draw(engine, row, several=True) for row in rows]

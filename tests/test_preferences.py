@@ -3,6 +3,7 @@
 from random import Random
 
 import pytest
+
 from metaalign_edge_preferences import SPLITS, express, families, neutral_lines, profiles, values
 from metaalign_edge_preferences.checkers import CHECKERS
 from metaalign_edge_preferences.dialogs import SUBJECTS, Plan, compose

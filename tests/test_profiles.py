@@ -14,6 +14,8 @@ import pytest
 from terminal import Terminal
 
 import metaalign_edge as edge
+from metaalign_edge_runtime.stores import config, profiles
+from metaalign_edge_runtime.stores.config import PROJECT_KEYS
 
 Says = Callable[..., tuple[str, str]]
 Refuses = Callable[..., str]
@@ -150,9 +152,9 @@ def test_rm_removes_own_profiles_all_or_none(says: Says, refuses: Refuses, folde
     assert "do you mean @b?" in refuses(3, "pref", "rm", "a", "B")
     assert "pref default" in refuses(2, "pref", "rm", "a", "stands")
     assert "name the profiles" in refuses(2, "pref", "rm")
-    assert edge.own_profiles() == ["a", "b", "stands"]
+    assert profiles.own_profiles() == ["a", "b", "stands"]
     assert "@a, @b removed" in says("pref", "rm", "@a", "b", "a")[1]
-    assert edge.own_profiles() == ["stands"]
+    assert profiles.own_profiles() == ["stands"]
 
 
 def editor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
@@ -216,7 +218,7 @@ def test_a_default_applies_to_render_chat_batch_and_the_conversation(
     assert user_info() == both
     out, error = says("chat", "-m", str(tiny), "-n", "1", "--json", "-v", "tea?")
     assert json.loads(out)["user_info"] == both
-    assert f"pref: @rome, @concise (from {edge.config_file()})\n" in error
+    assert f"pref: @rome, @concise (from {config.config_file()})\n" in error
     (tmp_path / "rows.jsonl").write_text('{"query": "tea?"}\n{"query": "tea?", "pref": "@caps"}\n')
     rows = says("batch", "-m", str(tiny), "-n", "1", str(tmp_path / "rows.jsonl"))[0].splitlines()
     assert [json.loads(row)["user_info"] for row in rows] == [both, "Write everything in capital letters."]
@@ -256,16 +258,18 @@ def test_the_columns_of_compare_are_those_that_are_asked_for(says: Says, refuses
 def test_a_default_that_makes_no_sense_is_refused(says: Says, refuses: Refuses) -> None:
     assert "do you mean @concise?" in refuses(3, "pref", "default", "concize")
     assert "choose one" in refuses(2, "pref", "default", "--none", "concise")
-    edge.store_setting("pref", "@gone")
-    assert refuses(3, "render", "tea?").startswith(f"metaalign-edge: {edge.config_file()}: pref: no preference profile")
+    config.store_setting("pref", "@gone")
+    assert refuses(3, "render", "tea?").startswith(
+        f"metaalign-edge: {config.config_file()}: pref: no preference profile"
+    )
     says("render", "--no-pref", "tea?")
     says("render", "--pref", "x", "tea?")
 
 
 def add_some(start: int) -> None:
     for number in range(start, start + 8):
-        edge.store_profile(f"p{number}", f"text {number}")
-        edge.store_setting(edge.PROJECT_KEYS[start // 8], f"{number}")
+        profiles.store_profile(f"p{number}", f"text {number}")
+        config.store_setting(PROJECT_KEYS[start // 8], f"{number}")
 
 
 def test_processes_at_once_lose_nothing(folder: Path) -> None:
@@ -276,8 +280,8 @@ def test_processes_at_once_lose_nothing(folder: Path) -> None:
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert edge.own_profiles() == sorted(f"p{number}" for number in range(24))
-    assert edge.read_toml(edge.config_file()) == {"system": "7", "pref": "15", "model": "23"}
+    assert profiles.own_profiles() == sorted(f"p{number}" for number in range(24))
+    assert config.read_toml(config.config_file()) == {"system": "7", "pref": "15", "model": "23"}
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".txt", ".toml", ".lock"}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import metaalign_edge as edge
+from metaalign_edge_runtime.stores import config
 
 Says = Callable[..., tuple[str, str]]
 Refuses = Callable[..., str]
@@ -38,8 +38,8 @@ def test_the_nearest_file_upwards_sets_system_info_and_preference(says: Says, pr
 def test_it_comes_after_flags_and_variables_and_before_the_users_file(
     says: Says, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edge.store_setting("pref", "the user's")
-    edge.store_setting("system", "the user's")
+    config.store_setting("pref", "the user's")
+    config.store_setting("system", "the user's")
     assert BOTH in says("render", "tea?")[0]
     assert f"{project} comes before it" in says("pref", "default", "json")[1]
     assert f"{project} comes before it" in says("config", "set", "system", "x")[1]

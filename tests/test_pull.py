@@ -19,6 +19,11 @@ from hub import Hub, keep, running
 from terminal import Terminal
 
 import metaalign_edge as edge
+from metaalign_edge_commands.terminal.progress import progress_bar
+from metaalign_edge_commands.terminal.screen import Screen
+from metaalign_edge_runtime.errors import in_bytes
+from metaalign_edge_runtime.stores import download, models
+from metaalign_edge_runtime.stores.hub import TRIES, Choice, HubFile, best_choice
 
 Refuses = Callable[..., str]
 Pull = Callable[..., tuple[str, str]]
@@ -41,7 +46,7 @@ def hub(data: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         "tiny.imatrix.gguf": b"GGUF matrix",
         "README.md": b"# tiny",
     }
-    monkeypatch.setattr(edge, "PAUSE", 0)
+    monkeypatch.setattr("metaalign_edge_runtime.stores.hub.PAUSE", 0)
     with running({REPOSITORY: files}) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.address)
         yield server
@@ -66,16 +71,16 @@ def lies_about(hub: Hub, size: object) -> None:
 
 def nothing_is_left() -> bool:
     """Tell whether no model and no piece of one is in the cache."""
-    return edge.model_names() == ["metaalign-demo"] and edge.unfinished_downloads() == []
+    return models.model_names() == ["metaalign-demo"] and models.unfinished_downloads() == []
 
 
 def test_a_model_comes_into_the_hubs_own_cache_where_other_programs_find_it(hub: Hub, pull: Pull, data: bytes) -> None:
     out, error = pull(f"{REPOSITORY}:Q8_0")
     path = Path(out.removesuffix("\n"))
     assert path.read_bytes() == data and error.count("\n") == 1 and f"{REPOSITORY}:Q8_0" in error
-    found = huggingface_hub.try_to_load_from_cache(REPOSITORY, "tiny-Q8_0.gguf", cache_dir=edge.hub_folder())
+    found = huggingface_hub.try_to_load_from_cache(REPOSITORY, "tiny-Q8_0.gguf", cache_dir=models.hub_folder())
     assert found == str(path)
-    assert f"{REPOSITORY}:Q8_0" in edge.model_names()
+    assert f"{REPOSITORY}:Q8_0" in models.model_names()
     assert {(method, place.split("/")[1]) for method, place, _ in hub.log} == {
         ("GET", "api"),
         ("GET", "some"),
@@ -122,8 +127,8 @@ def test_the_list_shows_the_choices_and_which_would_be_taken(hub: Hub, pull: Pul
 ])  # fmt: skip
 def test_the_best_is_the_largest_usual_one_that_leaves_room(free: float, best: str | None) -> None:
     sizes = {"Q2_K": 3, "IQ4_XS": 4, "Q4_K_M": 5, "Q6_K": 7, "Q8_0": 9, "F16": 17}
-    choices = [edge.Choice(tag, (edge.HubFile(f"a-{tag}.gguf", size),)) for tag, size in sizes.items()]
-    found = edge.best_choice(choices, free)
+    choices = [Choice(tag, (HubFile(f"a-{tag}.gguf", size),)) for tag, size in sizes.items()]
+    found = best_choice(choices, free)
     assert (found and found.tag) == best
 
 
@@ -146,7 +151,12 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: Hub, pull: Pul
 def test_a_server_that_knows_no_ranges_begins_anew(size: int, hub: Hub) -> None:
     content = bytes(range(250)) * (size // 250)
     hub.repositories, hub.tricks = {"some/thing": {"a-Q8_0.gguf": content}}, ["drop", "whole"]
-    assert edge.download_model("some/thing", "Q8_0", edge.Screen(quiet=True)).read_bytes() == content
+    assert (
+        download.download_model(
+            "some/thing", "Q8_0", lambda _: None, lambda: progress_bar(Screen(quiet=True))
+        ).read_bytes()
+        == content
+    )
 
 
 def test_what_a_failing_hub_left_is_gone_on_with_the_next_time(
@@ -155,7 +165,7 @@ def test_what_a_failing_hub_left_is_gone_on_with_the_next_time(
     hub.tricks = ["drop", "503", "503", "503"]
     assert edge.run(["pull", "-q", f"{REPOSITORY}:Q8_0"]) == 4
     assert "(503)" in capfd.readouterr().err
-    assert edge.model_names() == ["metaalign-demo"] and len(edge.unfinished_downloads()) == 1
+    assert models.model_names() == ["metaalign-demo"] and len(models.unfinished_downloads()) == 1
     hub.log.clear()
     out, error = pull(f"{REPOSITORY}:Q8_0")
     assert Path(out.strip()).read_bytes() == data
@@ -168,7 +178,7 @@ def test_what_is_not_what_the_hub_promised_is_refused_and_never_a_model(
 ) -> None:
     hub.tricks = [trick] * 10
     assert word in refuses(4, "pull", "-q", f"{REPOSITORY}:Q8_0")
-    assert edge.model_names() == ["metaalign-demo"]
+    assert models.model_names() == ["metaalign-demo"]
     hub.tricks = []
     assert Path(pull(f"{REPOSITORY}:Q8_0")[0].strip()).read_bytes() == data
 
@@ -208,7 +218,7 @@ def test_a_hub_that_refuses_or_fails_is_an_error_of_its_kind(
 ) -> None:
     hub.status, hub.headers = status, headers
     assert word in refuses(code, "pull", REPOSITORY)
-    assert len(hub.log) <= edge.TRIES and nothing_is_left()
+    assert len(hub.log) <= TRIES and nothing_is_left()
 
 
 def test_a_gated_file_says_where_its_licence_is(hub: Hub, refuses: Refuses) -> None:
@@ -260,8 +270,8 @@ def test_a_name_that_means_no_model_says_what_to_do(
 def test_a_file_that_would_leave_the_cache_is_refused(hub: Hub, data: bytes) -> None:
     hub.repositories = {"some/evil": {"../../../../evil.gguf": data}}
     assert edge.run(["pull", "-q", "some/evil"]) in (3, 4)
-    assert edge.model_names() == ["metaalign-demo"]
-    assert list(edge.hub_folder().parent.parent.rglob("evil.gguf")) == []
+    assert models.model_names() == ["metaalign-demo"]
+    assert list(models.hub_folder().parent.parent.rglob("evil.gguf")) == []
 
 
 def test_all_parts_are_fetched_and_the_first_is_the_model(
@@ -283,7 +293,7 @@ def test_chat_announces_what_it_downloads_and_then_asks_nobody(
     command = ["chat", "-m", f"{REPOSITORY}:Q8_0", "--no-stdin", "--seed", "1", "-n", "4", "tea?"]
     assert edge.run(command) == 0
     first, error = capfd.readouterr()
-    size = edge.in_bytes(len(hub.repositories[REPOSITORY]["tiny-Q8_0.gguf"]))
+    size = in_bytes(len(hub.repositories[REPOSITORY]["tiny-Q8_0.gguf"]))
     assert f"downloading {REPOSITORY}:Q8_0, {size}" in error
     no_sockets()
     assert edge.run([*command, "--offline"]) == edge.run(command) == 0
@@ -332,7 +342,7 @@ def test_ctrl_c_keeps_what_came_and_the_next_time_goes_on(hub: Hub, pull: Pull, 
     command = [sys.executable, "-m", "metaalign_edge", "pull", f"{REPOSITORY}:Q8_0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 30
-        while not any(path.stat().st_size for path in edge.unfinished_downloads()):
+        while not any(path.stat().st_size for path in models.unfinished_downloads()):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
@@ -349,7 +359,7 @@ def test_a_disk_that_is_full_in_the_middle_is_exit_8(hub: Hub, data: bytes, run:
 
     result = run("pull", "-q", f"{REPOSITORY}:Q8_0", preexec_fn=small)
     assert result.returncode == 8 and "make room" in result.stderr and "MB more are needed" in result.stderr  # type: ignore[attr-defined]
-    assert edge.model_names() == ["metaalign-demo"]
+    assert models.model_names() == ["metaalign-demo"]
 
 
 def test_a_cache_that_cannot_be_written_is_exit_8(hub: Hub, refuses: Refuses, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +368,7 @@ def test_a_cache_that_cannot_be_written_is_exit_8(hub: Hub, refuses: Refuses, mo
 
 
 def test_a_model_that_is_damaged_says_how_to_get_a_new_one(hub: Hub, data: bytes, refuses: Refuses, pull: Pull) -> None:
-    keep(edge.hub_folder(), REPOSITORY, "tiny-Q8_0.gguf", data[: len(data) // 2])
+    keep(models.hub_folder(), REPOSITORY, "tiny-Q8_0.gguf", data[: len(data) // 2])
     assert f"models rm {REPOSITORY}" in refuses(5, "pull", REPOSITORY)
 
 

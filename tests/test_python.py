@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 
 import metaalign_edge as edge
-from metaalign_edge import Dialog, EdgeError, Model, NotFound, Turn, UsageError, compare, generate, stream
+from metaalign_edge import Dialog, Model, Turn, compare, generate, stream
+from metaalign_edge_runtime.errors import ContextOverflow, EdgeError, NotFound, UsageError
+from metaalign_edge_runtime.stores import profiles
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -56,7 +58,7 @@ def test_pieces_make_the_answer_and_the_answer_is_what_chat_says(demo: Path, tmp
                 again = end.value
                 break
     assert "".join(pieces) == answer.response == again.response and len(pieces) > 5 and all(pieces)
-    assert answer.user_info == edge.expand_profile("@child") and answer.seed == 7 and again.cached_tokens > 20
+    assert answer.user_info == profiles.expand_profile("@child") and answer.seed == 7 and again.cached_tokens > 20
     command = ["chat", "--system", "Be kind.", "--pref", "@child", "--seed", "7", "--temp", "1", "What is tea?"]
     said = subprocess.run([sys.executable, "-m", "metaalign_edge", *command], capture_output=True, text=True, input="")
     assert said.stdout == answer.response + "\n"
@@ -190,9 +192,9 @@ def test_an_answer_fits_the_schema_that_is_asked_for(tiny: Path) -> None:
     (lambda m: generate(m, "tea?", seed=-1), UsageError, "seed"),
     (lambda m: generate(m, "tea?", max_tokens=0), UsageError, "max_tokens"),
     (lambda m: generate(m, "tea?", pref_strength=-1.0), UsageError, "pref_strength"),
-    (lambda m: generate(m, "zoo " * 900), edge.ContextOverflow, "512"),
+    (lambda m: generate(m, "zoo " * 900), ContextOverflow, "512"),
     (lambda m: compare(m, "tea?", []), UsageError, "preference"),
-    (lambda m: compare(m, "tea?", ["short", "zoo " * 900]), edge.ContextOverflow, "512"),
+    (lambda m: compare(m, "tea?", ["short", "zoo " * 900]), ContextOverflow, "512"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_said_and_the_model_stays_usable(
     call: Any, error: type[Exception], says: str, tiny: Path

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from metaalign_edge_commands.terminal.repl import Repl
 from metaalign_edge_convert import ARCHITECTURES
 from metaalign_edge_preferences import families, profiles
-
-import metaalign_edge as edge
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 CONSOLE = re.compile(r"(?<=```console\n)(.*?)(?=```)", re.DOTALL)
@@ -88,7 +88,7 @@ def preference_tables(text: str) -> str:
 def words_table(text: str) -> str:
     """Return the README with its table of a conversation's commands written anew."""
     rows = ""
-    for name, word in edge.Repl.WORDS.items():
+    for name, word in Repl.WORDS.items():
         takes = f"{name} {word.takes}".strip().replace("|", "\\|")
         rows += f"| `{takes}` | {word.help} |\n"
     return re.sub(r"(?<=<!-- words -->\n)((?:\|.*\n){2})(?:\|.*\n)*", lambda head: head[1] + rows, text)

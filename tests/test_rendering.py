@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 import metaalign_edge as edge
-from metaalign_edge import ChatTemplate, Dialog, RenderOptions, Template, TemplateError, Turn, UsageError, render
+from metaalign_edge import ChatTemplate, Dialog, RenderOptions, Turn, render
+from metaalign_edge_runtime.errors import TemplateError, UsageError
+from metaalign_edge_templates.sandbox import Refusal, Template
 
 TEMPLATES = Path(edge.__file__).with_name("templates")
 BOTH = Dialog("Be formal.", "One sentence.", (Turn("What is tea?", "A drink."), Turn("And coffee?")))
@@ -118,7 +120,7 @@ def test_the_native_template_takes_the_tiers_as_variables_too_for_programs_that_
 
 
 def test_the_native_template_refuses_a_role_it_does_not_know() -> None:
-    with pytest.raises(edge.Refusal, match="tool"):
+    with pytest.raises(Refusal, match="tool"):
         shipped("metaalign").template.render(messages=[{"role": "tool", "content": "x"}])
 
 

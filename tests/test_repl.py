@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from terminal import Emulator, Terminal
 
-import metaalign_edge as edge
-from metaalign_edge import Transcript, session_path
+from metaalign_edge_commands.terminal.repl import Repl
+from metaalign_edge_commands.terminal.reply import rows_of
+from metaalign_edge_runtime.stores import files, profiles
+from metaalign_edge_runtime.stores.sessions import Transcript, session_path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -45,7 +47,7 @@ def test_the_conversation_at_a_terminal(tiny: Path) -> None:
     terminal.until("no question")
     terminal.type("/help\n")
     help_text = terminal.until("stop an answer")
-    assert all(word in help_text for word in edge.Repl.WORDS)
+    assert all(word in help_text for word in Repl.WORDS)
     terminal.type("/exit\n")
     assert terminal.leave() == 0
 
@@ -66,7 +68,7 @@ def test_again_shows_and_keep_keeps(tiny: Path) -> None:
     terminal.type("/keep\n")
     terminal.until("\n[@child] > ")
     (turn,) = Transcript.read(path).turns()
-    assert (turn["query"], turn["user_info"]) == ("What is tea?", edge.expand_profile("@child"))
+    assert (turn["query"], turn["user_info"]) == ("What is tea?", profiles.expand_profile("@child"))
     terminal.type("/pref @no-such-one\n")
     terminal.until("no preference profile @no-such-one")
     terminal.type("/pref @json+@child\n")
@@ -202,17 +204,15 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation_and_ctrl_d_leaves(slo
 
 
 def test_completion_knows_commands_profiles_and_sessions() -> None:
-    assert edge.Repl.completions("/p") == [("/pref", 2)] and edge.Repl.completions("what /p") == []
-    assert edge.Repl.completions("/") == [(name, 1) for name in edge.Repl.WORDS]
-    assert ("@child", 3) in edge.Repl.completions("/pref @ch") and ("@child", 3) in edge.Repl.completions(
-        "/again @json+@ch"
-    )
-    assert ("@expert", 3) in edge.Repl.completions("/compare @child @ex") and edge.Repl.completions("/nonsense @") == []
-    assert edge.Repl.completions("/strength p") == [("pref", 1)] and len(edge.Repl.completions("/think ")) == 3
+    assert Repl.completions("/p") == [("/pref", 2)] and Repl.completions("what /p") == []
+    assert Repl.completions("/") == [(name, 1) for name in Repl.WORDS]
+    assert ("@child", 3) in Repl.completions("/pref @ch") and ("@child", 3) in Repl.completions("/again @json+@ch")
+    assert ("@expert", 3) in Repl.completions("/compare @child @ex") and Repl.completions("/nonsense @") == []
+    assert Repl.completions("/strength p") == [("pref", 1)] and len(Repl.completions("/think ")) == 3
     transcript = Transcript(session_path("garden"))
     transcript.clear()
     transcript.save()
-    assert edge.Repl.completions("/load g") == [("garden", 1)]
+    assert Repl.completions("/load g") == [("garden", 1)]
 
 
 def test_a_screen_shows_the_prompt_and_completes_and_remembers(tiny: Path, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_screen_shows_the_prompt_and_completes_and_remembers(tiny: Path, tmp_p
     screen.type("\x04")
     screen.rest()
     assert screen.leave() == 0
-    history = edge.data_folder() / "history"
+    history = files.data_folder() / "history"
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
     assert re.findall(
         r"^\+(.*)$", history.read_text(), re.MULTILINE
@@ -325,7 +325,7 @@ def test_markdown_is_text_on_a_dumb_terminal_and_in_a_pipe() -> None:
     ],
 )
 def test_rows_are_counted_as_a_terminal_does(text: str, rows: int | None) -> None:
-    assert edge.rows_of(text, 10) == rows
+    assert rows_of(text, 10) == rows
 
 
 def test_only_a_conversation_pays_for_the_line_editor(tiny: Path) -> None:
@@ -351,10 +351,10 @@ def test_the_conversation_of_the_readme_happens() -> None:
 
 
 TAKEN = {
-    "echo": "edge.Reply(edge.Screen(), markdown=True).alone()",
-    "bar": "edge.answers_bar(edge.Screen(), 'rows', 0, 8)",
-    "download": "edge.progress_bar(edge.Screen())",
-    "columns": "edge.Columns(['a', 'b'], edge.Screen())",
+    "echo": "reply.Reply(screen.Screen(), markdown=True).alone()",
+    "bar": "progress.answers_bar(screen.Screen(), 'rows', 0, 8)",
+    "download": "progress.progress_bar(screen.Screen())",
+    "columns": "columns.Columns(['a', 'b'], screen.Screen())",
 }
 
 
@@ -362,8 +362,10 @@ TAKEN = {
 def test_a_second_ctrl_c_gives_the_terminal_back(what: str) -> None:
     code = f"""
 import os, signal
-import metaalign_edge as edge
-with edge.Interrupt(), {TAKEN[what]}:
+import metaalign_edge
+from metaalign_edge_commands.terminal import columns, progress, reply, screen
+from metaalign_edge_runtime.llama.interrupt import Interrupt
+with Interrupt(), {TAKEN[what]}:
     print("taken", flush=True)
     input()
     os.kill(os.getpid(), signal.SIGINT)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-import metaalign_edge as edge
-from metaalign_edge import Refusal, Template, TemplateError, TierText
+from metaalign_edge_runtime.errors import TemplateError
+from metaalign_edge_templates.sandbox import BUDGET_SECONDS, FILTERS, Refusal, Template
+from metaalign_edge_templates.tier_text import TierText
 
 MESSAGES = [
     {"role": "system", "content": TierText.of(" S ", "system_info")},
@@ -78,7 +79,7 @@ def test_a_hostile_template_is_refused_in_time(source: str) -> None:
     started = time.monotonic()
     with pytest.raises(TemplateError) as caught:
         rendered(source).encode()
-    assert time.monotonic() - started < 3 * edge.BUDGET_SECONDS
+    assert time.monotonic() - started < 3 * BUDGET_SECONDS
     assert "\n" not in str(caught.value)
 
 
@@ -152,7 +153,7 @@ def test_the_variables_that_templates_expect_are_there() -> None:
     )
 
 
-@pytest.mark.parametrize("name", edge.FILTERS)
+@pytest.mark.parametrize("name", FILTERS)
 def test_no_filter_lets_a_tiers_text_pass_as_scaffold(name: str) -> None:
     for source in (
         f"{{{{ messages[1].content|{name} }}}}",

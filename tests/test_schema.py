@@ -13,22 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from jsonschema.validators import Draft202012Validator, validator_for
-from metaalign_edge_schema import check_schema, convert, expand
 from terminal import Terminal
 
 import metaalign_edge as edge
-from metaalign_edge import (
-    NO_TOKEN,
-    Engine,
-    Feed,
-    Interrupt,
-    Markers,
-    Model,
-    ModelFile,
-    SchemaSampler,
-    Settings,
-    Thinking,
-)
+from metaalign_edge import NO_TOKEN, Engine, Feed, Markers, Model, SchemaSampler, Settings, Thinking
+from metaalign_edge_runtime.errors import UsageError
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
+from metaalign_edge_schema import check_schema, convert, expand
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Fails = Callable[..., str]
@@ -412,7 +404,7 @@ def test_a_vocabulary_without_the_letters_ends_in_exit_7_and_not_in_a_crash(tiny
 def test_a_grammar_that_llama_cpp_refuses_is_a_usage_error(
     randomly: Randomly, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(edge.UsageError, match="simpler"):
+    with pytest.raises(UsageError, match="simpler"):
         randomly.write("root ::= root\n", 0)
 
 

@@ -18,7 +18,11 @@ from typing import Any
 import pytest
 
 import metaalign_edge as edge
-from metaalign_edge import Dialog, Transcript, Turn, UsageError, session_path
+from metaalign_edge import Dialog, Turn
+from metaalign_edge_commands.terminal.repl import dialog_of as dialog_of_conversation
+from metaalign_edge_runtime.errors import CannotWrite, UsageError
+from metaalign_edge_runtime.stores import session_text
+from metaalign_edge_runtime.stores.sessions import Transcript, session_path
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Ask = Callable[..., dict[str, Any]]
@@ -54,7 +58,7 @@ def say(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
 def kept(name: str, *turns: tuple[str, str], pref: str = "") -> Path:
     """Write a session as the program does; return its path."""
     transcript = Transcript(session_path(name))
-    transcript.set("", pref, edge.label_of([pref]))
+    transcript.set("", pref, session_text.label_of([pref]))
     for query, response in turns:
         transcript.add({"query": query, "response": response, "model": "m.gguf", "finish_reason": "stop"})
     transcript.save()
@@ -62,7 +66,9 @@ def kept(name: str, *turns: tuple[str, str], pref: str = "") -> Path:
 
 
 def dialog_of(name: str) -> Dialog:
-    return Transcript.read(session_path(name)).dialog()
+    transcript = Transcript.read(session_path(name))
+    tiers = transcript.meta_prompt
+    return Dialog(tiers["system_info"], tiers["user_info"], tuple(Turn(*pair) for pair in transcript.pairs()))
 
 
 def test_a_session_goes_on_where_it_was(ask: Ask) -> None:
@@ -208,9 +214,10 @@ def test_a_newer_programs_session_and_another_file_are_refused() -> None:
 
 
 WRITER = """
-import sys, metaalign_edge as edge
+import sys, metaalign_edge
+from metaalign_edge_runtime.stores import sessions
 name, who, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-transcript = edge.Transcript.read(edge.session_path(name))
+transcript = sessions.Transcript.read(sessions.session_path(name))
 print("ready", flush=True)
 for number in range(count):
     transcript.set("", who, who)
@@ -303,7 +310,7 @@ def test_what_could_not_be_written_is_written_the_next_time(tmp_path: Path, monk
     blocked.touch()
     transcript = Transcript(blocked / "sessions" / "work.jsonl")
     transcript.add({"query": "one?", "response": "1"})
-    with pytest.raises(edge.CannotWrite):
+    with pytest.raises(CannotWrite):
         transcript.save()
     blocked.unlink()
     transcript.add({"query": "two?", "response": "2"})
@@ -332,8 +339,8 @@ def test_the_turns_that_were_cleared_or_replaced_are_not_in_the_prompt() -> None
     kept("work", ("one?", "1"), ("two?", "2"))
     transcript = Transcript.read(session_path("work"))
     transcript.add({"query": "two?", "response": "II"}, again=True)
-    assert transcript.dialog("three?").turns == (Turn("one?", "1"), Turn("two?", "II"), Turn("three?"))
-    assert transcript.dialog("two?", again=True).turns == (Turn("one?", "1"), Turn("two?"))
+    assert dialog_of_conversation(transcript, "three?").turns == (Turn("one?", "1"), Turn("two?", "II"), Turn("three?"))
+    assert dialog_of_conversation(transcript, "two?", again=True).turns == (Turn("one?", "1"), Turn("two?"))
     transcript.clear()
     transcript.add({"query": "four?", "response": "4"})
     transcript.save()

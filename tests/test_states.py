@@ -16,7 +16,10 @@ import pytest
 from test_parallel import memories  # noqa: F401  a fixture
 
 import metaalign_edge as edge
-from metaalign_edge import Answer, Chat, Dialog, Engine, Interrupt, Model, ModelFile, Settings, States, Turn
+from metaalign_edge import Answer, Chat, Dialog, Engine, Model, Settings, Turn
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
+from metaalign_edge_runtime.stores.prompt_cache import States
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 GREEDY = Settings(temperature=0.0, threads=1, max_tokens=12, context=256)
@@ -100,7 +103,7 @@ def test_another_model_or_build_is_another_state(
     copy.write_bytes(tiny.read_bytes())
     with Model(ModelFile(copy), GREEDY) as other:
         assert ask(other, states)[0].cached_tokens == 0
-    monkeypatch.setattr(edge, "build", lambda: "another")
+    monkeypatch.setattr("metaalign_edge_runtime.llama.library.build", lambda: "another")
     assert ask(model, states)[0].cached_tokens == 0
     monkeypatch.undo()
     os.utime(tiny)  # written anew

@@ -6,6 +6,7 @@ from math import comb
 from random import Random
 
 import pytest
+
 from metaalign_edge_preferences.statistics import Difference, difference, mcnemar, rate
 
 

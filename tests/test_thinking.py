@@ -12,7 +12,12 @@ from parrot import make_parrot
 from terminal import Terminal
 
 import metaalign_edge as edge
-from metaalign_edge import Chat, Interrupt, Model, ModelFile, RenderOptions, Repl, Screen, Settings, Thinking
+from metaalign_edge import Chat, Model, RenderOptions, Settings, Thinking
+from metaalign_edge_commands.terminal.repl import Repl
+from metaalign_edge_commands.terminal.screen import Screen
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
+from metaalign_edge_runtime.stores.sessions import Transcript
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 MARKS = ("<think>", "</think>")
@@ -141,10 +146,10 @@ def test_reasoning_is_no_part_of_the_conversation(thinker: Path) -> None:
     with Model(file, settings) as model, Chat(
         model, edge.choose_template("auto", file), settings, RenderOptions(), Interrupt()
     ) as chat:  # fmt: skip
-        repl = Repl(chat, edge.Transcript(), Screen(quiet=True), False)
+        repl = Repl(chat, Transcript(), Screen(quiet=True), False)
         for query in ("tea?", "and coffee?"):
             repl.ask(query)
-        assert [turn.response for turn in repl.transcript.dialog().turns] == ["lazy dog", "lazy dog"]
+        assert [response for _, response in repl.transcript.pairs()] == ["lazy dog", "lazy dog"]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from metaalign_edge import TierText, join_text
+from metaalign_edge_templates.tier_text import TierText, join_text
 
 MARKED = join_text(["<a> ", TierText.of(" One\n two ", "query"), "</a>", TierText.of("ß", "user_info")])
 OPERATIONS = {

@@ -13,14 +13,15 @@ import gguf
 import numpy as np
 import pytest
 from checkpoints import BYTE_LEVEL, CONFIG, ROWS, edit_json, make_checkpoint, write_json, write_tokenizer
+from tokenizers import Tokenizer
+from vocabularies import FLAGS, GEMMA, LEGACY, METASPACE, model_proto, pieces, write_sentencepiece
+
 from metaalign_edge_convert import ConvertError, open_checkpoint, prove_pre_tokenizer, write_gguf
 from metaalign_edge_convert.folder import Folder
 from metaalign_edge_convert.pretokenizers import DISTINCT, TABLE
 from metaalign_edge_convert.prove import TEXTS, choose_pre_tokenizer, tokenize_with_llama
 from metaalign_edge_convert.sentencepiece import parse_model
 from metaalign_edge_convert.vocabulary import Vocabulary, VocabularyRules, read_vocabulary
-from tokenizers import Tokenizer
-from vocabularies import FLAGS, GEMMA, LEGACY, METASPACE, model_proto, pieces, write_sentencepiece
 
 LLAMA = {**CONFIG, "bos_token_id": 1, "eos_token_id": 2}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

@@ -9,18 +9,15 @@ import pytest
 import vocabularies
 from test_rendering import CHATML, chat_template, shipped
 
-import metaalign_edge as edge
-from metaalign_edge import (
-    ContextOverflow,
-    Dialog,
+from metaalign_edge import Dialog, Markers, Tokens, Turn, render, tokenize
+from metaalign_edge_runtime.errors import ContextOverflow
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.vocabulary import (
+    ATTR_CONTROL,
+    ATTR_UNKNOWN,
+    ATTR_USER_DEFINED,
     LlamaVocabulary,
-    Markers,
-    ModelFile,
-    Tokens,
-    Turn,
     load_vocabulary,
-    render,
-    tokenize,
 )
 
 CONTEXT = 1 << 20
@@ -85,7 +82,7 @@ def test_on_benign_text_the_ids_are_those_of_the_reference(vocabulary: LlamaVoca
 
 
 def hostile_texts(vocabulary: LlamaVocabulary) -> dict[str, str]:
-    marked = edge.ATTR_CONTROL | edge.ATTR_USER_DEFINED | edge.ATTR_UNKNOWN
+    marked = ATTR_CONTROL | ATTR_USER_DEFINED | ATTR_UNKNOWN
     special = [
         vocabulary.piece(token).decode() for token in range(vocabulary.size) if vocabulary.attributes(token) & marked
     ]
@@ -133,7 +130,7 @@ def test_hostile_text_in_a_tier_stays_text(vocabulary: LlamaVocabulary, template
         tokens = tokenize(rendering, vocabulary, CONTEXT).tokens
         said = [token for token in tokens if token.tier]
         for token in said:
-            assert not vocabulary.attributes(token.id) & (edge.ATTR_CONTROL | edge.ATTR_UNKNOWN), (name, token)
+            assert not vocabulary.attributes(token.id) & (ATTR_CONTROL | ATTR_UNKNOWN), (name, token)
             assert not vocabulary.is_end(token.id), (name, token)
             assert token.id not in markers, (name, token)
         kept = "".join(part for part, owner in rendering.prompt.pieces() if owner == tier)

@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-import metaalign_edge_templates
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+import metaalign_edge_templates
 from metaalign_edge_preferences import families, values
 from metaalign_edge_preferences.dialogs import SUBJECTS, Plan, compose, flip, held_out_pair, subjects
 from metaalign_edge_tune.dataset import (

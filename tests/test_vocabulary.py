@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import metaalign_edge as edge
-from metaalign_edge import Background, Interrupt, LoadError, Loading, Model, ModelFile, Settings
+from metaalign_edge import Model, Settings
+from metaalign_edge_runtime.errors import LoadError
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
+from metaalign_edge_runtime.llama.library import Background
+from metaalign_edge_runtime.llama.vocabulary import Loading
 
 GREEDY = Settings(temperature=0.0, threads=1, max_tokens=12, context=256)
 
@@ -26,7 +30,7 @@ def test_one_interrupt_may_hold_another() -> None:
 
 
 def test_what_fails_in_the_background_is_raised_where_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edge, "is_program", True)
+    monkeypatch.setattr("metaalign_edge_runtime.llama.library.is_program", True)
     usual = sys.getswitchinterval()
     one, two = Background(lambda: 1 / 0), Background(lambda: 2)
     assert sys.getswitchinterval() < usual

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import metaalign_edge_templates
-from metaalign_edge_convert import open_checkpoint, write_gguf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import metaalign_edge as edge
+import metaalign_edge_templates
+from metaalign_edge_convert import open_checkpoint, write_gguf
+from metaalign_edge_runtime.stores import files
 
 from .dataset import Row
 from .dpo import candidates, fresh_rows, optimise, pairs
@@ -58,7 +59,7 @@ def _candidates(rows: Sequence[Row], preference: Preference, out: Path, threads:
     name, template = edge.conversion_template("auto", checkpoint)
     write_gguf(checkpoint, gguf, outtype="f16", chat_template=template, template_name=name, force=True)
     texts = candidates(gguf, rows, preference, threads)
-    with edge.replacing(path) as part:
+    with files.replacing(path) as part:
         part.write_text(json.dumps(texts), encoding="utf-8")
     return texts
 
@@ -123,6 +124,6 @@ def _tokenizer(recipe: Recipe, out: Path) -> Tokenizer:
     if path.exists():
         return Tokenizer.from_file(str(path))
     tokenizer = train_tokenizer(recipe.seed, recipe.shape.vocabulary, recipe.sample)
-    with edge.replacing(path) as part:
+    with files.replacing(path) as part:
         tokenizer.save(str(part))
     return tokenizer

@@ -23,8 +23,8 @@ from typing import Any
 
 from metaalign_edge_preferences import values
 from metaalign_edge_preferences.dialogs import Plan, Scene, compose, flip, held_out_pair
-
-import metaalign_edge as edge
+from metaalign_edge_runtime.errors import NotFound, UsageError
+from metaalign_edge_runtime.stores import files
 
 from .ending import finish, say
 from .responses import respond
@@ -50,7 +50,7 @@ SIZE = 38_900  # rows, the size of the paper's dataset
 _TEXTS = ("system_info", "user_info", "query", "response", "rejected")
 
 
-class InvalidRow(edge.UsageError):
+class InvalidRow(UsageError):
     """A row of a file that is no row; the text says which line and field, and what to do."""
 
 
@@ -181,7 +181,7 @@ def examine(path: Path) -> Iterator[tuple[dict[str, Any], list[str]]]:
     try:
         opened = path.open("rb")
     except OSError as error:
-        raise edge.NotFound(f"{path}: {str(error.strerror).lower()}: give a JSONL file of rows") from None
+        raise NotFound(f"{path}: {str(error.strerror).lower()}: give a JSONL file of rows") from None
     with opened as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -332,7 +332,7 @@ def _validate(path: Path) -> int:
 
 def _write(path: Path, seed: int, count: int, leaked: list[str]) -> Iterator[dict[str, Any]]:
     """Write rows to a file as they come and yield them; the file appears under its name when it is whole."""
-    with edge.replacing(path) as part, part.open("w", encoding="utf-8") as file:
+    with files.replacing(path) as part, part.open("w", encoding="utf-8") as file:
         for index in range(count):
             one = row(seed, index)
             leaked += leaks(one)

@@ -15,9 +15,12 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from metaalign_edge_preferences.suite import survives
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from metaalign_edge_preferences.suite import survives
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
 
 from .dataset import Row, row
 from .model import Llama
@@ -51,7 +54,7 @@ def candidates(
     settings = edge.Settings(
         temperature=recipe.temperature, top_k=0, top_p=1.0, min_p=0.0, max_tokens=200, threads=threads
     )
-    file, interrupt = edge.ModelFile(model), edge.Interrupt()
+    file, interrupt = ModelFile(model), Interrupt()
     template = edge.choose_template("auto", file)
 
     def jobs() -> Iterator[edge.Job]:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import metaalign_edge as edge
+from metaalign_edge_runtime.errors import CannotWrite, Interrupted, LoadError, one_line
 
 __all__ = ["finish", "require", "say"]
 
@@ -20,12 +21,12 @@ def require(*modules: str) -> None:
     """See that the libraries of the extra are there. Raises LoadError."""
     for name in modules:
         if not find_spec(name):
-            raise edge.LoadError(f'{name} is not installed: pip install "metaalign-edge[tune]"')
+            raise LoadError(f'{name} is not installed: pip install "metaalign-edge[tune]"')
 
 
 def say(name: str, text: str) -> None:
     """Say something on stderr, in one line."""
-    print(f"{name}: {edge.one_line(text)}", file=sys.stderr, flush=True)
+    print(f"{name}: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def finish(name: str, out: Path, again: str, work: Callable[[], int | None]) -> int:
@@ -34,7 +35,7 @@ def finish(name: str, out: Path, again: str, work: Callable[[], int | None]) -> 
         return work() or 0
     except KeyboardInterrupt:
         say(name, f"interrupted; {again}")
-        return edge.Interrupted.exit_code
+        return Interrupted.exit_code
     except Exception as error:
         told = _explained(error, out, again)
         code = edge.exit_code(told)
@@ -47,9 +48,9 @@ def _explained(error: Exception, out: Path, again: str) -> Exception:
     """Return one of the toolkit's errors for what libraries raise."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or any(words in str(error) for words in FULL):
-        return edge.CannotWrite(f"{out}: the disk is full; make room, and {again}")
+        return CannotWrite(f"{out}: the disk is full; make room, and {again}")
     if isinstance(error, OSError) and error.errno:
-        return edge.CannotWrite(f"{error.filename or out}: {error.strerror}")
+        return CannotWrite(f"{error.filename or out}: {error.strerror}")
     if type(error).__name__ == "OutOfMemoryError":  # torch's
-        return edge.LoadError("the GPU's memory is too small: lower --batch or --max-length, or leave out --full")
+        return LoadError("the GPU's memory is too small: lower --batch or --max-length, or leave out --full")
     return error

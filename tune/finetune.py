@@ -27,10 +27,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import metaalign_edge as edge
 from metaalign_edge_convert import open_adapter, open_checkpoint
 from metaalign_edge_convert.tokens import looks_special
-
-import metaalign_edge as edge
+from metaalign_edge_runtime.errors import UsageError
+from metaalign_edge_runtime.stores import files, hub
+from metaalign_edge_templates.sandbox import Template
 
 from . import dataset
 from .ending import finish, require, say
@@ -74,7 +76,7 @@ class Settings:
         """Refuse numbers without sense. Raises UsageError."""
         for name in ("epochs", "batch", "accumulate", "beta", "rank", "max_length"):
             if not getattr(self, name) > 0:
-                raise edge.UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}, not above zero")
+                raise UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}, not above zero")
 
     @property
     def checkpoints(self) -> Path:
@@ -86,9 +88,9 @@ class Settings:
 
 
 @cache
-def native_template() -> edge.Template:
+def native_template() -> Template:
     """Return the native three-tier template."""
-    return edge.Template(edge.read_text(edge.shipped_templates()["metaalign"], "the template"), "metaalign")
+    return Template(files.read_text(edge.shipped_templates()["metaalign"], "the template"), "metaalign")
 
 
 def read_tokenizer(folder: Path) -> tuple[Any, list[int]]:
@@ -152,7 +154,7 @@ def plan(rows: Sequence[Encoded], settings: Settings) -> dict[str, list[Encoded]
     found = {"sft": short, "dpo": pairs}
     found = {method: left for method, left in found.items() if left and settings.method in (method, "both")}
     if not found:
-        raise edge.UsageError(f"{settings.data}: no row in it for {settings.method}")
+        raise UsageError(f"{settings.data}: no row in it for {settings.method}")
     return found
 
 
@@ -293,9 +295,9 @@ def begin(settings: Settings, resume: bool) -> bool:
     """Make the output's folder, or see that it is the one to go on in; False if it is finished. Raises UsageError."""
     written, said = settings.checkpoints / "settings.json", json.dumps(asdict(settings), default=str, indent=2)
     if not resume and settings.out.exists() and (not settings.out.is_dir() or any(settings.out.iterdir())):
-        raise edge.UsageError(f"{settings.out}: exists already; name another, or go on with --resume")
+        raise UsageError(f"{settings.out}: exists already; name another, or go on with --resume")
     if written.exists() and written.read_text(encoding="utf-8") != said:
-        raise edge.UsageError(f"{written}: begun with other options; give the same, or name another output")
+        raise UsageError(f"{written}: begun with other options; give the same, or name another output")
     if not written.exists() and any((settings.out / name).exists() for name in RESULTS):
         return False
     settings.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -325,7 +327,7 @@ def save(model: Any, tokenizer: Any, settings: Settings, folder: Path) -> None:
 def finetune(settings: Settings, resume: bool = False) -> None:
     """Train as the settings say and write the result. resume: go on where an earlier start stopped."""
     require("torch", "transformers", "peft", "trl", "datasets")
-    folder = edge.find_checkpoint(settings.model, edge.Screen())
+    folder = hub.find_checkpoint(settings.model, lambda _: None)
     base = open_checkpoint(folder)  # what cannot be converted need not be trained
     rows = list(dataset.read_rows(settings.data))
     if not begin(settings, resume):

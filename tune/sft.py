@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-import metaalign_edge as edge
+from metaalign_edge_runtime.errors import UsageError
+from metaalign_edge_runtime.stores import files
 
 from .dataset import row
 from .model import Llama, Spellings
@@ -116,9 +117,9 @@ def _resume(
     except OSError:
         raise
     except Exception:  # whichever of torch's and pickle's
-        raise edge.UsageError(f"{state} is damaged: remove it to begin anew") from None
+        raise UsageError(f"{state} is damaged: remove it to begin anew") from None
     if saved["recipe"] != asdict(recipe):
-        raise edge.UsageError(f"{state} belongs to another recipe: remove it, or use its options")
+        raise UsageError(f"{state} belongs to another recipe: remove it, or use its options")
     model.load_state_dict(saved["model"])
     for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(content)
@@ -138,5 +139,5 @@ def _checkpoint(
         return
     content: dict[str, Any] = {"recipe": asdict(recipe), "model": model.state_dict(), "step": step, "losses": losses}
     content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    with edge.replacing(state) as part:
+    with files.replacing(state) as part:
         torch.save(content, part)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from metaalign_edge_preferences import read
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from metaalign_edge_preferences import read
 
 from .dataset import Turn, row
 

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import metaalign_edge as edge
+from metaalign_edge_preferences import report, statistics
 
-report, statistics = edge.preferences("report"), edge.preferences("statistics")
 CARD = Path(__file__).resolve().parents[2] / "models" / "README.md"
 TABLE = re.compile(r"(?<=<!-- eval -->\n)(?:\|.*\n)*")
 SIZE = 1000  # cases a section behind the card's figures

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import CONFIG, edit_json, random_weights, write_json, write_weights
-from metaalign_edge_convert import OUTTYPES, open_checkpoint, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from metaalign_edge_convert import OUTTYPES, open_checkpoint, write_gguf
 
 if TYPE_CHECKING:
     from conftest import Reference

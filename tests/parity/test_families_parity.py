@@ -17,9 +17,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from families import FAMILIES, GOLDEN, NOT_IN_TRANSFORMERS, configuration, digest, golden_digests, make_family, weights
-from metaalign_edge_convert import open_checkpoint, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import GELUTanh
+
+from metaalign_edge_convert import open_checkpoint, write_gguf
 
 if TYPE_CHECKING:
     from conftest import Reference

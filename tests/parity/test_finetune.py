@@ -17,14 +17,17 @@ import pytest
 import torch
 from checkpoints import BYTE_LEVEL, edit_json, write_json
 from llama_cpp import Llama
-from metaalign_edge_tune import finetune
-from metaalign_edge_tune.finetune import MARKERS, Settings, encode_prompt, encode_row, labelled, main, plan
 from safetensors.torch import load_file
 from test_tokenizers_parity import FIXTURES, SHELL, fixture, real_llama
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from vocabularies import FLAGS
 
 import metaalign_edge as edge
+from metaalign_edge_runtime.errors import UsageError
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.vocabulary import load_vocabulary
+from metaalign_edge_tune import finetune
+from metaalign_edge_tune.finetune import MARKERS, Settings, encode_prompt, encode_row, labelled, main, plan
 
 if TYPE_CHECKING:
     from conftest import Reference
@@ -167,11 +170,11 @@ def test_what_is_trained_is_what_is_run(name: str, base: Base, tmp_path: Path) -
     settings = Settings(str(folder), tmp_path, out, full=True)
     tokenizer, new = finetune.read_tokenizer(folder)
     finetune.save(finetune.read_model(folder, tokenizer, new, settings), tokenizer, settings, folder)
-    file = edge.ModelFile(convert(out))
+    file = ModelFile(convert(out))
     chat = edge.choose_template("auto", file)
     theirs = AutoTokenizer.from_pretrained(out)
     assert (chat.name, chat.native) == ("metaalign", True)
-    with edge.load_vocabulary(file) as vocabulary:
+    with load_vocabulary(file) as vocabulary:
         for number, text in enumerate(BENIGN + HOSTILE):
             dialog = edge.Dialog(text, text, (edge.Turn(text, text), edge.Turn(text)))
             ours = encode_prompt(tokenizer, dialog)
@@ -209,7 +212,7 @@ def test_long_rows_are_left_out_and_rows_without_a_rejected_response_are_for_sft
     assert capsys.readouterr().err == "finetune: 1 of 3 rows exceed 50 tokens and are left out\n"
     assert list(plan(rows[1:], settings)) == ["sft"]
     assert "no DPO" in capsys.readouterr().err
-    with pytest.raises(edge.UsageError, match="no row in it for dpo"):
+    with pytest.raises(UsageError, match="no row in it for dpo"):
         plan(rows[1:], Settings("model", tmp_path, tmp_path, method="dpo", max_length=50))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from checkpoints import make_checkpoint
+
 from metaalign_edge_convert import ConvertError, open_checkpoint, write_gguf
 from metaalign_edge_convert.prove import tokenize_with_llama
 

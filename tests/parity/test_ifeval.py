@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import metaalign_edge as edge
+from metaalign_edge_preferences import suite
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 ROWS: list[dict[str, Any]] = [
@@ -77,7 +77,9 @@ def ifeval(punkt: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     import nltk
 
     monkeypatch.setattr(nltk.data, "path", [str(punkt)])
-    return edge.preferences("ifeval")
+    from metaalign_edge_preferences import ifeval
+
+    return ifeval
 
 
 def test_verdicts_are_those_of_lm_eval(ifeval: Any, rows: Path) -> None:
@@ -85,7 +87,7 @@ def test_verdicts_are_those_of_lm_eval(ifeval: Any, rows: Path) -> None:
     assert unchecked == [] and {case.section for case in cases} == {"prompt"}
     from lm_eval.tasks.ifeval import utils
 
-    verdict = edge.preferences("suite").Judged
+    verdict = suite.Judged
     for case, row in zip(cases, ROWS, strict=True):
         drawn = [check.parameters["arguments"] for check in case.checks] if row["key"] == 8 else row["kwargs"]
         for response in RESPONSES:
@@ -136,7 +138,7 @@ def test_the_instructions_words_stand_in_the_tier_and_the_prompt_is_the_question
 def test_a_row_that_is_none_is_named(row: Any, said: str, ifeval: Any, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(edge.preferences("suite").InvalidSuite, match="line 2") as error:
+    with pytest.raises(suite.InvalidSuite, match="line 2") as error:
         ifeval.read_ifeval(path)
     assert said in str(error.value)
 

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import CONFIG, ROWS, edit_json, make_checkpoint
-from metaalign_edge_convert import merge, open_adapter, open_checkpoint, write_adapter, write_gguf
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_convert_parity import assert_same_bytes
 from test_lora import IDS, logits
 from transformers import AutoModelForCausalLM
+
+from metaalign_edge_convert import merge, open_adapter, open_checkpoint, write_adapter, write_gguf
 
 if TYPE_CHECKING:
     from conftest import Reference

@@ -10,19 +10,11 @@ import pytest
 from conftest import Reference
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from metaalign_edge import (
-    ChatTemplate,
-    Dialog,
-    EdgeError,
-    Refusal,
-    Template,
-    TemplateError,
-    TierText,
-    Turn,
-    part_folder,
-    render,
-    shipped_templates,
-)
+from metaalign_edge import ChatTemplate, Dialog, Turn, render, shipped_templates
+from metaalign_edge_runtime.errors import EdgeError, TemplateError
+from metaalign_edge_runtime.stores.files import part_folder
+from metaalign_edge_templates.sandbox import Refusal, Template
+from metaalign_edge_templates.tier_text import TierText
 
 VARIABLES: dict[str, Any] = {
     "bos_token": "<s>",

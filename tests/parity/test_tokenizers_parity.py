@@ -16,6 +16,10 @@ import gguf
 import pytest
 import sentencepiece
 from checkpoints import CONFIG, edit_json, write_json
+from tokenizers import Tokenizer
+from transformers import GemmaTokenizer, LlamaTokenizer
+from vocabularies import FLAGS, GEMMA, LEGACY, METASPACE, model_proto, spm_tokenizer
+
 from metaalign_edge_convert import ARCHITECTURES
 from metaalign_edge_convert.chat import read_templates
 from metaalign_edge_convert.describe import add_vocabulary, write_head
@@ -23,9 +27,6 @@ from metaalign_edge_convert.folder import Folder
 from metaalign_edge_convert.pretokenizers import DEEPSEEK_CODER, DEEPSEEK_LLM, SENTENCEPIECE_PRE, TABLE
 from metaalign_edge_convert.prove import TEXTS, tokenize_with_llama, write_vocabulary
 from metaalign_edge_convert.vocabulary import Vocabulary, read_vocabulary
-from tokenizers import Tokenizer
-from transformers import GemmaTokenizer, LlamaTokenizer
-from vocabularies import FLAGS, GEMMA, LEGACY, METASPACE, model_proto, spm_tokenizer
 
 if TYPE_CHECKING:
     from conftest import Reference

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import subprocess
 import sys
@@ -20,22 +19,12 @@ from conftest import Reference
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from metaalign_edge import (
-    ChatTemplate,
-    Dialog,
-    LlamaVocabulary,
-    LoadError,
-    ModelFile,
-    Rendering,
-    Template,
-    Tokens,
-    Turn,
-    choose_template,
-    llama_cpp,
-    load_vocabulary,
-    render,
-    tokenize,
-)
+from metaalign_edge import ChatTemplate, Dialog, Rendering, Tokens, Turn, choose_template, render, tokenize
+from metaalign_edge_runtime.errors import LoadError
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.library import llama_cpp
+from metaalign_edge_runtime.llama.vocabulary import LlamaVocabulary, load_vocabulary
+from metaalign_edge_templates.sandbox import Template
 
 SHIPPED = ["chatml", "metaalign", "plain", "llama3", "gemma", "mistral"]
 VOCABULARIES = {  # and the templates of its own family: carried by it, of a file of real ones, or shipped
@@ -549,7 +538,6 @@ def test_enormous_text_is_refused_or_survived_and_never_a_crash(name: str, refer
 CHILD = """
 import sys
 from pathlib import Path
-import metaalign_edge as edge
 texts = {"megabyte": " tea" * 262_144, "letter": "a" * 30_000, "spaces": "x" + " " * 100_000 + "x", "lines": "\\n" * 50_000}
 file = edge.ModelFile(Path(sys.argv[1]))
 chat = edge.choose_template("chatml", file)

@@ -8,10 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import metaalign_edge_templates
 import pytest
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import metaalign_edge_templates
+from metaalign_edge_runtime.errors import UsageError
 from metaalign_edge_tune import dpo, sft
 from metaalign_edge_tune.build import build, load
 from metaalign_edge_tune.dataset import Turn, row
@@ -22,11 +27,6 @@ from metaalign_edge_tune.muon import Muon, orthogonal
 from metaalign_edge_tune.recipe import Preference, Recipe, Shape
 from metaalign_edge_tune.sft import train
 from metaalign_edge_tune.vocabulary import SPECIAL, encode_prompt, encode_row, spellings, train_tokenizer
-from tokenizers import Tokenizer
-from torch.nn.utils import parametrize
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import metaalign_edge as edge
 
 TINY = Shape(vocabulary=700, hidden=64, layers=2, heads=2, kv_heads=1, inner=96)
 RECIPE = Recipe(steps=24, batch=4, pool=4, warmup=4, sample=300, shape=TINY)
@@ -210,7 +210,7 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tokenizer, tmp_path, mon
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(folder):
-    with pytest.raises(edge.UsageError, match="another recipe"):
+    with pytest.raises(UsageError, match="another recipe"):
         build(replace(RECIPE, steps=30), None, folder, threads=1)
 
 

@@ -62,7 +62,7 @@ def test_the_wheel_answers_from_an_empty_folder(installed: Path, tmp_path: Path)
 
 
 def test_the_wheel_renders_and_says_where_it_was_loaded_from(installed: Path, tmp_path: Path) -> None:
-    code = "import metaalign_edge as e; print(e.__file__); print(e.part('convert').__file__)"
+    code = "import metaalign_edge as e, metaalign_edge_convert as c; print(e.__file__); print(c.__file__)"
     result = subprocess.run(
         [str(installed / "python"), "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
@@ -95,7 +95,10 @@ def test_the_wheel_holds_every_file_of_its_parts(wheel: Path) -> None:
         folder, _, rest = path.partition("/")
         if path == "stubs/__init__.pyi":
             assert "metaalign_edge-stubs/__init__.pyi" in names
-        if folder in ("convert", "templates", "models", "preferences", "schema", "tune", "completion") and rest:
+        if (
+            folder in ("convert", "templates", "models", "preferences", "schema", "tune", "runtime", "commands")
+            and rest
+        ):
             assert f"metaalign_edge_{folder}/{rest}" in names, path
 
 

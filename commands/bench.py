@@ -1,0 +1,53 @@
+"""Measure what this machine makes of a model: reading, writing, many at a time, strengths, the start of a call."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Annotated
+
+import metaalign_edge as edge
+from metaalign_edge_runtime.llama.interrupt import Interrupt
+from metaalign_edge_runtime.stores import files
+
+from .measure import outputs, speeds
+from .measure.speeds import BENCH_PROMPT, BENCH_TOGETHER, BENCH_TOKENS
+from .options import command
+from .options.groups import ChartOption, JsonOption, Loaded, Talk, TemplateOption, option
+
+RoundsOption = Annotated[int, option("--rounds", help="Measure so often, and take the median.", min=1, max=100)]
+
+
+@command
+def bench(
+    rounds: RoundsOption = 5,
+    template: TemplateOption = "auto",
+    as_json: JsonOption = False,
+    chart: ChartOption = None,
+    *,
+    loaded: Loaded,
+    talk: Talk,
+) -> None:
+    """Measure what this machine makes of a model: reading, writing, many at a time, strengths, the start of a call.
+
+    Examples:
+
+        metaalign-edge bench
+
+        metaalign-edge bench -m model.gguf -t 4 --json
+    """
+    screen, interrupt, settings = talk.screen(), Interrupt(), loaded.settings()
+    outputs.check_outputs(None, chart)
+    file = loaded.file(screen)
+    settings = replace(settings, context=BENCH_PROMPT + BENCH_TOKENS, sequences=max(BENCH_TOGETHER))
+    edge.choose_template(template, file)
+    with interrupt:
+        found = speeds.measure(
+            file, replace(settings, temperature=0.0, verbose=talk.verbose), template, rounds, interrupt
+        )
+    if chart:
+        title = f"{found.model}: what this machine makes of it"
+        from metaalign_edge_preferences import report as pages
+
+        files.write_whole(chart, pages.draw(found.charts(), title, chart.suffix[1:].lower()))
+    heads = ["", found.model, "", ""]
+    screen.json(asdict(found)) if as_json else screen.lines(screen.lay_out(heads, found.rows()))

@@ -1,0 +1,165 @@
+"""Answer a query under a preference; without a query, at a terminal, hold a conversation."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict
+
+import typer
+
+from metaalign_edge import STOPWATCH, Answer, Chat
+from metaalign_edge_runtime.errors import NotFound, UsageError
+from metaalign_edge_runtime.llama import memory
+from metaalign_edge_runtime.llama.interrupt import Interrupt
+from metaalign_edge_runtime.stores import session_text, sessions
+from metaalign_edge_runtime.stores.sessions import Transcript
+
+from .options import command
+from .options.groups import (
+    ContinueOption,
+    JsonOption,
+    Loaded,
+    MarkdownOption,
+    MetaPrompt,
+    NoCacheOption,
+    QueryArgument,
+    Rendered,
+    Sampling,
+    SessionOption,
+    StdinOption,
+    StreamOption,
+    Strengths,
+    Talk,
+    gathered,
+    kept_states,
+)
+from .options.loading import load_model
+from .options.query import read_query
+from .terminal import report
+from .terminal.repl import Repl, dialog_of
+from .terminal.reply import Reply
+from .terminal.screen import Aside, Screen
+
+
+def answer_once(
+    session: Chat, transcript: Transcript, query: str, screen: Screen, strict: bool, reply: Reply | None
+) -> None:
+    """Answer one query on stdout, as JSON without a `reply`; a session keeps it, also what was cut off.
+
+    Raises:
+        Interrupted: Ctrl-C; what there was of the answer is printed.
+    """
+    begun: list[Answer] = []
+
+    def before(answer: Answer) -> None:
+        report.warn(session, answer, screen, strict)
+        begun.append(answer)
+
+    complete = False
+    try:
+        with session.interrupt, reply.alone() if reply else contextlib.nullcontext():
+            show = reply.show if reply else lambda _: None
+            answer = session.answer(dialog_of(transcript, query), session.settings.seed, show, before)
+        complete = True
+        if reply:
+            reply.end(answer.response)
+        else:
+            screen.json({**asdict(answer), **({"session": transcript.name} if transcript.path else {})})
+    finally:
+        for answer in begun:
+            answer.finish_reason = answer.finish_reason if complete else "interrupted"  # stdout was closed, say
+            transcript.add(asdict(answer))
+            transcript.save()
+    screen.detail(report.describe(answer))
+    screen.detail(f"time {STOPWATCH}; memory {memory.peak_mb():.0f} MB at most")
+    session.interrupt.check()
+    report.check_answer(answer, session.settings.schema, screen)
+
+
+def go_on(name: str | None, newest: bool) -> Transcript:
+    """Return the session of a name, or the one that was used last; without either, a conversation that is not kept.
+
+    Raises:
+        UsageError: both are asked for, it is no name, or the session is spoilt. NotFound: there is no session yet.
+    """
+    if name is not None and newest:
+        raise UsageError("--session and --continue both choose a session: give one")
+    if name is not None:
+        return Transcript.read(sessions.session_path(name))
+    if not newest:
+        return Transcript()
+    if not (paths := sessions.session_paths()):
+        raise NotFound("no session to go on with: `metaalign-edge chat --session NAME` begins one")
+    return Transcript.read(paths[0])
+
+
+def set_meta_prompt(transcript: Transcript, meta_prompt: MetaPrompt, context: typer.Context) -> None:
+    """Let the command line's tiers be the conversation's; those that it does not give stay as the session has them.
+
+    Raises:
+        UsageError, NotFound: as MetaPrompt does.
+    """
+
+    def stays(*names: str) -> bool:
+        sources = [context.get_parameter_source(name) for name in names]
+        return len(transcript.lines) > 1 and not any(source and source.name == "COMMANDLINE" for source in sources)
+
+    given, latest, label = meta_prompt.dialog(), transcript.meta_prompt, session_text.label_of(meta_prompt.wishes())
+    system_info = latest["system_info"] if stays("system", "system_file") else given.system_info
+    if stays("pref", "pref_file", "no_pref"):
+        transcript.set(system_info, latest["user_info"], transcript.label)
+    else:
+        transcript.set(system_info, given.user_info, label)
+
+
+@command
+def chat(
+    context: typer.Context,
+    query: QueryArgument = None,
+    *,
+    meta_prompt: MetaPrompt,
+    name: SessionOption = None,
+    newest: ContinueOption = False,
+    rendered: Rendered,
+    strengths: Strengths,
+    loaded: Loaded,
+    sampling: Sampling,
+    as_json: JsonOption = False,
+    stream: StreamOption = True,
+    markdown: MarkdownOption = False,
+    no_cache: NoCacheOption = False,
+    no_stdin: StdinOption = False,
+    talk: Talk,
+) -> None:
+    """Answer a query under a preference; without a query, at a terminal, hold a conversation.
+
+    Examples:
+
+        metaalign-edge chat --pref "Answer in capital letters." "What is the moon?"
+
+        echo "What is tea?" | metaalign-edge chat --pref "one sentence"
+
+        metaalign-edge chat -m model.gguf --system "Be brief." --pref "I'm a zookeeper."
+
+        metaalign-edge chat --json-schema "name, age int" "Who was the oldest human?"
+
+        metaalign-edge chat --session garden "When do I sow peas?"
+
+        metaalign-edge chat --continue "And beans?"
+    """
+    screen, transcript = talk.screen(), go_on(name, newest)
+    set_meta_prompt(transcript, meta_prompt, context)
+    settings = gathered(loaded, sampling, strengths, talk)
+    asked = read_query(query, no_stdin, repl=not as_json)
+    interrupt, states = Interrupt(), kept_states(no_cache)
+    model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen)
+    with model, Chat(model, chosen, settings, rendered.options(), interrupt, states=states) as session:
+        report.explain(model, chosen, settings, screen)
+        session.think = Aside(screen).write
+        report.introduce(transcript, model.file.path.name, screen, talking=asked is None)
+        markdown = markdown and settings.schema is None  # JSON would lose its stars and underscores
+        if asked is None:
+            Repl(session, transcript, screen, rendered.strict_tiers, markdown).run()
+        else:
+            reply = None if as_json else Reply(screen, markdown, stream)
+            answer_once(session, transcript, asked, screen, rendered.strict_tiers, reply)

@@ -1,0 +1,137 @@
+"""Print what teaches a shell to complete commands, options, profiles, models and templates."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+import metaalign_edge as edge
+from metaalign_edge_runtime.errors import EdgeError, UsageError, one_line
+from metaalign_edge_runtime.stores import docs, files, models, profiles, sessions
+
+from . import program
+from .terminal.screen import Screen
+
+
+def profile_values() -> dict[str, str]:
+    """Return the profiles and what they say."""
+    found = dict.fromkeys(profiles.profile_words(), "")
+    for word in found:
+        with contextlib.suppress(EdgeError):  # it cannot be read
+            found[word] = profiles.profile_text(word[1:])
+    return found
+
+
+def model_values() -> dict[str, str]:
+    """Return the names of the models on this machine."""
+    return dict.fromkeys(models.model_names(), "")
+
+
+def session_values() -> dict[str, str]:
+    """Return the names of the sessions."""
+    return dict.fromkeys(sessions.session_names(), "")
+
+
+def template_values() -> dict[str, str]:
+    """Return the names that --template takes."""
+    return {"auto": "the model's own", **dict.fromkeys(edge.shipped_templates(), "")}
+
+
+SHELLS = {"bash": "bash", "zsh": "zsh", "fish": "fish", "powershell": "ps1"}  # and what their scripts end with
+# What a shell completes: the values of a parameter, by its name, or by that behind its command's, with what they mean.
+# Anywhere else, files.
+VALUES: dict[str, Callable[[], dict[str, str]]] = {
+    "pref": profile_values,
+    "template": template_values,
+    "against_template": template_values,
+    "pref name": profile_values,
+    "pref names": profile_values,
+    "model": model_values,
+    "against": model_values,
+    "models name": model_values,
+    "models names": model_values,
+    "chat name": session_values,
+    "sessions name": session_values,
+    "sessions names": session_values,
+    "ctx_size": lambda: {"auto": "as many as there is room for"},
+    "gpu_layers": lambda: {"auto": "as many as there is room for", "all": ""},
+    "pref_strength": lambda: {"auto": "as hard as the preference changes each token"},
+    "ifeval_tier": lambda: {"system": "", "user": "", "query": "as published"},
+    "topic": lambda: {name: heading for name, (heading, _) in docs.topics().items()},
+    "shell": lambda: dict.fromkeys(SHELLS, ""),
+}
+
+
+def suggestions(command: Any, words: Sequence[str]) -> list[tuple[str, str]]:
+    """Return what may stand in place of the last word of a command line, with what it means.
+
+    Args:
+        command: the root of Typer's commands.
+        words: those that follow the program's name, up to the cursor.
+    """
+    *before, word = words
+    word, waiting, place, group = word.strip("\"'"), None, 0, ""
+    for given in before:
+        options = {name: one for one in command.params for name in (*one.opts, *one.secondary_opts)}
+        if waiting is not None:
+            waiting = None
+        elif given.startswith("-"):
+            waiting = options.get(given)
+            waiting = None if getattr(waiting, "is_flag", True) else waiting
+        elif hasattr(command, "commands"):
+            command, group = command.commands.get(given), group or given
+            if command is None:
+                return []
+        else:
+            place += 1
+    named = [one for one in command.params if one.param_type_name == "option" and not getattr(one, "hidden", False)]
+    if waiting is not None:
+        return values_of(group, waiting, word)
+    if word.startswith("--") and "=" in word:
+        name, _, value = word.partition("=")
+        found = [values_of(group, one, value) for one in named if name in one.opts]
+        return [(f"{name}={value}", says) for values in found for value, says in values]
+    if word.startswith("-"):
+        found = [[(name, one.help or "") for name in (*one.opts, *one.secondary_opts)] for one in named]
+        return [(name, says) for names in found for name, says in names if name.startswith(word)]
+    if hasattr(command, "commands"):
+        shown = {name: one for name, one in command.commands.items() if name.startswith(word) and not one.hidden}
+        return [(name, one.get_short_help_str(100)) for name, one in shown.items()]
+    arguments = [one for one in command.params if one.param_type_name == "argument"]
+    last = len(arguments) - 1
+    place = min(place, last) if arguments and arguments[last].nargs < 0 else place  # any number of them
+    return values_of(group, arguments[place], word) if place <= last else []
+
+
+def values_of(group: str, parameter: Any, word: str) -> list[tuple[str, str]]:
+    """Return the values of a parameter that begin with a word; of joined profiles, the last may still change."""
+    joined, plus, word = word.rpartition("+") if parameter.name == "pref" else ("", "", word)
+    found = VALUES.get(f"{group} {parameter.name}", VALUES.get(parameter.name, dict))()
+    return [(f"{joined}{plus}{value}", says) for value, says in found.items() if value.startswith(word)]
+
+
+def completion(
+    shell: Annotated[str, typer.Argument(help=f"{', '.join(SHELLS)}.", show_default=False)],
+    words: Annotated[
+        list[str] | None, typer.Argument(help="What the script asks: what could the last of these be?")
+    ] = None,
+) -> None:
+    """Print what teaches a shell to complete commands, options, profiles, models and templates.
+
+    Examples:
+
+        eval "$(metaalign-edge completion bash)"
+
+        metaalign-edge completion fish > ~/.config/fish/completions/metaalign-edge.fish
+    """
+    if shell not in SHELLS:
+        raise UsageError(f"no completion for {shell!r}: there is one for {', '.join(SHELLS)}")
+    if words is None:
+        path = files.part_folder("commands") / "shells" / f"metaalign-edge.{SHELLS[shell]}"
+        Screen().write(files.read_text(path, "the completion"))
+        return
+    found = suggestions(program, words)
+    Screen().lines(value if shell == "bash" or not says else f"{value}\t{one_line(says)}" for value, says in found)

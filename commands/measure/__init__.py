@@ -1,0 +1,1 @@
+"""What `eval`, `bench` and `doctor` measure, and a model's trial in a child process."""

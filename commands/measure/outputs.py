@@ -1,0 +1,47 @@
+"""The page and the chart that a measurement can write."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import metaalign_edge as edge
+from metaalign_edge_preferences import report as pages
+from metaalign_edge_runtime.errors import UsageError
+from metaalign_edge_runtime.stores import files
+
+
+def check_outputs(report: Path | None, chart: Path | None) -> None:
+    """Make sure, before the hours of answers, that what shall be written can be.
+
+    Raises:
+        UsageError: the chart is of no known kind, or needs matplotlib. CannotWrite: no file can be made there.
+    """
+    if chart and chart.suffix.lower() not in (".png", ".svg"):
+        raise UsageError(f"--chart writes .png or .svg, not {chart.name}")
+    if chart and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError('--chart draws with matplotlib: pip install "metaalign-edge[eval]"')
+    for path in filter(None, (report, chart)):
+        files.write_whole(path, None)
+
+
+def write_outputs(found: Any, report: Path | None, chart: Path | None) -> None:
+    """Write the report and the chart of a run's findings.
+
+    Raises:
+        CannotWrite: one cannot be written.
+    """
+    if not (report or chart):
+        return
+    import shlex
+
+    command, program = shlex.join(["metaalign-edge", *sys.argv[1:]]), f"metaalign-edge {edge.__version__}"
+    page = found.page(command, time.strftime("%Y-%m-%d"), program)
+    if report:
+        source = files.read_text(files.part_folder("preferences") / "report.html.jinja", "the template")
+        files.write_whole(report, pages.write_page(source, page).encode("utf-8", "replace"))
+    if chart:
+        files.write_whole(chart, pages.draw(page.charts, page.title, chart.suffix[1:].lower()))

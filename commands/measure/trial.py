@@ -1,0 +1,136 @@
+"""Trying a model, or llama.cpp itself, in a child process: what can end a process is then a line of text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import metaalign_edge as edge
+from metaalign_edge import Chat, Dialog, Engine, Feed, Model, RenderOptions, Settings, Turn
+from metaalign_edge_runtime.errors import ContextOverflow, EdgeError, LoadError, TemplateError, TierViolation, one_line
+from metaalign_edge_runtime.llama import library
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.interrupt import Interrupt
+from metaalign_edge_runtime.llama.library import LOG
+
+PROBE = Dialog("Be kind.", "One sentence.", (Turn("What is tea?"),))  # a dialog with all its tiers
+
+
+def llama_facts() -> dict[str, Any]:
+    """Return what llama.cpp says of itself, in JSON's types."""
+    llama = library.llama_cpp()
+    LOG.attach(False)
+    llama.llama_backend_init()
+    return {
+        "library": str(llama._lib._name),
+        "features": llama.llama_print_system_info().decode("utf-8", "replace"),
+        "offloads": bool(llama.llama_supports_gpu_offload()),
+        "devices": library.devices(),
+    }
+
+
+def try_model(path: Path, settings: Settings) -> list[str]:
+    """Load a model and use it: vocabulary, end token, template, a tier-safe render, one decoded token.
+
+    Raises:
+        EdgeError: some of it fails.
+    """
+    file = ModelFile(path)
+    interrupt = Interrupt()
+    settings = replace(settings, max_tokens=1, temperature=0.0, context=min(file.context, 512))
+    with interrupt, Model(file, settings, interrupt) as model:
+        found = [f"loads, with {model.vocabulary.size:,} tokens and the end token {file.token('eos') or 'none'}"]
+        if file.templates:
+            with Chat(model, edge.choose_template("auto", file), settings, RenderOptions(), interrupt) as session:
+                answer = session.answer(PROBE, 0, lambda _: None, lambda _: None)
+                interrupt.check()
+                found.append(f"the template {answer.template} renders {answer.input_tokens} tier-safe tokens")
+                found.append(check_logits(cast(Engine, session.engine)))
+        else:
+            found.append("carries no chat template: chat will need --template")
+            with Engine(model, settings, interrupt, cast(int, settings.context)) as engine:
+                engine.step([Feed(engine.sequences[0], [0])])
+                found.append(check_logits(engine))
+    return found
+
+
+def check_logits(engine: Engine) -> str:
+    """Say whether what the model computed last are numbers: infinite weights make them none."""
+    logits = library.llama_cpp().llama_get_logits_ith(engine.pointer, -1)
+    if all(map(math.isfinite, logits[: engine.model.vocabulary.size])):
+        return "a token is decoded"
+    return "warning: what the result computes are no numbers; use --outtype bf16 or f32, or look at the weights"
+
+
+def trial_main() -> None:
+    """Do what the parent asks on the command line, and print the result or the error as JSON."""
+    task, *arguments = json.loads(sys.argv[1])
+    try:
+        if task == "model":
+            path, gpu_layers, threads = arguments
+            result: Any = try_model(Path(path), Settings(gpu_layers=gpu_layers, threads=threads))
+        else:
+            result = llama_facts()
+        print(json.dumps({"result": result}))
+    except EdgeError as error:
+        print(json.dumps({"error": one_line(error)}))
+
+
+def in_child(seconds: float, *task: Any) -> Any:
+    """Have a child process do something that may end it; return its result.
+
+    Raises:
+        EdgeError: it fails, is ended by a signal, or takes more than so many seconds.
+    """
+    import subprocess
+
+    command = [
+        sys.executable,
+        "-c",
+        "import metaalign_edge, metaalign_edge_commands.measure.trial as trial; trial.trial_main()",
+        json.dumps(task),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        ended = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise EdgeError(f"no answer within {seconds:g} seconds") from None
+    if ended.returncode or not ended.stdout:
+        raise EdgeError(ended_by(ended.returncode, ended.stderr.decode("utf-8", "replace")))
+    answer = json.loads(ended.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise EdgeError(answer["error"])
+    return answer["result"]
+
+
+def ended_by(code: int, said: str) -> str:
+    """Say what ended a process."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    reasons = {"SIGILL": "an instruction that this processor lacks", "SIGKILL": "most likely for want of memory"}
+    name = "SIGILL" if code in (-4, 0xC000001D) else ""  # Windows' number for an illegal instruction
+    with contextlib.suppress(ValueError):
+        name = name or signal.Signals(-code).name
+    if not name:
+        return f"it ends with {code}: {lines[-1] if lines else 'without a word'}"
+    return f"it is ended by {name}" + (f", {reasons[name]}" if name in reasons else "")
+
+
+def verify_conversion(path: Path, settings: Settings) -> list[str]:
+    """Check a conversion before it gets its name; see `try_model`.
+
+    Raises:
+        EdgeError: of the kind that `try_model` raises; nothing stays.
+    """
+    try:
+        return try_model(path, replace(settings, gpu_layers="0"))
+    except (LoadError, TemplateError, TierViolation, ContextOverflow) as error:
+        raise type(error)(f"the result fails its check, so it was removed (--no-check keeps it): {error}") from error

@@ -1,0 +1,108 @@
+"""Print exactly what the model is fed. --tokens loads the vocabulary only, so it is quick on any model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, cast
+
+import metaalign_edge as edge
+from metaalign_edge import Rendering, Token, Turn
+from metaalign_edge_runtime.llama.vocabulary import load_vocabulary
+from metaalign_edge_templates.tier_text import TIERS
+
+from .options import command
+from .options.groups import (
+    OUTPUT,
+    JsonOption,
+    Loaded,
+    MetaPrompt,
+    ModelOption,
+    OfflineOption,
+    QueryArgument,
+    Rendered,
+    StdinOption,
+    Talk,
+    option,
+)
+from .options.query import read_query
+from .terminal import report
+
+
+def token_table(tokens: Sequence[Token]) -> str:
+    """Lay out tokens as lines: id, tier, text."""
+    width = max((len(token.tier or "scaffold") for token in tokens), default=0)
+    return "".join(
+        f"{token.id:>7}  {token.tier or 'scaffold':<{width}}  {json.dumps(token.text, ensure_ascii=False)}\n"
+        for token in tokens
+    )
+
+
+@command
+def render(
+    query: QueryArgument = None,
+    model: ModelOption = None,
+    offline: OfflineOption = False,
+    *,
+    meta_prompt: MetaPrompt,
+    rendered: Rendered,
+    tokens: Annotated[bool, option("--tokens", help="Show each token, its id and its tier.", panel=OUTPUT)] = False,
+    count: Annotated[
+        bool, option("--count", help="Only count the tokens; --json: of each tier.", panel=OUTPUT)
+    ] = False,
+    as_json: JsonOption = False,
+    no_stdin: StdinOption = False,
+    talk: Talk,
+) -> None:
+    """Print exactly what the model is fed. --tokens loads the vocabulary only, so it is quick on any model.
+
+    Examples:
+
+        metaalign-edge render --pref "one sentence" "What is tea?"
+
+        metaalign-edge render --tokens --json -m model.gguf "What is tea?"
+
+        metaalign-edge render --count < long.txt
+    """
+    screen, dialog = talk.screen(), meta_prompt.dialog()
+    dialog = replace(dialog, turns=(Turn(cast(str, read_query(query, no_stdin, repl=False))),))
+    file = Loaded(model=model, offline=offline).file(screen)
+    chosen = edge.choose_template(rendered.template, file)
+    screen.detail(f"template {chosen.name}: {chosen.why}")
+    rendering = edge.render(dialog, chosen, rendered.options())
+    rows: list[Token] | None = None
+    if tokens or count or rendered.strict_tiers:
+        with load_vocabulary(file, talk.verbose) as vocabulary:
+            tokenized = edge.tokenize(rendering, vocabulary, file.context)
+        report.check_forged(tokenized.forged, screen, rendered.strict_tiers)
+        rows = tokenized.tokens if tokens or count else None
+    elif not as_json:
+        screen.note("metaalign-edge: note: tiers are checked on token ids; --tokens shows and checks them")
+    if rows is not None and count:
+        screen.json(token_counts(rows)) if as_json else screen.write(f"{len(rows)}\n")
+    elif as_json:
+        screen.json(rendering_document(rendering, rows))
+    elif rows is not None:
+        screen.write(token_table(rows))
+    else:
+        screen.write(rendering.prompt + ("\n" if screen.terminal else ""))
+
+
+def token_counts(tokens: Sequence[Token]) -> dict[str, Any]:
+    """Count the tokens of each tier, and of the scaffold between them."""
+    counts: Counter[str] = Counter(token.tier or "scaffold" for token in tokens)
+    return {"total": len(tokens), **{tier: counts[tier] for tier in (*TIERS, "scaffold")}}
+
+
+def rendering_document(rendering: Rendering, tokens: list[Token] | None) -> dict[str, Any]:
+    """Make the JSON document of `render`."""
+    return {
+        "template": rendering.template,
+        "native": rendering.native,
+        "messages": rendering.messages,
+        "prompt": rendering.prompt,
+        "tokens": tokens
+        and [{"id": token.id, "text": token.text, "tier": token.tier or "scaffold"} for token in tokens],
+    }

@@ -1,0 +1,133 @@
+"""Conversations that are kept: chat --session NAME, chat --continue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from metaalign_edge_runtime.errors import CannotWrite, EdgeError, UsageError, one_line
+from metaalign_edge_runtime.stores import files, session_text, sessions
+from metaalign_edge_runtime.stores.sessions import Transcript
+
+from .options.groups import ForceOption, JsonOption, QuietOption, option
+from .terminal import tables
+from .terminal.screen import Screen
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+SessionArgument = Annotated[str, typer.Argument(metavar="NAME", help="A session.", show_default=False)]
+SessionArguments = Annotated[list[str], typer.Argument(metavar="NAME...", help="Sessions.", show_default=False)]
+FormatOption = Annotated[
+    str | None, option("--format", help="md or json. Default: as the file's name ends, else md.", metavar="md|json")
+]
+ExportOption = Annotated[Path | None, option("-o", "--output", help="Write to this file. Default: stdout.")]
+
+
+@app.command("list")
+def sessions_list(as_json: JsonOption = False) -> None:
+    """List the sessions, the one that was used last first.
+
+    Example:
+
+        metaalign-edge sessions list --json
+    """
+    screen = Screen()
+    found = [summary(path) for path in sessions.session_paths()]
+    if as_json:
+        screen.json(found)
+        return
+    if not found:
+        screen.note("no sessions yet: metaalign-edge chat --session NAME begins one")
+        return
+    rows = [
+        [
+            row["name"],
+            str(row["turns"] or 0),
+            session_text.local_time(str(row["last"] or "")),
+            f"({row['error']})" if row["error"] else row["preference"],
+        ]
+        for row in found
+    ]
+    screen.lines(tables.aligned(["session", "turns", "last used", "preference"], rows))
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """Sum up a session, or say what is wrong with it."""
+    nothing = dict.fromkeys(("turns", "first", "last", "model", "preference"))
+    try:
+        transcript = Transcript.read(path)
+    except EdgeError as error:
+        return {"name": path.stem, **nothing, "path": str(path), "error": one_line(error)}
+    turns = transcript.turns()
+    first, last = (turns[0], turns[-1]) if turns else ({}, {})
+    return {
+        "name": path.stem,
+        "turns": len(turns),
+        "first": first.get("at"),
+        "last": last.get("at"),
+        "model": last.get("model"),
+        "preference": transcript.label or session_text.label_of([transcript.meta_prompt["user_info"]]),
+        "path": str(path),
+        "error": None,
+    }
+
+
+@app.command("show")
+def sessions_show(name: SessionArgument, as_json: JsonOption = False) -> None:
+    """Show what was said in a session, and the meta-prompt wherever it changed.
+
+    Example:
+
+        metaalign-edge sessions show garden
+    """
+    screen, transcript = Screen(), Transcript.read(sessions.existing_session(name))
+    if as_json:
+        screen.json(session_text.as_document(transcript))
+    else:
+        screen.write(session_text.as_text(transcript))
+
+
+@app.command("rm")
+def sessions_rm(names: SessionArguments, quiet: QuietOption = False) -> None:
+    """Remove sessions; all of those named, or none if one is not there.
+
+    Example:
+
+        metaalign-edge sessions rm garden kitchen
+    """
+    paths = [sessions.existing_session(name) for name in dict.fromkeys(names)]
+    try:
+        with files.locked(paths[0].parent):
+            for path in paths:
+                path.unlink()
+    except OSError as error:
+        raise CannotWrite(f"cannot remove {error.filename}: {error.strerror}") from None
+    Screen(quiet).note(f"removed: {', '.join(path.stem for path in paths)}")
+
+
+@app.command("export")
+def sessions_export(
+    name: SessionArgument,
+    output: ExportOption = None,
+    form: FormatOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Write a session as Markdown or JSON; preferences stand where they changed.
+
+    Examples:
+
+        metaalign-edge sessions export garden -o garden.md
+
+        metaalign-edge sessions export garden --format json | jq .turns
+    """
+    form = form or ("json" if output and output.suffix.lower() == ".json" else "md")
+    if form not in ("md", "json"):
+        raise UsageError(f"--format takes md or json, not {form!r}")
+    text = session_text.exported(Transcript.read(sessions.existing_session(name)), form)
+    if output is None:
+        Screen().write(text)
+        return
+    if output.is_file() and not force:
+        raise UsageError(f"{output} exists: name another, or --force replaces it")
+    files.write_whole(output, text.encode("utf-8", "replace"))

@@ -1,0 +1,83 @@
+"""The line editor of a conversation: prompt_toolkit, or the terminal itself where that is dumb.
+
+prompt_toolkit costs 80 ms at the start of a conversation where readline costs 3, and only there. For that, pasted lines
+are one question, Tab opens a menu, and all of it is the same on Windows and macOS, whose Pythons come without GNU
+readline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+from metaalign_edge_runtime.stores import files
+
+
+def line_editor(complete: Callable[[str], list[tuple[str, int]]]) -> Callable[[str], str]:
+    """Return what reads a line: with history and completion, or on a dumb terminal as the terminal does it.
+
+    Args:
+        complete: lists what may stand at the end of a line, each with how many characters it takes the place of.
+    """
+    if os.environ.get("TERM") in ("dumb", "unknown"):
+        return plain_line
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import Completer, Completion
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
+
+    class Offers(Completer):
+        def get_completions(self, document: Any, complete_event: Any) -> Iterable[Completion]:
+            for text, length in complete(document.text_before_cursor):
+                yield Completion(text, -length)
+
+    class Kept(FileHistory):
+        def append_string(self, string: str) -> None:
+            if not string.startswith(" "):  # as shells do
+                super().append_string(string)
+
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):
+                super().store_string(string)
+
+    path, history = files.data_folder() / "history", cast(History, InMemoryHistory())
+    with contextlib.suppress(OSError):  # nothing can be kept there
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        history = Kept(str(path))
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    editor: PromptSession[str] = PromptSession(
+        history=history,
+        completer=Offers(),
+        complete_while_typing=False,  # a menu that nobody asked for is noise to a screen reader
+        key_bindings=keys,
+        prompt_continuation=". ",
+    )
+    return editor.prompt
+
+
+def plain_line(prompt: str) -> str:
+    """Read a line as the terminal edits it."""
+    try:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        print()
+        raise
+
+
+def read_text_of_lines(line: Callable[[str], str], prompt: str) -> str:
+    """Read one line, or several between lines that begin and end with three quotes."""
+    text = line(prompt)
+    if not text.startswith('"""'):
+        return text
+    text = text[3:]
+    while not text.rstrip().endswith('"""'):
+        text += "\n" + line(". ")
+    return text.rstrip()[:-3].strip("\n")

@@ -1,0 +1,88 @@
+"""stdout is the answer, or one JSON document; everything else is on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from metaalign_edge_runtime.errors import CONTROLS, CannotWrite, OutputClosed, say
+from metaalign_edge_runtime.llama.interrupt import undone_at_once
+
+from . import tables
+
+
+def hidden_cursor(stream: TextIO) -> contextlib.AbstractContextManager[None]:
+    """Have the cursor shown again that Rich hides on a terminal, whatever happens."""
+    return undone_at_once(lambda: os.write(stream.fileno(), b"\x1b[?25h"))
+
+
+def at_terminal(stream: TextIO | None) -> bool:
+    """Tell whether a stream, which may be closed, is a terminal."""
+    return stream is not None and stream.isatty()
+
+
+class Screen:
+    """The two streams, and how much to say on the second."""
+
+    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+        self.quiet, self.verbose = quiet, verbose
+        self.terminal = at_terminal(sys.stdout)
+
+    def write(self, text: str) -> None:
+        """Write to stdout at once.
+
+        Raises:
+            OutputClosed: the reader has gone. CannotWrite: the disk is full, or stdout is closed.
+        """
+        if sys.stdout is None:
+            raise CannotWrite("stdout is closed: redirect it to a file or to /dev/null")
+        try:
+            sys.stdout.write(text.translate(CONTROLS) if self.terminal else text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise OutputClosed from None
+        except OSError as error:
+            raise CannotWrite(f"cannot write to stdout: {error.strerror}") from None
+
+    def json(self, document: Any) -> None:
+        """Write one JSON document to stdout."""
+        self.write(json.dumps(document, ensure_ascii=False, indent=2 if self.terminal else None) + "\n")
+
+    def lay_out(self, heads: list[str], rows: list[list[str]]) -> list[str]:
+        """Return the lines of a table: drawn on a terminal, else with the columns aligned."""
+        return (tables.rich_table if self.terminal else tables.aligned)(heads, rows)
+
+    def lines(self, lines: Iterable[str]) -> None:
+        """Write lines to stdout."""
+        self.write("".join(f"{line}\n" for line in lines))
+
+    def note(self, text: str) -> None:
+        """Say something on stderr, unless -q."""
+        if not self.quiet:
+            say(text)
+
+    def detail(self, text: str) -> None:
+        """Say something on stderr with -v only."""
+        if self.verbose:
+            say(text)
+
+
+class Aside:
+    """A model's reasoning on stderr: dim on a terminal, plain elsewhere and with -v only, never with -q."""
+
+    def __init__(self, screen: Screen) -> None:
+        terminal = at_terminal(sys.stderr)
+        plain = not terminal or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+        self._dim, self._usual = ("", "") if plain else ("\x1b[2m", "\x1b[22m")
+        self._shown = (terminal or screen.verbose) and not screen.quiet
+
+    def write(self, text: str) -> None:
+        """Show a piece of it."""
+        if self._shown:
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"{self._dim}{text.translate(CONTROLS)}{self._usual}")
+                sys.stderr.flush()

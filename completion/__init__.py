@@ -1,1 +1,0 @@
-"""What teaches a shell to complete metaalign-edge; `metaalign-edge completion SHELL` prints it."""

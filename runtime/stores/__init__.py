@@ -1,0 +1,1 @@
+"""What lies on disk, each kind in a file of its own."""

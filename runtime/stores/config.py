@@ -1,0 +1,140 @@
+"""What files say for options that are not given: the user's config.toml and a project's .metaalign.toml."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import UsageError, nearest, one_line
+from . import files
+
+Value = str | int | float | bool | list[str]  # of a setting in a file
+PROJECT_KEYS = ("system", "pref", "model")  # nothing that runs code or reads another file
+
+
+def config_file() -> Path:
+    """Return the file of the user's settings."""
+    return files.config_folder() / "config.toml"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; one that is not there, or in a folder closed to us, says nothing.
+
+    Raises:
+        UsageError: it is no TOML, or not UTF-8. NotFound: it cannot be read.
+    """
+    if not os.path.isfile(path):  # Path.is_file raises in a closed folder
+        return {}
+    text = files.read_text(path, "the settings")
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        found: dict[str, Any] = tomllib.loads(text)
+        return found
+    except (ValueError, RecursionError) as error:
+        advice = "mend it (a text stands in quotes), or remove the file"
+        raise UsageError(f"{path} is no TOML: {one_line(error)}: {advice}") from None
+
+
+def read_settings(path: Path, known: Iterable[str]) -> dict[str, Any]:
+    """Read the settings in a file, by key; a model's path is found from where the file lies.
+
+    Raises:
+        UsageError: it has a key that is not known, or is no TOML. NotFound: it cannot be read.
+    """
+    found, known = read_toml(path), list(known)
+    for key in found:
+        if key not in known:
+            alike = nearest(key, known, f"it takes {', '.join(known)}")
+            raise UsageError(f"{path}: no setting {key!r}: {alike}")
+    model = found.get("model")
+    if isinstance(model, str):
+        place = path.parent / os.path.expanduser(model)
+        if model.startswith((".", "~")) or model.endswith(".gguf") or os.path.isfile(place):
+            found["model"] = os.path.normpath(place)
+    return found
+
+
+def setting(key: str) -> Any:
+    """Return what the user's file says; None if it says nothing.
+
+    Raises:
+        UsageError: it is no TOML. NotFound: it cannot be read.
+    """
+    return read_toml(config_file()).get(key)
+
+
+def store_setting(key: str, value: Value | None) -> None:
+    """Write a setting to the user's file, or remove it if it is None; comments and all else stay.
+
+    Raises:
+        UsageError: the file is no TOML. NotFound: it cannot be read. CannotWrite: it cannot be written.
+    """
+    import tomlkit  # 50 milliseconds
+
+    path = config_file()
+    with files.changing(path):
+        document = tomlkit.document()
+        read_toml(path)  # says what is wrong with it, and where
+        if os.path.isfile(path):
+            document = tomlkit.parse(files.read_text(path, "the settings"))
+        if value is not None:
+            document[key] = value
+        elif key in document:
+            del document[key]
+        else:
+            return
+        files.write_text(path, tomlkit.dumps(document))
+
+
+class Project(NamedTuple):
+    """What the nearest `.metaalign.toml` says, upwards from the working folder."""
+
+    path: Path
+    settings: dict[str, Any]
+    owner: int | None  # the id of another user, whose file it is; None: the user's own
+
+    def is_known(self) -> bool:
+        """Tell whether the user has been told what it sets, and it has set that since."""
+        with contextlib.suppress(OSError):
+            return self.owner is None and self._memory().read_bytes() == self._digest().encode()
+        return False
+
+    def remember(self) -> None:
+        """Remember that the user has been told; where nothing can be written, it is told again."""
+        with contextlib.suppress(OSError):
+            self._memory().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            files.write_text(self._memory(), self._digest())
+
+    def _memory(self) -> Path:
+        return files.data_folder() / "projects" / files.digest(os.fsencode(self.path).hex())
+
+    def _digest(self) -> str:
+        return files.digest(repr(self.settings))
+
+
+def find_project() -> Project | None:
+    """Find the project that the working folder lies in; METAALIGN_EDGE_PROJECT=0 finds none.
+
+    Raises:
+        UsageError: its file has a key that means nothing, or is no TOML. NotFound: it cannot be read.
+    """
+    if os.environ.get("METAALIGN_EDGE_PROJECT") == "0":
+        return None
+    try:
+        here = Path.cwd()
+    except OSError:  # the working folder has been removed
+        return None
+    for folder in (here, *here.parents):
+        path = folder / ".metaalign.toml"
+        if os.path.isfile(path):
+            owner = path.stat().st_uid
+            mine = not hasattr(os, "geteuid") or owner == os.geteuid()  # Windows has no such ids
+            return Project(path, read_settings(path, PROJECT_KEYS), None if mine else owner)
+    return None

@@ -1,0 +1,118 @@
+"""KV states of prompt prefixes on disk: seconds to compute, milliseconds to load."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import CannotWrite
+from . import files
+from .files import BINARY
+
+STATE_MAGIC = b"MAEKV\x00\x00\x01"  # of a file that holds a state, with the version of its layout
+STATE_HEAD = struct.Struct("<8sQ32s")  # magic, hits, digest of what follows
+STATES_BYTES = 1 << 30  # of all files together; the least recently used go first
+
+
+class StateFile(NamedTuple):
+    """A state on the disk."""
+
+    path: Path
+    bytes: int
+    used: float  # when, in seconds since 1970
+    hits: int
+
+
+class States:
+    """KV states of prompts' beginnings on disk: what took seconds to compute is there in milliseconds.
+
+    A file is named after a digest of all that
+    decides its content. One that is cut, altered or foreign is removed and never trusted; where nothing can be written,
+    nothing is kept. They hold what was said, in a form: no other user may read them. `fills` is off where there are
+    only some to be read.
+    """
+
+    def __init__(self, folder: Path | None = None, most: int = STATES_BYTES, fills: bool = True) -> None:
+        self.folder, self.most, self.fills = folder or files.cache_folder() / "states", most, fills
+
+    def load(self, key: str) -> bytearray | None:
+        """Return a state, and count the hit; None if there is none."""
+        path = self.folder / f"{key}.kv"
+        try:
+            with path.open("r+b", buffering=0) as file:
+                head = file.read(STATE_HEAD.size)
+                data = bytearray(max(0, os.fstat(file.fileno()).st_size - STATE_HEAD.size))
+                file.readinto(data)
+                magic, hits, checksum = STATE_HEAD.unpack(head) if len(head) == STATE_HEAD.size else (b"", 0, b"")
+                if magic == STATE_MAGIC and checksum == state_checksum(key, data):
+                    file.seek(0)
+                    file.write(STATE_HEAD.pack(magic, hits + 1, checksum))  # its time is now, too
+                    return data
+            path.unlink()
+        except OSError:
+            pass
+        return None
+
+    def has(self, key: str) -> bool:
+        """Tell whether there is a file of that name."""
+        return (self.folder / f"{key}.kv").exists()
+
+    def save(self, key: str, data: bytes | bytearray) -> None:
+        """Write a state, whole or not at all, and make room for it; a disk that is full loses nothing but time."""
+        if STATE_HEAD.size + len(data) > self.most:
+            return
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with (
+                files.replacing(self.folder / f"{key}.kv") as part,
+                os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o600), "wb") as file,
+            ):
+                file.write(STATE_HEAD.pack(STATE_MAGIC, 0, state_checksum(key, data)))
+                file.write(data)
+            self._evict()
+
+    def files(self) -> list[StateFile]:
+        """List the states, the most recently used first."""
+        found = []
+        with contextlib.suppress(OSError):
+            for path in self.folder.glob("*.kv"):
+                with contextlib.suppress(OSError, struct.error), path.open("rb") as file:
+                    stat = os.fstat(file.fileno())
+                    hits = STATE_HEAD.unpack(file.read(STATE_HEAD.size))[1]
+                    found.append(StateFile(path, stat.st_size, stat.st_mtime, hits))
+        return sorted(found, key=lambda file: -file.used)
+
+    def _evict(self) -> None:
+        """Remove the least recently used beyond the limit, and what a killed process left."""
+        total = 0
+        for file in self.files():
+            total += file.bytes
+            if total > self.most:
+                file.path.unlink(missing_ok=True)
+        files.sweep(self.folder, ".*")
+
+    def clear(self) -> int:
+        """Remove all states; return how many there were.
+
+        Raises:
+            CannotWrite: one cannot be removed.
+        """
+        files = self.files()
+        try:
+            for path in [*(file.path for file in files), *self.folder.glob(".*"), *self.folder.glob("*.kv")]:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise CannotWrite(f"cannot remove {error.filename}: {error.strerror}") from None
+        return len(files)
+
+
+def state_checksum(key: str, data: bytes | bytearray) -> bytes:
+    """Return 32 bytes that stand for a state and the name it is filed under."""
+    import hashlib
+
+    checksum = hashlib.sha256(key.encode())  # twice as fast as blake2b where a processor helps
+    checksum.update(data)
+    return checksum.digest()

@@ -1,0 +1,90 @@
+"""A conversation as text, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..errors import counted, shortened
+from .sessions import STAMP, Transcript
+
+LABEL = 24  # characters of a preference that are shown where there is little room
+
+
+def label_of(wishes: Sequence[str]) -> str:
+    """Return a short form of preferences: the names of profiles, or a text's beginning."""
+    return shortened("+".join(wishes), LABEL)
+
+
+def told(transcript: Transcript) -> Iterator[tuple[str, str]]:
+    """Yield what stands in a conversation in order, each text with its tier; the meta-prompt wherever it changes."""
+    shown = {"system_info": "", "user_info": ""}
+    turns = transcript.turns()
+    for place, turn in enumerate(turns):
+        if place and turns[place - 1]["forgotten"] and not turn["forgotten"]:
+            yield "forgotten", "What was said up to here was forgotten."
+        for tier, name in (("system_info", "System Info"), ("user_info", "User Info")):
+            if turn[tier] != shown[tier]:
+                shown[tier] = turn[tier]
+                yield name, turn[tier] or "(none)"
+        yield "User Query", turn["query"]
+        cut = " (interrupted)" if turn.get("finish_reason") == "interrupted" else ""
+        yield "Response", (turn["response"].strip("\n") + cut).strip()
+
+
+def as_markdown(transcript: Transcript) -> str:
+    """Return a conversation as Markdown: what the model was told is quoted, what it answered stands as it is."""
+    parts = [f"# {transcript.name or 'Conversation'}"]
+    for tier, text in told(transcript):
+        quoted = f"**{tier}:** {text}".replace("\n", "\n> ")
+        parts.append({"Response": text, "forgotten": f"---\n\n*{text}*"}.get(tier, f"> {quoted}"))
+    return "\n\n".join(parts) + "\n"
+
+
+def as_text(transcript: Transcript) -> str:
+    """Return a conversation as it looks at a terminal."""
+    parts = []
+    for tier, text in told(transcript):
+        head = {"Response": "", "User Query": "\n> ", "forgotten": "\n"}.get(tier, f"\n{tier}: ")
+        parts.append(head + text + "\n")
+    return "".join(parts).removeprefix("\n")
+
+
+def as_document(transcript: Transcript) -> dict[str, Any]:
+    """Return a conversation as `--json` prints it: each turn with the meta-prompt that it was given under."""
+    turns = [{name: value for name, value in turn.items() if name != "kind"} for turn in transcript.turns()]
+    return {"session": transcript.name, "created": transcript.lines[0].get("at"), "turns": turns}
+
+
+def exported(transcript: Transcript, form: str) -> str:
+    """Return a conversation as `md` or `json`."""
+    if form == "md":
+        return as_markdown(transcript)
+    return json.dumps(as_document(transcript), ensure_ascii=False, indent=2) + "\n"
+
+
+def on_clock(when: float) -> str:
+    """Return a time, in seconds since 1970, as a clock here shows it."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
+
+
+def local_time(stamp: str) -> str:
+    """Return a session's time as a clock here shows it; what is no time, as it is."""
+    import calendar
+
+    try:
+        return on_clock(calendar.timegm(time.strptime(stamp, STAMP)))
+    except ValueError:
+        return stamp
+
+
+def describe_session(transcript: Transcript) -> str:
+    """Sum up a session in one line."""
+    turns = transcript.pairs()
+    return (
+        f"session {transcript.name}: {counted(len(turns), 'turn')} so far"
+        if turns
+        else f"session {transcript.name} begins"
+    )

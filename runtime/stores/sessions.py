@@ -1,0 +1,232 @@
+"""Sessions on disk: a conversation as JSON Lines, each turn on the disk before the next one is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import metaalign_edge as edge
+
+from ..errors import CannotWrite, NotFound, UsageError, nearest, one_line
+from . import files
+
+STAMP = "%Y-%m-%dT%H:%M:%SZ"  # of times in a session's file
+SESSION_VERSION = 1  # of the lines of a session's file
+LINE_TEXTS = {"meta_prompt": ("system_info", "user_info"), "turn": ("query", "response")}  # that such a line must have
+Line = dict[str, Any]
+
+
+def session_path(name: str) -> Path:
+    """Return where the session of this name lies, or will.
+
+    Raises:
+        UsageError: it is no name.
+    """
+    return files.data_folder() / "sessions" / f"{files.file_name(name, 'session')}.jsonl"
+
+
+def session_paths() -> list[Path]:
+    """List the sessions, the one that was used last first."""
+    used = {}
+    for path in (files.data_folder() / "sessions").glob("*.jsonl"):
+        with contextlib.suppress(OSError):
+            used[path] = path.stat().st_mtime_ns
+    return sorted(used, key=lambda path: (-used[path], path))
+
+
+def session_names() -> list[str]:
+    """List the sessions, the one that was used last first."""
+    return [path.stem for path in session_paths()]
+
+
+def existing_session(name: str) -> Path:
+    """Return where the session of this name lies.
+
+    Raises:
+        UsageError: it is no name. NotFound: there is none.
+    """
+    path, names = session_path(name), session_names()
+    if not path.is_file():
+        hint = nearest(name, names, f"there are {', '.join(names) or 'none yet'}")
+        raise NotFound(f"no session {name}: {hint}")
+    return path
+
+
+def session_line(text: bytes) -> Line:
+    """Read a line of a session.
+
+    Raises:
+        ValueError: it is none; says why.
+    """
+    line = json.loads(text)
+    if not isinstance(line, dict):
+        raise ValueError("no JSON object")
+    for name in LINE_TEXTS.get(str(line.get("kind")), ()):
+        if not isinstance(line.get(name), str):
+            raise ValueError(f"its {name} is no text")
+        line[name].encode()  # a lone surrogate is none, either
+    return line
+
+
+class Transcript:
+    """What was said in a conversation, as lines of JSON; with a path, they are a session, kept in that file.
+
+    After a header there is a `meta_prompt` line wherever System Info or User Info changed, a `turn` line for each
+    answer, and a `clear` line where the turns before were to be forgotten; an answer that was given anew says what it
+    `replaces`. Other lines and fields are left alone. A file is only appended to, whole lines at a time.
+    """
+
+    def __init__(self, path: Path | None = None, lines: Iterable[Line] = ()) -> None:
+        self.path, self.lines = path, list(lines)
+        self._saved = len(self.lines)  # of them, those that are on the disk
+        if not self.lines:
+            self._add("session", version=SESSION_VERSION, toolkit=f"metaalign-edge {edge.__version__}")
+
+    @classmethod
+    def read(cls, path: Path) -> Transcript:
+        """Read a session; where there is no file it has yet to begin. A last line that was torn off does not count.
+
+        Raises:
+            UsageError: a line is spoilt, or the file is a newer program's. NotFound: it cannot be read.
+        """
+        try:
+            *whole, torn = path.read_bytes().split(b"\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return cls(path)
+        except OSError as error:
+            raise NotFound(f"cannot read the session {path}: {error.strerror}") from None
+        lines = []
+        for number, text in enumerate(whole, 1):
+            try:
+                lines += [session_line(text)] if text.strip() else []
+            except (ValueError, RecursionError) as error:
+                raise UsageError(
+                    f"line {number} of the session {path} is spoilt ({one_line(error)}): mend or delete that line, and "
+                    "the session goes on; all other lines are as they were"
+                ) from None
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(session_line(torn))
+        if lines and (lines[0].get("kind"), lines[0].get("version")) != ("session", SESSION_VERSION):
+            raise UsageError(
+                f"{path} does not begin with the header of a session of version {SESSION_VERSION}: put its first line "
+                "back, or update this program if a newer one wrote it"
+            )
+        return cls(path, lines)
+
+    @property
+    def name(self) -> str | None:
+        """The session's name, if it is one."""
+        return self.path.stem if self.path else None
+
+    @property
+    def meta_prompt(self) -> Line:
+        """The latest line that says what System Info and User Info are."""
+        return self._in_force(self.lines)
+
+    @property
+    def label(self) -> str:
+        """A short form of the preference in force."""
+        return str(self.meta_prompt.get("label", ""))
+
+    @staticmethod
+    def _in_force(lines: Sequence[Line]) -> Line:
+        nothing = {"kind": "meta_prompt", "system_info": "", "user_info": ""}
+        return next((line for line in reversed(lines) if line.get("kind") == "meta_prompt"), nothing)
+
+    def turns(self) -> list[Line]:
+        """Return the turns that stand, each with the meta-prompt it was given under and whether it is `forgotten`."""
+        found: dict[str, Line] = {}
+        tiers = self._in_force(())
+        for place, line in enumerate(self.lines):
+            if line.get("kind") == "meta_prompt":
+                tiers = {name: line[name] for name in LINE_TEXTS["meta_prompt"]}
+            elif line.get("kind") == "clear":
+                found = {name: {**turn, "forgotten": True} for name, turn in found.items()}
+            elif line.get("kind") == "turn":
+                found.pop(str(line.get("replaces")), None)
+                name = str(line.get("id", place))
+                found[name] = {**line, **tiers, "id": name, "forgotten": False}
+        return list(found.values())
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return the queries and responses that stand and are not forgotten."""
+        return [(turn["query"], turn["response"]) for turn in self.turns() if not turn["forgotten"]]
+
+    def set(self, system_info: str, user_info: str, label: str) -> None:
+        """Note the meta-prompt, where it changes."""
+        latest = self.meta_prompt
+        if (latest["system_info"], latest["user_info"]) != (system_info, user_info):
+            self._add("meta_prompt", system_info=system_info, user_info=user_info, label=label)
+
+    def add(self, answer: Mapping[str, Any], again: bool = False) -> None:
+        """Note an answer and its figures; `again` in the place of the last turn."""
+        figures = {name: value for name, value in answer.items() if name not in LINE_TEXTS["meta_prompt"]}
+        replaces = {"replaces": self.turns()[-1]["id"]} if again else {}
+        self._add("turn", id=os.urandom(6).hex(), **replaces, **figures)
+
+    def clear(self) -> None:
+        """Note that the turns so far are to be forgotten."""
+        self._add("clear")
+
+    def _add(self, kind: str, **fields: Any) -> None:
+        self.lines.append({"kind": kind, "at": time.strftime(STAMP, time.gmtime()), **fields})
+
+    def save(self) -> None:
+        """Bring what is new to the disk, if this is a session. What fails is tried again the next time.
+
+        Raises:
+            CannotWrite: the disk is full, or cannot be written.
+        """
+        if self.path is None or self._saved == len(self.lines) or len(self.lines) == 1:  # a header alone says nothing
+            return
+        try:
+            with files.locked(self.path.parent):  # one lock for all: nothing is left of a session that is removed
+                self.path.parent.mkdir(mode=0o700, exist_ok=True)
+                with open(self.path, "a+b", 0, opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+                    self._append(file)
+        except OSError as error:
+            raise CannotWrite(
+                f"cannot write the session {self.path}: {error.strerror} (METAALIGN_EDGE_DATA names another folder)"
+            ) from None
+        self._saved = len(self.lines)
+
+    def _append(self, file: io.FileIO) -> None:
+        """Write the new lines, or all where the file is empty, after the last whole line, or else nothing."""
+        file.seek(0)
+        whole, newline, torn = file.readall().rpartition(b"\n")
+        end, before = len(whole) + len(newline), b""
+        if torn:
+            try:
+                session_line(torn)  # an editor has left out the end of the line
+                end, before = end + len(torn), b"\n"
+            except (ValueError, RecursionError):
+                file.truncate(end)
+        new = self.lines[max(self._saved, 1) :] if end else self.lines  # its header is there
+        if end:  # another process may have had another meta-prompt meanwhile
+            ours, theirs = self._in_force(self.lines[: self._saved]), self._in_force(readable(whole + b"\n" + torn))
+            new = [ours, *new] if any(ours[name] != theirs.get(name) for name in LINE_TEXTS["meta_prompt"]) else new
+        text = before + b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in new)
+        try:
+            rest = memoryview(text)
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
+
+
+def readable(data: bytes) -> list[Line]:
+    """Return those lines of a session that can be read."""
+    lines = []
+    for text in data.split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(session_line(text))
+    return lines
