@@ -55,7 +55,6 @@ import array
 import codecs
 import contextlib
 import ctypes
-import functools
 import io
 import itertools
 import json
@@ -66,6 +65,7 @@ import re
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, AnyStr, Literal, NamedTuple, Protocol, TextIO, TypedDict, cast
@@ -108,7 +108,7 @@ from metaalign_edge_templates.sandbox import Refusal, Template, TemplateFailure
 from metaalign_edge_templates.tier_text import Tier, TierText, join_text
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 # What a program needs; see Python
 __all__ = [
@@ -728,11 +728,9 @@ def name_adapters(adapters: Sequence[Adapter]) -> str:
 class Settings:
     """What the command line says about loading, decoding and sampling; travels to the engine unchanged."""
 
-    context: int | None = None  # tokens per sequence; None: as the model and the dialog need
+    context: int | Literal["auto"] | None = None  # tokens per sequence; None: as the model and the dialog need
     gpu_layers: str = "auto"  # auto, all, or a number
     threads: int | None = None  # None: one per physical core
-    sequences: int = 1  # that the plan of the memory counts with, and how many of them an answer takes
-    lanes: int = 1
     max_tokens: int | None = None  # None: as many as the context holds
     temperature: float | None = None  # None, here and below: as the model recommends, else the built-in value
     top_k: int | None = None
@@ -747,9 +745,19 @@ class Settings:
     adapters: tuple[Adapter, ...] = ()
     schema: Schema | None = None  # of the answer
 
+    @property
+    def contexts(self) -> int:
+        """Contexts that a dialog with both tiers is evaluated in at these strengths, 1 to 3; see Guidance."""
+        system, pref = self.system_strength, math.nan if self.pref_strength == "auto" else self.pref_strength
+        return sum(coefficient != 0 for coefficient in (pref, system - pref, 1 - system))
+
+    def planned(self, plan: Plan) -> Settings:
+        """Return the settings with -c auto as the number of tokens that was planned."""
+        return replace(self, context=plan.context) if self.context == "auto" else self
+
     def deciding(self) -> list[Any]:
         """Return what decides the text of an answer, in JSON's types."""
-        aside = ("gpu_layers", "threads", "sequences", "lanes", "verbose")
+        aside = ("gpu_layers", "threads", "verbose")
         return [value for name, value in asdict(self).items() if name not in aside]
 
 
@@ -764,14 +772,14 @@ def checked_gpu_layers(value: str, flag: str = "-ngl") -> str:
     raise UsageError(f"{flag} takes auto, all or a number of layers, not {value!r}")
 
 
-def checked_context(value: str | None, flag: str = "-c") -> int | None:
-    """Return how many tokens a context has; None if nothing says so, or auto.
+def checked_context(value: str | None, flag: str = "-c") -> int | Literal["auto"] | None:
+    """Return the tokens of a context, or `auto`; None if nothing says so.
 
     Raises:
         UsageError: it is something else, or too small for any dialog.
     """
     if value is None or value == "auto":
-        return None
+        return "auto" if value else None
     if not value.isdecimal() or int(value) < LEAST_CONTEXT:
         raise UsageError(f"{flag} takes auto or a number of tokens, at least {LEAST_CONTEXT}, not {value!r}")
     return int(value)
@@ -798,87 +806,71 @@ def without_vocabulary(file: ModelFile) -> Any:
 
 
 class Model(Closing):
-    """A GGUF loaded by llama.cpp. Close it, or use it in a `with`.
+    """A GGUF loaded by llama.cpp. Close it, or use it in a `with`, which waits until it is loaded.
 
-    llama.cpp loads it twice at the same time: the vocabulary without weights, and the weights without a vocabulary.
-    With a `loading` both may still be on their way, and each is waited for, and its error raised, when it is asked for.
+    Two threads load it at the same time, weights without a vocabulary and the vocabulary without weights; `wait` waits
+    for both. A program opens a model with `Model.open`, and hands it to `generate`, `stream` and `compare`.
 
-    A program opens one with `Model.open`, and hands it to `generate`, `stream` and `compare`.
+    Attributes:
+        plan: where its layers go, and what that takes.
+        settings: with -c auto as a number.
+        pointer: llama.cpp's pointer to the weights; None before `wait`, and when the model is closed.
+        load_ms: milliseconds that loading took.
 
     Raises:
-        LoadError: it does not fit, or llama.cpp refuses the file. Interrupted: Ctrl-C while it loaded.
+        LoadError: it does not fit the memory.
     """
 
     chat_template: ChatTemplate | None = None  # as chosen by `Model.open`
-    session: Any = None  # the context that a program's calls share; it ends with the model
+    session: ModelSession | None = None  # the context that a program's calls share; it ends with the model
+    vocabulary: LlamaVocabulary
+    load_ms = 0.0
 
     def __init__(
-        self, file: ModelFile, settings: Settings, interrupt: Interrupt | None = None, loading: Loading | None = None
+        self, file: ModelFile, settings: Settings, interrupt: Interrupt | None = None, plan: Plan | None = None
     ) -> None:
-        self.file, self.settings, self._interrupt = file, settings, interrupt
-        self.ready = math.inf  # when all of it was loaded
-        self._awaited = {"vocabulary", "weights"}
+        self.file, self._interrupt = file, interrupt
+        self.plan = plan or plan_for(file, settings)
+        self.plan.check(file.path)
+        self.settings = settings.planned(self.plan)
+        self.pointer: Any = None
         self._adapters: dict[str, Any] = {}
         self._held = contextlib.ExitStack()
-        self._loading = loading or Loading(file.path, settings.verbose)
-        self._held.enter_context(self._loading)
-        self._loads: Background | None = None
-        self._unwanted = False  # closed while they load
-        try:
-            self.plan = plan_for(file, settings, library.gpus())
-            self.plan.check(file.path)
-            self.gpu_layers = self.plan.offloaded
-            self.bytes = self.plan.footprint.bytes
-            self._loads = Background(self._load)
-            if not loading:
-                self.pointer, self.vocabulary  # noqa: B018
-                for adapter in settings.adapters:
-                    self.adapter(adapter)
-        except EdgeError:
-            self.close()
-            raise
+        self._unwanted = False  # closed while it loads
+        self._began = time.monotonic()
+        self._words = self._held.enter_context(Loading(file.path, settings.verbose))
+        self._weights: Background | None = Background(self._load)
 
-    @functools.cached_property
-    def pointer(self) -> Any:
-        """Wait for the weights, and return llama.cpp's pointer to them.
+    @property
+    def gpu_layers(self) -> int:
+        """How many layers lie on devices, the output counted as one."""
+        return self.plan.offloaded
+
+    def __enter__(self) -> Self:
+        return self.wait()
+
+    def wait(self) -> Self:
+        """Wait until weights, vocabulary and adapters are loaded. Again, it returns at once.
 
         Raises:
             LoadError: llama.cpp refuses the file, or an adapter. Interrupted: Ctrl-C while it loaded.
         """
-        with STOPWATCH("model"):
-            pointer = cast(Background, self._loads).result()
-        if not pointer:
+        if self.pointer or self._weights is None:
+            return self
+        try:
+            pointer = self._weights.result()
             if self._interrupt:
                 self._interrupt.check()
-            self.vocabulary  # noqa: B018  # its error is the better one
-            raise LoadError(f"cannot load {self.file.path}: {LOG.reason()}")
-        self._arrived("weights")
-        return pointer
-
-    def _arrived(self, part: str) -> None:
-        self._awaited.discard(part)
-        if not self._awaited:
-            self.ready = time.monotonic()
-
-    @functools.cached_property
-    def vocabulary(self) -> LlamaVocabulary:
-        """Wait for the vocabulary.
-
-        Raises:
-            LoadError: as `Loading.take`.
-        """
-        with STOPWATCH("vocabulary"):
-            found = self._loading.take(self.file)
-            self._held.enter_context(found)
-        self._arrived("vocabulary")
-        return found
-
-    @property
-    def load_ms(self) -> float:
-        """Return how long all of it took to load, in milliseconds; wait for that."""
-        self.pointer  # noqa: B018
-        self.vocabulary  # noqa: B018
-        return (self.ready - self._loading.began) * 1000
+            self.vocabulary = self._held.enter_context(self._words.take(self.file))  # first: its error names the cause
+            if not pointer:
+                raise LoadError(f"cannot load {self.file.path}: {LOG.reason()}")
+            self.pointer, self.load_ms = pointer, (time.monotonic() - self._began) * 1000
+            for adapter in self.settings.adapters:
+                self.adapter(adapter)
+        except EdgeError:
+            self.close()
+            raise
+        return self
 
     def _load(self) -> Any:
         """Load the weights; return llama.cpp's pointer, which is null if they do not load."""
@@ -903,7 +895,7 @@ class Model(Closing):
         lora: Sequence[str] = (),
         verbose: bool = False,
     ) -> Model:
-        """Load a model for `generate`, `stream` and `compare`: by its path or name, else the embedded one.
+        """Load a model, by its path or name, else the embedded one.
 
         >>> with Model.open() as model:
         ...     print(model.file.architecture)
@@ -914,9 +906,8 @@ class Model(Closing):
             verbose: llama.cpp's log goes to stderr.
 
         Raises:
-            NotFound: there is no such model or adapter. LoadError: llama.cpp refuses it.
-            TemplateError: it carries no template, and none is given. UsageError: no template has that name, or a
-                number is none.
+            NotFound, LoadError: there is no such model or adapter, or llama.cpp refuses it. UsageError, TemplateError:
+                a number is none, no template has that name, or there is none.
         """
         size = checked_context(None if context is None else str(context), "context")
         layers = checked_gpu_layers(str(gpu_layers), "gpu_layers")
@@ -927,7 +918,7 @@ class Model(Closing):
         settings = Settings(size, layers, threads, verbose=verbose, adapters=find_adapters(lora))
         try:
             with interrupt:
-                model = cls(file, settings, interrupt)
+                model = cls(file, settings, interrupt).wait()
         except Interrupted:
             raise KeyboardInterrupt from None
         model.chat_template = chosen
@@ -957,11 +948,11 @@ class Model(Closing):
         """Free the model; again is harmless."""
         if self.session:
             self.session.close()
-        if self._loads:
+        if self._weights:
             self._unwanted = True
-            if pointer := self._loads.result():
+            if pointer := self._weights.result():
                 library.llama_cpp().llama_model_free(pointer)
-            self._loads = None
+            self._weights = None
         self.pointer = None
         self._held.close()
 
@@ -970,40 +961,47 @@ def threads_for(model: Model, settings: Settings) -> int:
     """Return the number of CPU threads: those asked for, else one per core, or a single one for a tiny model."""
     if settings.threads:
         return settings.threads
-    return 1 if model.bytes < TINY_MODEL else library.physical_cores()
+    return 1 if model.plan.footprint.bytes < TINY_MODEL else library.physical_cores()
 
 
 def least_context(file: ModelFile, settings: Settings) -> int:
-    """Return how many tokens a context has, unless a dialog needs more."""
-    return settings.context or min(file.context, DEFAULT_CONTEXT)
+    """Return the tokens of a context, unless a dialog needs more."""
+    return settings.context if isinstance(settings.context, int) else min(file.context, DEFAULT_CONTEXT)
 
 
-def plan_for(file: ModelFile, settings: Settings, devices: Sequence[Device]) -> Plan:
-    """Plan where a model goes, by what is free now in main memory, and on these devices.
+def plan_for(
+    file: ModelFile,
+    settings: Settings,
+    devices: Sequence[Device] | None = None,
+    answers: int = 1,
+    dialogs: int = 1,
+) -> Plan:
+    """Plan where a model goes, by what is free now in main memory and on the devices; -c auto becomes a number.
 
-    Raises:
-        LoadError: the list of tensors is damaged. NotFound: a part of the model is missing.
-    """
-    context = least_context(file, settings)
-    plan = memory.make_plan(
-        Footprint.of(file), memory.free_memory(), devices, context, settings.sequences, settings.gpu_layers
-    )
-    return replace(plan, lanes=settings.lanes)
-
-
-def largest_context(file: ModelFile, settings: Settings) -> int:
-    """Return the largest context that fits now, of the model's own at most; layers on a GPU stay there.
+    Args:
+        devices: those of llama.cpp in this process, unless they are given.
+        answers: answers at a time that there must be room for.
+        dialogs: dialogs of each answer: the columns of `compare`.
 
     Raises:
-        UsageError: what a context of this model takes is not known. LoadError: none fits.
+        LoadError: the list of tensors is damaged, or no context fits. NotFound: a part of the model is missing.
+        UsageError: -c auto, and what a context of this model takes is not known.
     """
-    plan = plan_for(file, settings, library.gpus())
+    if devices is None:
+        library.start(settings.verbose)
+        devices = library.gpus()
+    lanes = dialogs * settings.contexts
+    footprint, free, context = Footprint.of(file), memory.free_memory(), least_context(file, settings)
+    plan = memory.make_plan(footprint, free, devices, context, answers * lanes, settings.gpu_layers)
+    plan = replace(plan, lanes=lanes)
+    if settings.context != "auto":
+        return plan
     if not plan.footprint.foretold:
         raise UsageError(f"what a context of {file.path} takes is not known ({file.architecture}): give -c a number")
-    context = plan.largest(file.context)
-    if not context:
+    largest = plan.largest(file.context)
+    if not largest:
         plan.check(file.path)
-    return context or min(CELLS, file.context)
+    return replace(plan, context=largest or min(CELLS, file.context))
 
 
 def check_memory(model: Model, context: int, sequences: int) -> None:
@@ -1035,6 +1033,49 @@ class Feed(NamedTuple):
     sequence: SequenceState
     tokens: Sequence[int]
     logits: bool = True  # compute the logits after the last of them
+
+
+class TokenBatch:
+    """llama.cpp's batch, laid out once over arrays that a slice fills: each token in a list of one sequence."""
+
+    def __init__(self, size: int) -> None:
+        self._size, integer = size, ctypes.c_int32
+        arrays: Any = [(integer * size)() for _ in range(3)]
+        self._tokens, self._positions, self._owners = arrays
+        self._wanted: Any = (ctypes.c_int8 * size)()  # 1 where logits are computed
+        first = ctypes.addressof(self._owners)
+        lists = (ctypes.c_void_p * size)(*range(first, first + 4 * size, 4))
+        owners, ones = ctypes.cast(lists, ctypes.POINTER(ctypes.POINTER(integer))), (integer * size)(*[1] * size)
+        batch = library.llama_cpp().llama_batch
+        self.struct: Any = batch(0, self._tokens, None, self._positions, ones, owners, self._wanted)
+
+    def fill(self, feeds: Sequence[Feed]) -> list[int]:
+        """Lay out the tokens of several sequences; return the row of logits of each (-1: none is computed).
+
+        Raises:
+            ValueError: more tokens than the batch has room for.
+        """
+        tokens: list[int] = []
+        positions: list[int] = []
+        owners: list[int] = []
+        rows = []
+        for sequence, fed, logits in feeds:
+            start = len(sequence.tokens)
+            tokens += fed
+            positions += range(start, start + len(fed))
+            owners += [sequence.id] * len(fed)
+            rows.append(len(tokens) - 1 if logits else -1)
+        size = len(tokens)
+        if size > self._size:
+            raise ValueError(f"a step takes at most {self._size} tokens")
+        wanted = bytearray(size)
+        for row in rows:
+            if row >= 0:
+                wanted[row] = 1
+        self._tokens[:size], self._positions[:size], self._owners[:size] = tokens, positions, owners
+        self._wanted[:size] = wanted
+        self.struct.n_tokens = size
+        return rows
 
 
 class Engine(Closing):
@@ -1070,20 +1111,9 @@ class Engine(Closing):
         self._memory = llama.llama_get_memory(self.pointer)
         self.sequences = [SequenceState(number) for number in range(sequences)]
         self.adapters: tuple[Adapter, ...] = ()
-        self.adapt(settings.adapters)
-        self.room = max(PREFILL_CHUNK, sequences)  # tokens of one step at most
-        self._make_batch()
-
-    def _make_batch(self) -> None:
-        """Lay llama.cpp's batch out over arrays that a slice fills at once: each token in a list of one sequence."""
-        room, integer = self.room, ctypes.c_int32
-        arrays: Any = [(integer * room)() for _ in range(3)]
-        self._tokens, self._positions, self._owners = arrays
-        self._asked: Any = (ctypes.c_int8 * room)()
-        first = ctypes.addressof(self._owners)
-        lists = (ctypes.c_void_p * room)(*range(first, first + 4 * room, 4))
-        owners, ones = ctypes.cast(lists, ctypes.POINTER(ctypes.POINTER(integer))), (integer * room)(*[1] * room)
-        self._batch = self._llama.llama_batch(0, self._tokens, None, self._positions, ones, owners, self._asked)
+        self.set_adapters(settings.adapters)
+        self.room = params.n_batch  # tokens of one step at most
+        self._batch = TokenBatch(self.room)
 
     def close(self) -> None:
         """Free the context; again is harmless."""
@@ -1091,7 +1121,7 @@ class Engine(Closing):
             self._llama.llama_free(self.pointer)
             self.pointer = None
 
-    def adapt(self, adapters: Sequence[Adapter]) -> None:
+    def set_adapters(self, adapters: Sequence[Adapter]) -> None:
         """Lay other adapters over the model; what was read under the old ones is forgotten.
 
         Raises:
@@ -1163,27 +1193,8 @@ class Engine(Closing):
             Interrupted: Ctrl-C during prefill. ContextOverflow: the KV cache is full. ValueError: more tokens than
                 `room`, which is PREFILL_CHUNK, or one a sequence if those are more.
         """
-        tokens: list[int] = []
-        positions: list[int] = []
-        owners: list[int] = []
-        rows = []
-        for sequence, fed, logits in feeds:
-            start = len(sequence.tokens)
-            tokens += fed
-            positions += range(start, start + len(fed))
-            owners += [sequence.id] * len(fed)
-            rows.append(len(tokens) - 1 if logits else -1)
-        size = len(tokens)
-        if size > self.room:
-            raise ValueError(f"a step takes at most {self.room} tokens")
-        asked = bytearray(size)
-        for row in rows:
-            if row >= 0:
-                asked[row] = 1
-        self._tokens[:size], self._positions[:size], self._owners[:size] = tokens, positions, owners
-        self._asked[:size] = asked
-        self._batch.n_tokens = size
-        status = self._decode(prefill=size > len(feeds))
+        rows = self._batch.fill(feeds)
+        status = self._decode(prefill=sum(len(feed.tokens) for feed in feeds) > len(feeds))
         if status == 0:
             for sequence, fed, _ in feeds:
                 sequence.tokens += fed
@@ -1198,10 +1209,10 @@ class Engine(Closing):
     def _decode(self, prefill: bool) -> int:
         """Decode the batch; return llama.cpp's status. A prefill on the CPU can be interrupted."""
         if not prefill or self.model.gpu_layers:  # llama.cpp asks its abort callback on the CPU only
-            return int(self._llama.llama_decode(self.pointer, self._batch))
+            return int(self._llama.llama_decode(self.pointer, self._batch.struct))
         self._llama.llama_set_abort_callback(self.pointer, self._abort, None)
         try:
-            return int(self._llama.llama_decode(self.pointer, self._batch))
+            return int(self._llama.llama_decode(self.pointer, self._batch.struct))
         finally:  # not while generating: it costs some 0.3 ms a token there
             self._llama.llama_set_abort_callback(self.pointer, self._llama.ggml_abort_callback(), None)
 
@@ -1686,444 +1697,322 @@ class Draft:
 # =====================================================================================================================
 
 
-LONG_WAY = 1 << 31  # bytes of weights times tokens, some 50 ms: a state that is reached by less is not worth a file
-
-
-class Outline(NamedTuple):
-    """What is to be read for an answer that has no word yet."""
-
-    answer: Answer
-    guidance: Guidance
-    prompts: list[list[int]]  # of the guidance's contexts
-    stops: list[list[int]]  # of each prompt, where its queries begin, as far as the way there is long
-    context: int  # tokens that a sequence needs
-    scaffold: str  # with which the prompt ends: it may open the reasoning
+CACHE_WORTH_SAVING = 1 << 31  # weight bytes x prompt tokens; below it, reading the prefix anew takes under 50 ms
 
 
 @dataclass(frozen=True)
-class Job:
+class Request:
     """A dialog to be answered."""
 
     dialog: Dialog
     seed: int = 0
     tag: Any = None  # the caller's own
-    max_tokens: int | None = None  # as the settings say
-    show: Callable[[str], None] = lambda _: None  # sees the text as it comes
-    think: Callable[[str], None] = lambda _: None  # and the reasoning
-    schema: Schema | None = None  # as the settings say
+    max_tokens: int | None = None  # None: as the settings say
+    show: Callable[[str], None] = lambda _: None  # is given the text as it comes
+    think: Callable[[str], None] = lambda _: None  # is given the reasoning as it comes
+    schema: Schema | None = None  # None: as the settings say
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A request as the model reads it: rendered and tokenised once, in each of its contexts."""
+
+    request: Request
+    settings: Settings  # the scheduler's, with what the request itself says
+    answer: Answer
+    guidance: Guidance
+    contexts: list[list[int]]  # token ids of each context, the most conditioned first
+    checkpoints: list[list[int]]  # of each context, where its queries begin: prefixes that are worth a file
+    size: int  # tokens that a sequence needs for prompt and answer
+    ending: str  # the scaffold behind the last text of a tier: it may open the reasoning
+    imitated_markers: list[str]  # marker words of the template in a tier's text: ids cannot protect those
+
+
+def make_prompt(
+    request: Request, model: Model, template: ChatTemplate, settings: Settings, options: RenderOptions
+) -> Prompt:
+    """Render and tokenise a dialog, without its oldest turns where it would not fit with its answer.
+
+    Raises:
+        ContextOverflow: the Info tiers and the newest query alone do not fit.
+        TemplateError, TierViolation: as `render` and `tokenize`.
+    """
+    dialog, most = request.dialog, request.max_tokens or settings.max_tokens
+    settings = replace(settings, seed=request.seed, max_tokens=most, schema=request.schema or settings.schema)
+    limit = settings.context if isinstance(settings.context, int) else model.file.context
+    while True:
+        guidance = Guidance(dialog, settings.system_strength, settings.pref_strength)
+        with STOPWATCH("tokens"):
+            read = [tokenize(render(one, template, options), model.vocabulary, limit) for one in guidance.dialogs]
+        longest = max(len(tokens.tokens) for tokens in read)
+        needed = longest + (most or longest // 3 + 1)
+        fixed = isinstance(settings.context, int)
+        size = limit if fixed else min(limit, max(DEFAULT_CONTEXT, -(-needed // CELLS) * CELLS))
+        reserved = most or size // 4
+        if longest + reserved <= size:
+            break
+        if len(dialog.turns) <= 1:
+            raise ContextOverflow(
+                f"the prompt has {longest:,} tokens and the answer reserves {reserved:,}; "
+                f"the context holds {size:,}: shorten the text, lower -n or raise -c"
+            )
+        dialog = replace(dialog, turns=dialog.turns[1:])
+    answer = Answer(
+        model=model.file.path.name,
+        template=template.name,
+        system_info=dialog.system_info,
+        user_info=dialog.user_info,
+        query=dialog.turns[-1].query,
+        input_tokens=len(read[0].tokens),
+        seed=request.seed,
+        truncated=len(request.dialog.turns) - len(dialog.turns),
+    )
+    checkpoints = [
+        [at for at in one.queries() if at * model.plan.footprint.bytes >= CACHE_WORTH_SAVING] for one in read
+    ]
+    contexts = [tokens.ids for tokens in read]
+    return Prompt(request, settings, answer, guidance, contexts, checkpoints, size, read[0].ending, read[0].forged)
 
 
 @dataclass(eq=False)
-class Lane:
-    """One context of a running job: a sequence, and the tokens that it has yet to read.
+class Slot:
+    """A KV-cache sequence that one context of a request is decoded into.
 
-    Those are what is left of the prompt, then the latest token of the answer. With `after`, the sequence is empty, and
-    begins as another does as soon as that one has read so many tokens.
+    |<-- sequence.tokens: decoded -->|<-- pending -->|     then one sampled token at a time
     """
 
     sequence: SequenceState
     prompt: list[int]
     pending: list[int]
-    after: tuple[SequenceState, int] | None = None
-    stops: Sequence[int] = ()  # tokens at which a step ends: so a state is the same whether it is computed or loaded
+    waits_for: tuple[SequenceState, int] | None = None  # copy this prefix of another sequence once it is decoded there
+    checkpoints: Sequence[int] = ()  # prefix lengths where a decode must end: equal splits give equal bits
 
     @property
     def known(self) -> list[int]:
-        """Return what the sequence will hold before it waits for others: all but the token whose logits are wanted."""
+        """Return what the sequence will hold when it has read its prompt but for the last token, which gives logits."""
         return self.sequence.tokens + self.pending[:-1]
 
     @property
-    def due(self) -> int:
-        """Return how many tokens the next step may take; of the prompt, the last one only if nothing else is left."""
-        known = len(self.sequence.tokens)
-        return next((stop - known for stop in self.stops if stop > known), len(self.pending))
+    def next_size(self) -> int:
+        """Return how many tokens the next decode may take: up to the next checkpoint, else all that are pending."""
+        done = len(self.sequence.tokens)
+        return next((end - done for end in self.checkpoints if end > done), len(self.pending))
 
-    def begin(self, engine: Engine) -> None:
-        """Begin as the other sequence, if that one is so far."""
-        if self.after and len(self.after[0].tokens) >= self.after[1]:
-            engine.share(self.after[0], self.sequence, self.after[1])
-            self.pending, self.after = self.prompt[len(self.sequence.tokens) :], None
+    def copy_prefix(self, engine: Engine) -> None:
+        """Begin as the other sequence, if that one has decoded enough."""
+        if self.waits_for and len(self.waits_for[0].tokens) >= self.waits_for[1]:
+            engine.share(self.waits_for[0], self.sequence, self.waits_for[1])
+            self.pending, self.waits_for = self.prompt[len(self.sequence.tokens) :], None
 
 
 @dataclass(eq=False)
-class Running:
-    """A job that is being answered, in a sequence for each of its contexts."""
+class ActiveRequest:
+    """A request that is being answered, in a slot for each of its contexts."""
 
-    job: Job
+    request: Request
     guidance: Guidance
-    lanes: list[Lane]
+    slots: list[Slot]
     draft: Draft
     sampler: Sampler
 
-    def join(self, engine: Engine) -> None:
-        """Let the contexts that wait for another sequence begin as it does, where it is so far."""
-        for lane in self.lanes:
-            if lane.after:
-                lane.begin(engine)
-                if lane is self.lanes[0]:
-                    self.draft.answer.cached_tokens = len(lane.sequence.tokens)
+    def copy_prefixes(self, engine: Engine) -> None:
+        """Let the slots that wait for another sequence begin as it does, where it is so far."""
+        for slot in self.slots:
+            if slot.waits_for:
+                slot.copy_prefix(engine)
+                if slot is self.slots[0]:
+                    self.draft.answer.cached_tokens = len(slot.sequence.tokens)
 
     @property
     def reading(self) -> bool:
         """Tell whether a prompt has not been read yet."""
-        return any(lane.after or len(lane.pending) > 1 for lane in self.lanes)
+        return any(slot.waits_for or len(slot.pending) > 1 for slot in self.slots)
+
+    @property
+    def may_sample(self) -> bool:
+        """Tell whether the next decode can end the prompts of all contexts, so that their logits are combined."""
+        return all(not slot.waits_for and slot.next_size == len(slot.pending) for slot in self.slots)
 
 
-class Session(Closing):
-    """A model, its template and a context of some sequences: dialogs become prompts that fit, and prompts answers.
+class Checkpoints:
+    """Prefixes of prompts in the cache on disk: loaded into slots, taken from them, and written when nobody waits."""
 
-    A job takes a sequence for each context of its guidance. What any sequence knows, or is about to read, is not read
-    again: another one begins as it does.
+    def __init__(self, cache: States | None) -> None:
+        self.cache = cache
+        self._unsaved: list[tuple[str, bytearray]] = []
+
+    def load(self, engine: Engine, slot: Slot, lengths: Sequence[int]) -> None:
+        """Load the longest prefix on disk, if it is longer than what the slot begins with."""
+        slot.checkpoints = lengths
+        known = slot.waits_for[1] if slot.waits_for else len(slot.sequence.tokens)
+        for length in reversed(lengths):
+            if self.cache is None or length <= known:
+                return
+            with STOPWATCH("states"):
+                data = self.cache.load(engine.key(slot.prompt[:length]))
+            if data and engine.restore(slot.sequence, slot.prompt[:length], data):
+                slot.pending, slot.waits_for = slot.prompt[length:], None
+                return
+
+    def take(self, engine: Engine, slot: Slot) -> None:
+        """Take the state at a slot's last checkpoint."""
+        if not slot.checkpoints:
+            return
+        known, last = len(slot.sequence.tokens), slot.checkpoints[-1]
+        if known >= last:
+            slot.checkpoints = ()
+        if known != last or self.cache is None or not self.cache.fills:
+            return
+        key = engine.key(slot.sequence.tokens)
+        if not self.cache.has(key) and (data := engine.state(slot.sequence)):
+            self._unsaved.append((key, data))
+
+    def save(self) -> None:
+        """Write what was taken."""
+        for key, data in self._unsaved:
+            with STOPWATCH("states"):
+                cast(States, self.cache).save(key, data)
+        self._unsaved.clear()
+
+
+class Decoder(Closing):
+    """A context of llama.cpp, and the requests that are being answered in it: a decode writes a token of every answer.
+
+    The context is made by `open`, and anew when it is called again.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        chat_template: ChatTemplate,
-        settings: Settings,
-        options: RenderOptions,
-        interrupt: Interrupt,
-        parallel: int = 1,
-        states: States | None = None,
-    ) -> None:
-        self.model, self.template, self.parallel = model, chat_template, parallel
-        self.states = states
-        self._unsaved: list[tuple[str, bytearray]] = []
-        self.settings, self.options, self.interrupt = settings, options, interrupt
+    def __init__(self, model: Model, template: ChatTemplate, interrupt: Interrupt, cache: States | None) -> None:
         self.engine: Engine | None = None
-        self.forged: list[str] = []  # marker words in the tiers of the latest prompt
-        self._untold_ms = 0.0  # of contexts that were made since the latest answer began
-        self._told_of_model = False
-        try:
-            with self.interrupt:
-                if context := self.at_once():
-                    self.open(context, parallel * len(self.guidance(Dialog("both", "tiers")).dialogs))
-                self.marks = thinking_marks(chat_template.template.source, model.vocabulary)
-                self.interrupt.check()
-        except EdgeError:
+        self.active: list[ActiveRequest] = []
+        self.unreported_ms = model.load_ms  # of loading, since the latest answer began
+        self.checkpoints = Checkpoints(cache)
+        self._model, self._template, self._interrupt = model, template, interrupt
+        self._marks = thinking_marks(template.template.source, model.vocabulary)
+
+    def open(self, settings: Settings, size: int, sequences: int) -> None:
+        """Make a context of `size` tokens for each sequence, in place of the one that there is.
+
+        Raises:
+            LoadError: llama.cpp cannot make it. Interrupted: Ctrl-C meanwhile.
+        """
+        with self._interrupt:
             self.close()
-            raise
+            started = time.monotonic()
+            self.engine = Engine(self._model, settings, self._interrupt, size, sequences)
+            self.unreported_ms += (time.monotonic() - started) * 1000
+            self._interrupt.check()
 
     def close(self) -> None:
-        """Free the context and write down the states; again is harmless."""
-        with self.interrupt:  # Ctrl-C would be lost in llama.cpp, or lose a state
+        """Free the context and write down prefixes; again is harmless."""
+        self.cancel()
+        with self._interrupt:  # Ctrl-C would be lost in llama.cpp, or lose a prefix
             if self.engine:
                 self.engine.close()
                 self.engine = None
-            self._save()
+            self.checkpoints.save()
 
-    def _save(self) -> None:
-        """Write down the states that were taken, now that nobody waits for an answer."""
-        for key, data in self._unsaved:
-            with STOPWATCH("states"):
-                cast(States, self.states).save(key, data)
-        self._unsaved.clear()
+    def cancel(self) -> None:
+        """Drop every request; what has been written of an answer is in its `Answer`."""
+        for one in self.active:
+            one.sampler.close()
+        self.active.clear()
 
-    def at_once(self) -> int | None:
-        """Return how many tokens of each sequence are made room for before the first dialog is seen; None: it decides.
+    def interrupted(self) -> None:
+        """Complete what has been written of the answers, as far as it goes."""
+        for one in self.active:
+            one.draft.answer.finish_reason = "interrupted"
+            one.request.show(one.draft.close())
 
-        That costs nothing while the vocabulary is still loading.
-        """
-        return None
+    def fits(self, prompt: Prompt) -> bool:
+        """Tell whether there are free sequences for a request, of the size that it needs."""
+        if self.engine is None or self.engine.context < prompt.size:
+            return False
+        busy = sum(len(one.slots) for one in self.active)
+        return len(self.engine.sequences) - busy >= len(prompt.contexts)
 
-    @property
-    def limit(self) -> int:
-        """The largest context a dialog may use."""
-        return self.settings.context or self.model.file.context
-
-    def guidance(self, dialog: Dialog) -> Guidance:
-        """Return how a dialog is guided under these settings."""
-        return Guidance(dialog, self.settings.system_strength, self.settings.pref_strength)
-
-    def outline(self, dialog: Dialog, seed: int = 0, most: int | None = None) -> Outline:
-        """Drop the oldest turns until a dialog and its answer, of so many tokens at most, fit in each of its contexts.
+    def begin(self, prompt: Prompt) -> None:
+        """Give each of a request's contexts a sequence.
 
         Raises:
-            ContextOverflow: the Info tiers and the newest query alone do not fit.
+            UsageError: llama.cpp does not take the schema.
         """
-        fitted, most = dialog, most or self.settings.max_tokens
-        while True:
-            guidance = self.guidance(fitted)
-            read = [self._tokenize(one) for one in guidance.dialogs]
-            prompts, longest = [tokens.ids for tokens in read], max(len(tokens.tokens) for tokens in read)
-            needed = longest + (most or longest // 3 + 1)
-            context = self.settings.context or min(self.limit, max(DEFAULT_CONTEXT, -(-needed // 256) * 256))
-            reserved = most or context // 4
-            if longest + reserved <= context:
-                break
-            if len(fitted.turns) <= 1:
-                raise ContextOverflow(
-                    f"the prompt has {longest:,} tokens and the answer reserves {reserved:,}; "
-                    f"the context holds {context:,}: shorten the text, lower -n or raise -c"
-                )
-            fitted = replace(fitted, turns=fitted.turns[1:])
-        self.forged = read[0].forged
-        answer = Answer(
-            model=self.model.file.path.name,
-            template=self.template.name,
-            system_info=dialog.system_info,
-            user_info=dialog.user_info,
-            query=dialog.turns[-1].query,
-            input_tokens=len(prompts[0]),
-            seed=seed,
-            truncated=len(dialog.turns) - len(fitted.turns),
-        )
-        stops = [[at for at in tokens.queries() if at * self.model.bytes >= LONG_WAY] for tokens in read]
-        return Outline(answer, guidance, prompts, stops, context, read[0].ending)
-
-    @STOPWATCH("tokens")
-    def _tokenize(self, dialog: Dialog) -> Tokens:
-        return tokenize(render(dialog, self.template, self.options), self.model.vocabulary, self.limit)
-
-    def open(self, context: int, sequences: int) -> None:
-        """Make the context anew.
-
-        Raises:
-            LoadError: llama.cpp cannot make it.
-        """
-        self.close()
-        self.model.pointer  # noqa: B018  # that time is the model's
-        started = time.monotonic()
-        self.engine = Engine(self.model, self.settings, self.interrupt, context, sequences)
-        if math.isfinite(self.model.ready):  # otherwise that time is a part of the model's
-            self._untold_ms += (time.monotonic() - started) * 1000
-
-    def prepare(self, outline: Outline) -> Engine:
-        """Return a context with room for an answer, and tell it what was loaded for it.
-
-        Raises:
-            LoadError: llama.cpp cannot make it. RuntimeError: it is closed.
-        """
-        if self.engine is None:
-            raise RuntimeError("the context is closed")
-        untold_ms, self._untold_ms = self._untold_ms, 0.0
-        if not self._told_of_model:
-            self._told_of_model = True
-            untold_ms += self.model.load_ms
-        outline.answer.load_ms = round(untold_ms, 1)
-        return self.engine
-
-    def run(
-        self, jobs: Iterable[Job], before: Callable[[Answer], None] = lambda _: None
-    ) -> Iterator[tuple[Job, Answer | EdgeError]]:
-        """Yield each job with its answer, or with the error that kept it from one, as they come to an end.
-
-        The next job is taken whenever there is room for it, and `before` sees its answer before it is begun.
-
-        Raises:
-            Interrupted: Ctrl-C; what has been written of the answers is theirs, and `interrupted` their finish reason.
-            RuntimeError: closed.
-        """
-        self._save()
-        waiting = iter(jobs)
-        active: list[Running] = []
-        try:
-            while True:
-                while len(active) < self.parallel and (job := next(waiting, None)) is not None:
-                    try:
-                        active.append(self._begin(job, active, before))
-                    except EdgeError as error:
-                        yield job, error
-                if not active:
-                    return
-                self.interrupt.check()
-                finished = self._advance(active)
-                for running in finished:
-                    active.remove(running)
-                    self._end(running)
-                for running in finished:
-                    yield running.job, running.draft.answer
-        except Interrupted:
-            for running in active:
-                running.draft.answer.finish_reason = "interrupted"
-                running.job.show(running.draft.close())
-            raise
-        finally:
-            for running in active:
-                running.sampler.close()
-
-    def _begin(self, job: Job, active: Sequence[Running], before: Callable[[Answer], None]) -> Running:
-        """Give each of a job's contexts a sequence."""
-        settings = replace(
-            self.settings,
-            seed=job.seed,
-            max_tokens=job.max_tokens or self.settings.max_tokens,
-            schema=job.schema or self.settings.schema,
-        )
-        outline = self.outline(job.dialog, job.seed, job.max_tokens)
-        answer = outline.answer
-        before(answer)
-        engine = self.prepare(outline)
-        busy = {lane.sequence.id: lane for running in active for lane in running.lanes}
-        lanes = []
-        for prompt, stops in zip(outline.prompts, outline.stops, strict=True):
-            lane = place(engine, prompt, busy)
-            self._fetch(engine, lane, stops)
-            busy[lane.sequence.id] = lane
-            lanes.append(lane)
-        answer.cached_tokens = len(lanes[0].prompt) - len(lanes[0].pending)
-        begin, end = self.marks or ("", "")
-        thinking = Thinking(self.marks, outline.scaffold.rfind(begin) > outline.scaffold.rfind(end))
-        draft = Draft(answer, settings, self.model.vocabulary, engine.context, thinking, job.think)
-        return Running(job, outline.guidance, lanes, draft, self._sampler(settings, thinking))
+        engine, answer = cast(Engine, self.engine), prompt.answer
+        busy = {slot.sequence.id: slot for one in self.active for slot in one.slots}
+        slots = []
+        for tokens, checkpoints in zip(prompt.contexts, prompt.checkpoints, strict=True):
+            slot = assign_slot(engine, tokens, busy)
+            self.checkpoints.load(engine, slot, checkpoints)
+            busy[slot.sequence.id] = slot
+            slots.append(slot)
+        answer.cached_tokens = len(slots[0].prompt) - len(slots[0].pending)
+        answer.load_ms, self.unreported_ms = round(self.unreported_ms, 1), 0.0
+        begin, end = self._marks or ("", "")
+        thinking = Thinking(self._marks, prompt.ending.rfind(begin) > prompt.ending.rfind(end))
+        draft = Draft(answer, prompt.settings, self._model.vocabulary, engine.context, thinking, prompt.request.think)
+        sampler = self._sampler(prompt.settings, thinking)
+        self.active.append(ActiveRequest(prompt.request, prompt.guidance, slots, draft, sampler))
 
     def _sampler(self, settings: Settings, thinking: Thinking) -> Sampler:
         """Return what draws the tokens of an answer."""
         if settings.schema is None:
-            return Sampler(self.model.file, settings)
-        markers = Markers(self.template.template.source, self.model.vocabulary)
-        return SchemaSampler(self.model, settings, settings.schema.grammar, markers, thinking, self.marks)
+            return Sampler(self._model.file, settings)
+        markers = Markers(self._template.template.source, self._model.vocabulary)
+        return SchemaSampler(self._model, settings, settings.schema.grammar, markers, thinking, self._marks)
 
-    def adapt(self, adapters: Sequence[Adapter]) -> None:
-        """Lay other adapters over the model, from the next answer on; what was read under the old ones is forgotten.
+    def decode(self) -> list[ActiveRequest]:
+        """Write a token of every answer and read of the prompts what has room; return the answers that ended.
 
-        Raises:
-            LoadError: one does not fit the model; all stays as it was.
-        """
-        for adapter in adapters:
-            self.model.adapter(adapter)
-        if self.engine:
-            self.engine.adapt(adapters)
-        self.settings = replace(self.settings, adapters=tuple(adapters))
-
-    def _fetch(self, engine: Engine, lane: Lane, stops: Sequence[int]) -> None:
-        """Load the longest state on disk that begins a prompt, if it is longer than what the lane begins with."""
-        lane.stops = stops
-        known = lane.after[1] if lane.after else len(lane.sequence.tokens)
-        for stop in reversed(stops):
-            if self.states is None or stop <= known:
-                return
-            with STOPWATCH("states"):
-                data = self.states.load(engine.key(lane.prompt[:stop]))
-            if data and engine.restore(lane.sequence, lane.prompt[:stop], data):
-                lane.pending, lane.after = lane.prompt[stop:], None
-                return
-
-    def _keep(self, engine: Engine, lane: Lane) -> None:
-        """Take the state at a lane's last stop, to be written when nobody waits any more."""
-        known, last = len(lane.sequence.tokens), lane.stops[-1]
-        if known >= last:
-            lane.stops = ()
-        if known != last or self.states is None or not self.states.fills:
-            return
-        key = engine.key(lane.sequence.tokens)
-        if not self.states.has(key) and (data := engine.state(lane.sequence)):
-            self._unsaved.append((key, data))
-
-    def _advance(self, active: Sequence[Running]) -> list[Running]:
-        """Write a token of every answer and read of the newcomers' prompts what has room; return what is finished.
-
-        The contexts of a job end their prompts in one step, so that the logits of all are there to be combined.
+        The contexts of a request end their prompts in one decode, so that the logits of all are there to be combined.
         """
         engine = cast(Engine, self.engine)
         feeds, writing, room = [], [], engine.room
-        for running in sorted(active, key=lambda running: running.reading):  # answers first
-            lanes = [lane for lane in running.lanes if not lane.after]
-            ready = len(lanes) == len(running.lanes) and sum(len(lane.pending) for lane in lanes) <= room
-            ready = ready and all(lane.due == len(lane.pending) for lane in lanes)
-            for lane in lanes:
-                size = len(lane.pending) if ready else min(lane.due, len(lane.pending) - 1, room)
+        for one in sorted(self.active, key=lambda one: one.reading):  # answers first, prompts fill the room
+            sample = one.may_sample and sum(len(slot.pending) for slot in one.slots) <= room
+            for slot in (slot for slot in one.slots if not slot.waits_for):
+                size = len(slot.pending) if sample else min(slot.next_size, len(slot.pending) - 1, room)
                 if size:
-                    feeds.append(Feed(lane.sequence, lane.pending[:size], logits=ready))
-                    lane.pending, room = lane.pending[size:], room - size
-            if ready:
-                writing.append(running)
+                    feeds.append(Feed(slot.sequence, slot.pending[:size], logits=sample))
+                    slot.pending, room = slot.pending[size:], room - size
+            writing += [one] if sample else []
         with STOPWATCH("prompt" if any(len(feed.tokens) > 1 for feed in feeds) else "answer"):
             rows = iter([row for row in engine.step(feeds) if row >= 0])
-        for running in active:
-            running.join(engine)
-            for lane in running.lanes:
-                if lane.stops:
-                    self._keep(engine, lane)
-        for running in writing:
-            mine = [next(rows) for _ in running.lanes]
+        for one in self.active:
+            one.copy_prefixes(engine)
+            for slot in one.slots:
+                self.checkpoints.take(engine, slot)
+        for one in writing:
+            mine = [next(rows) for _ in one.slots]
             if len(mine) > 1:
-                running.guidance.combine([engine.logits(row) for row in mine])
-            token = running.sampler.draw(engine, mine[0], several=len(feeds) > 1)
-            running.job.show(running.draft.add(token))
-            for lane in running.lanes:
-                lane.pending = [token]
-        return [running for running in writing if running.draft.ended]
+                one.guidance.combine([engine.logits(row) for row in mine])
+            token = one.sampler.draw(engine, mine[0], several=len(feeds) > 1)
+            one.request.show(one.draft.add(token))
+            for slot in one.slots:
+                slot.pending = [token]
+        return [one for one in writing if one.draft.ended]
 
-    def _end(self, running: Running) -> None:
-        """Complete an answer."""
-        running.job.show(running.draft.close())
-        running.sampler.close()
-
-
-class Chat(Session):
-    """One conversation: answers a dialog at a time, and what was said stays in the KV cache for the next.
-
-    The context grows when a dialog needs it; the Info tiers and the newest query are pinned, the oldest turns go first.
-    `think` sees the reasoning of a model that thinks, as it comes.
-    """
-
-    think: Callable[[str], None] = staticmethod(lambda _: None)
-
-    def at_once(self) -> int | None:
-        """Return as much as any dialog has; only a strength may need more sequences than one."""
-        guided = self.settings.system_strength != 1 or self.settings.pref_strength != 1
-        return None if guided else least_context(self.model.file, self.settings)
-
-    def prepare(self, outline: Outline) -> Engine:
-        """Return the context, made anew if the dialog needs more of it."""
-        engine, sequences = self.engine, len(outline.prompts)
-        if engine is None or engine.context < outline.context or len(engine.sequences) < sequences:
-            self.open(outline.context, sequences)
-        return super().prepare(outline)
-
-    def answer(
-        self, dialog: Dialog, seed: int, show: Callable[[str], None], before: Callable[[Answer], None]
-    ) -> Answer:
-        """Answer the newest query, showing text as it comes; an interruption is a finish reason, not an exception."""
-        begun: list[Answer] = []
-
-        def begin(answer: Answer) -> None:
-            begun.append(answer)
-            before(answer)
-
-        try:
-            ((_, answer),) = self.run([Job(dialog, seed, show=show, think=self.think)], begin)
-        except Interrupted:
-            return begun[0]
-        if isinstance(answer, EdgeError):
-            raise answer
-        return answer
-
-    def stream(self, job: Job) -> Generator[str, None, Answer]:
-        """Yield an answer's text as it is written, and return it with its figures; closed early, it stops at once.
-
-        Raises:
-            Interrupted: Ctrl-C while it is being written; between two pieces, that is the caller's.
-            RuntimeError: the context is closed.
-        """
-        pieces: list[str] = []
-        with self.interrupt:
-            running = self._begin(replace(job, show=pieces.append), [], lambda _: None)
-        try:
-            while not running.draft.ended:
-                if self.engine is None:
-                    raise RuntimeError("the context is closed")
-                with self.interrupt:
-                    self._advance([running])
-                    self.interrupt.check()
-                yield from filter(None, pieces)
-                pieces.clear()
-            self._end(running)
-            yield from filter(None, pieces)
-            return running.draft.answer
-        finally:
-            running.sampler.close()
+    def end(self, one: ActiveRequest, prompt_only: bool) -> None:
+        """Complete an answer. With `prompt_only` the cache keeps its prompt alone, for one that begins alike."""
+        self.active.remove(one)
+        one.request.show(one.draft.close())
+        one.sampler.close()
+        if prompt_only:
+            for slot in one.slots:
+                cast(Engine, self.engine).cut(slot.sequence, len(slot.prompt))
 
 
-class Parallel(Session):
-    """Many dialogs answered together in one context; when one ends, the next job begins at once.
+class Scheduler(Closing):
+    """Answers requests, as many at a time as it has slots, with one llama_decode a step for all of them.
 
-    The context is made once, with as many tokens for each sequence: those given, else `-c`, else the smaller of the
-    model's own and DEFAULT_CONTEXT. All of it is allocated.
+    A request takes a sequence for each of its contexts. What any sequence holds, or is about to read, is not read
+    again: another one begins as it does. Close it, or use it in a `with`.
 
-    A job gets the answer that `Chat` gives, but for rounding: what else is in a batch changes the last bits of its
-    logits. Of 1,600 dialogs put to the embedded model at temperature 0, as many as 5 got another text.
+    A request gets the same answer in any number of slots, but for rounding: what else is in a batch changes the last
+    bits of its logits. Of 1,600 dialogs put to the embedded model at temperature 0, as many as 5 got another text.
+
+    Args:
+        slots: requests that are answered at a time.
+        context: tokens for each sequence, all allocated at once; None: as the requests need, anew when they need more.
+        cache: prompts' prefixes on disk.
 
     Raises:
         LoadError: llama.cpp cannot make the context (memory; it has 256 sequences at most).
@@ -2132,44 +2021,170 @@ class Parallel(Session):
     def __init__(
         self,
         model: Model,
-        chat_template: ChatTemplate,
+        template: ChatTemplate,
         settings: Settings,
         options: RenderOptions,
         interrupt: Interrupt,
-        parallel: int,
+        slots: int = 1,
         context: int | None = None,
-        states: States | None = None,
+        cache: States | None = None,
     ) -> None:
-        context = context or least_context(model.file, settings)
-        super().__init__(model, chat_template, replace(settings, context=context), options, interrupt, parallel, states)
+        self.model, self.template, self.slots, self.interrupt = model, template, slots, interrupt
+        self.settings, self.options = replace(settings, context=context) if context else settings, options
+        self._decoder = Decoder(model, template, interrupt, cache)
+        self._waiting: deque[Prompt] = deque()
+        self._closed = False
+        if context:
+            self._decoder.open(self.settings, context, slots * settings.contexts)
 
-    def at_once(self) -> int | None:
-        """Return all there will be."""
-        return self.settings.context
+    def beside(self, slots: int) -> Scheduler:
+        """Return another scheduler on the same model, with the same settings."""
+        made = (self.model, self.template, self.settings, self.options, self.interrupt, slots)
+        other = Scheduler(*made, cache=self._decoder.checkpoints.cache)
+        other._decoder.unreported_ms = 0.0
+        return other
 
-    def _end(self, running: Running) -> None:
-        """Complete an answer and leave its prompt in the cache, for one that begins alike."""
-        super()._end(running)
-        for lane in running.lanes:
-            cast(Engine, self.engine).cut(lane.sequence, len(lane.prompt))
+    @property
+    def engine(self) -> Engine | None:
+        """llama.cpp's context; None before the first request, and when it is closed."""
+        return self._decoder.engine
+
+    def close(self) -> None:
+        """Free the context and write down prefixes; again is harmless."""
+        self._closed = True
+        self._waiting.clear()
+        self._decoder.close()
+
+    def submit(self, request: Request, before: Callable[[Prompt], None] = lambda _: None) -> Prompt:
+        """Take a request; it begins in a step that has a slot for it. Return how the model will read it.
+
+        `before` is given that first, and may refuse it by an error.
+
+        Raises:
+            ContextOverflow, TemplateError, TierViolation: it cannot be answered. RuntimeError: the scheduler is closed.
+        """
+        if self._closed:
+            raise RuntimeError("the context is closed")
+        prompt = make_prompt(request, self.model, self.template, self.settings, self.options)
+        before(prompt)
+        self._waiting.append(prompt)
+        return prompt
+
+    @property
+    def unfinished(self) -> int:
+        """Count the requests that are waiting or being answered."""
+        return len(self._waiting) + len(self._decoder.active)
+
+    def step(self) -> list[tuple[Request, Answer | EdgeError]]:
+        """Begin what has a slot, write a token of every answer, and return the requests that came to an end.
+
+        Raises:
+            Interrupted: Ctrl-C. LoadError: llama.cpp cannot make a context. RuntimeError: the scheduler is closed.
+        """
+        if self._closed:
+            raise RuntimeError("the context is closed")
+        ended: list[tuple[Request, Answer | EdgeError]] = []
+        while self._waiting and self._has_room():
+            prompt = self._waiting.popleft()
+            try:
+                self._decoder.begin(prompt)
+            except EdgeError as error:
+                ended.append((prompt.request, error))
+        self.interrupt.check()
+        for one in self._decoder.decode() if self._decoder.active else ():
+            self._decoder.end(one, prompt_only=self.slots > 1)
+            ended.append((one.request, one.draft.answer))
+        return ended
+
+    def _has_room(self) -> bool:
+        """Tell whether the next request can begin; the context is made anew for it once no other is being answered."""
+        decoder, soon = self._decoder, list(itertools.islice(self._waiting, self.slots))
+        if len(decoder.active) < self.slots and decoder.fits(soon[0]):
+            return True
+        if not decoder.active:
+            decoder.open(self.settings, max(one.size for one in soon), sum(len(one.contexts) for one in soon))
+        return not decoder.active
+
+    def cancel(self) -> None:
+        """Drop every request; what has been written of an answer is in its `Answer`."""
+        self._waiting.clear()
+        self._decoder.cancel()
+
+    def run(
+        self, requests: Iterable[Request], before: Callable[[Prompt], None] = lambda _: None
+    ) -> Iterator[tuple[Request, Answer | EdgeError]]:
+        """Yield each request with its answer, or with the error that kept it from one, as they come to an end.
+
+        The next request is taken whenever there is a slot for it; `before` as in `submit`.
+
+        Raises:
+            Interrupted: Ctrl-C; what has been written of the answers is theirs, and `interrupted` their finish reason.
+            RuntimeError: the scheduler is closed.
+        """
+        self._decoder.checkpoints.save()
+        coming = iter(requests)
+        try:
+            while True:
+                while self.unfinished < self.slots and (request := next(coming, None)) is not None:
+                    try:
+                        self.submit(request, before)
+                    except EdgeError as error:
+                        yield request, error
+                if not self.unfinished:
+                    return
+                yield from self.step()
+        except Interrupted:
+            self._decoder.interrupted()
+            for prompt in self._waiting:
+                prompt.answer.finish_reason = "interrupted"
+            raise
+        finally:
+            self.cancel()
+
+    def set_adapters(self, adapters: Sequence[Adapter]) -> None:
+        """Lay other adapters over the model, from the next answer on; what was read under the old ones is forgotten.
+
+        Raises:
+            LoadError: one does not fit the model; all stays as it was.
+        """
+        for adapter in adapters:
+            self.model.adapter(adapter)
+        if self.engine:
+            self.engine.set_adapters(adapters)
+        self.settings = replace(self.settings, adapters=tuple(adapters))
 
 
-def parallel_for(session: Session, dialogs: Sequence[Dialog]) -> Parallel:
-    """Return a context, made as a session's, in which these dialogs can be answered together.
+def answer_one(scheduler: Scheduler, request: Request, before: Callable[[Prompt], None] = lambda _: None) -> Answer:
+    """Answer one request; an interruption is a finish reason, not an exception.
 
     Raises:
-        ContextOverflow: one does not fit. LoadError: there is no memory for it.
+        EdgeError: it cannot be answered.
     """
-    need = max(session.outline(dialog).context for dialog in dialogs)
-    made = (session.model, session.template, session.settings, session.options, session.interrupt)
-    return Parallel(*made, len(dialogs), need, session.states)
+    begun: list[Answer] = []
+
+    def begin(prompt: Prompt) -> None:
+        begun.append(prompt.answer)
+        before(prompt)
+
+    try:
+        ((_, answer),) = scheduler.run([request], begin)
+    except Interrupted:
+        return begun[0]
+    return answered(answer)
 
 
-def place(engine: Engine, prompt: list[int], busy: Mapping[int, Lane]) -> Lane:
+def answered(answer: Answer | EdgeError) -> Answer:
+    """Return an answer, or raise the error that stands in its place."""
+    if isinstance(answer, EdgeError):
+        raise answer
+    return answer
+
+
+def assign_slot(engine: Engine, prompt: list[int], busy: Mapping[int, Slot]) -> Slot:
     """Give a prompt the free sequence that shares most with it, or the beginning of a busy one.
 
     Args:
-        busy: the lanes that have a sequence, by its number.
+        busy: the slots that have a sequence, by its number.
     """
     read = prompt[:-1]  # the last token is always fed, for its logits
     known = {one.id: busy[one.id].known if one.id in busy else one.tokens for one in engine.sequences}
@@ -2178,11 +2193,11 @@ def place(engine: Engine, prompt: list[int], busy: Mapping[int, Lane]) -> Lane:
     sequence = max(free, key=lambda sequence: (count[sequence.id], -len(sequence.tokens)))
     source = max(engine.sequences, key=lambda sequence: count[sequence.id])
     if count[source.id] <= count[sequence.id]:
-        return Lane(sequence, prompt, prompt[engine.cut(sequence, count[sequence.id]) :])
+        return Slot(sequence, prompt, prompt[engine.cut(sequence, count[sequence.id]) :])
     engine.cut(sequence, 0)
-    lane = Lane(sequence, prompt, prompt, (source, count[source.id]))
-    lane.begin(engine)
-    return lane
+    slot = Slot(sequence, prompt, prompt, (source, count[source.id]))
+    slot.copy_prefix(engine)
+    return slot
 
 
 # =====================================================================================================================
@@ -2208,13 +2223,17 @@ class Options(TypedDict, total=False):
     think: bool | None
 
 
-class Shared(Chat):
-    """The context of a model that a program's calls share: one answer at a time, and what was read stays known."""
+class ModelSession(Closing):
+    """What a program's calls of one model share: one answer at a time, and what was read stays known."""
 
     def __init__(self, model: Model) -> None:
         chosen = model.chat_template or choose_template("auto", model.file)
-        super().__init__(model, chosen, model.settings, AS_USUAL, Interrupt())
-        self._free, self._writer = threading.Lock(), 0  # a thread
+        self.scheduler = Scheduler(model, chosen, model.settings, AS_USUAL, Interrupt())
+        self._free, self._writer = threading.Lock(), 0  # the thread that writes an answer, 0 if none does
+
+    def close(self) -> None:
+        """Free the context; again is harmless."""
+        self.scheduler.close()
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -2226,7 +2245,7 @@ class Shared(Chat):
         if self._writer == threading.get_ident():
             raise RuntimeError("an answer is still being written: read its stream to the end, or close it")
         with self._free:
-            self._writer, self.interrupt.raised = threading.get_ident(), False
+            self._writer, self.scheduler.interrupt.raised = threading.get_ident(), False
             try:
                 yield
             except Interrupted:
@@ -2243,7 +2262,7 @@ class Shared(Chat):
         if unknown := options.keys() - Options.__annotations__:
             raise TypeError(f"no option {min(unknown)!r}: there are {', '.join(Options.__annotations__)}")
         given: dict[str, Any] = {"seed": None, **options}
-        self.options = RenderOptions(given.pop("remind", True), given.pop("think", None))
+        self.scheduler.options = RenderOptions(given.pop("remind", True), given.pop("think", None))
         seed = given.pop("seed")
         seed = random.SystemRandom().randrange(2**32) if seed is None else seed
         if not 0 <= seed < 2**32:
@@ -2261,12 +2280,45 @@ class Shared(Chat):
         given["schema"] = schema and (
             structured.expand_schema(schema) if isinstance(schema, str) else structured.make_schema(dict(schema))
         )
-        self.settings = replace(self.model.settings, **given)
+        self.scheduler.settings = replace(self.scheduler.model.settings, **given)
         return int(seed)
 
+    def stream(self, request: Request) -> Generator[str, None, Answer]:
+        """Yield an answer's text as it is written, and return it with its figures; closed early, it stops at once.
 
-def shared(model: Model) -> Shared:
-    """Return the context that a model's calls share.
+        Raises:
+            Interrupted: Ctrl-C while it is being written; between two pieces, that is the caller's.
+            RuntimeError: the context is closed.
+        """
+        pieces: list[str] = []
+        scheduler = self.scheduler
+        scheduler.submit(replace(request, show=pieces.append))
+        try:
+            while True:
+                with scheduler.interrupt:
+                    ended = scheduler.step()
+                    scheduler.interrupt.check()
+                yield from filter(None, pieces)
+                pieces.clear()
+                for _, answer in ended:
+                    return answered(answer)
+        finally:
+            scheduler.cancel()
+
+    def compare(self, dialogs: Sequence[Dialog], seed: int) -> list[Answer]:
+        """Answer dialogs together.
+
+        Raises:
+            EdgeError: one cannot be answered. Interrupted: Ctrl-C.
+        """
+        requests = [Request(dialog, seed, number) for number, dialog in enumerate(dialogs)]
+        with self.scheduler.interrupt, self.scheduler.beside(len(dialogs)) as together:
+            answers = {request.tag: answer for request, answer in together.run(requests)}
+        return [answered(answers[number]) for number in range(len(dialogs))]
+
+
+def session_of(model: Model) -> ModelSession:
+    """Return what a model's calls share.
 
     Raises:
         RuntimeError: the model is closed.
@@ -2274,8 +2326,8 @@ def shared(model: Model) -> Shared:
     if not model.pointer:
         raise RuntimeError("the model is closed")
     if model.session is None:
-        model.session = Shared(model)
-    return cast(Shared, model.session)
+        model.session = ModelSession(model)
+    return model.session
 
 
 def as_dialog(query: str | Dialog, system: str, pref: str) -> Dialog:
@@ -2310,9 +2362,9 @@ def stream(
         UsageError, NotFound, TemplateError, TierViolation, ContextOverflow, LoadError: as `chat` fails.
         RuntimeError: the model is closed, or this thread is in the middle of another stream of it.
     """
-    session, dialog = shared(model), as_dialog(query, system, pref)
+    session, dialog = session_of(model), as_dialog(query, system, pref)
     with session.turn():
-        return (yield from session.stream(Job(dialog, session.take(options))))
+        return (yield from session.stream(Request(dialog, session.take(options))))
 
 
 def generate(
@@ -2356,19 +2408,12 @@ def compare(
     Raises:
         As `stream`.
     """
-    session, dialog = shared(model), as_dialog(query, system, "")
-    dialogs = [replace(dialog, user_info=profiles.expand_profile(wish)) for wish in preferences]
+    session, dialog = session_of(model), as_dialog(query, system, "")
+    dialogs = [replace(dialog, user_info=profiles.expand_profile(pref)) for pref in preferences]
     if not dialogs:
         raise UsageError("compare needs a preference: an empty one is the answer without any")
-    with session.turn(), session.interrupt:
-        seed = session.take(options)
-        with parallel_for(session, dialogs) as together:
-            answers = dict(together.run(Job(one, seed, at) for at, one in enumerate(dialogs)))
-    failed = next((one for one in answers.values() if isinstance(one, EdgeError)), None)
-    if failed:
-        raise failed
-    in_order = sorted(answers.items(), key=lambda item: cast(int, item[0].tag))
-    return [cast(Answer, answer) for _, answer in in_order]
+    with session.turn():
+        return session.compare(dialogs, session.take(options))
 
 
 # =====================================================================================================================

@@ -9,7 +9,7 @@ is the output matrix too, so their logit is 0 while the greatest of 150,000 rand
 
 Every round runs each way once, greedily, after the same prompt:
 
-- ours: `Chat.answer`, what the command `chat` calls, by the speed that it reports;
+- ours: `Scheduler.answer`, what the command `chat` calls, by the speed that it reports;
 - llama-cpp-python: `Llama.create_completion(stream=True)`;
 - bare loop: `llama_decode` and llama.cpp's greedy sampler through the low-level binding, and nothing else;
 - llama-bench, if --llama-bench says where it is: llama.cpp's own `tg`, which samples nothing and has no prompt.
@@ -34,7 +34,8 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from metaalign_edge import Chat, Dialog, Model, RenderOptions, Settings, Turn, choose_template
+import metaalign_edge as edge
+from metaalign_edge import Dialog, Model, RenderOptions, Scheduler, Settings, Turn, choose_template
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.llama.library import llama_cpp, physical_cores
@@ -152,9 +153,9 @@ def tensor_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def ours(chat: Chat, tokens: int) -> float:
+def ours(chat: Scheduler, tokens: int) -> float:
     """Answer as the command `chat` does."""
-    answer = chat.answer(Dialog("", "", (Turn(QUERY),)), 0, lambda _: None, lambda _: None)
+    answer = edge.answer_one(chat, edge.Request(Dialog("", "", (Turn(QUERY),)), 0))
     assert answer.output_tokens == tokens, f"the answer ended after {answer.output_tokens} tokens"
     return answer.tokens_per_second
 
@@ -212,14 +213,15 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, list[float]]:
     with ExitStack() as stack:
         model = stack.enter_context(Model(file, settings, interrupt))
         template = choose_template("auto" if file.templates else "chatml", file)
-        chat = stack.enter_context(Chat(model, template, settings, RenderOptions(), interrupt))
-        (prompt,) = chat.outline(Dialog("", "", (Turn(QUERY),))).prompts
+        chat = stack.enter_context(Scheduler(model, template, settings, RenderOptions(), interrupt))
+        (prompt,) = chat.submit(edge.Request(Dialog("", "", (Turn(QUERY),)))).contexts
+        chat.cancel()
         bare = BareLoop(model, options.threads)
         llama = Llama(
             str(path), n_ctx=CONTEXT, n_threads=options.threads, n_threads_batch=options.threads, verbose=False
         )
         ways: dict[str, Callable[[], float]] = {
-            "Chat.answer": lambda: ours(chat, options.tokens),
+            "Scheduler.answer": lambda: ours(chat, options.tokens),
             "Llama": lambda: high_level(llama, prompt, options.tokens),
             "bare loop": lambda: bare.run(prompt, options.tokens),
         }

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import metaalign_edge as edge
-from metaalign_edge import Answer, Dialog, Job, Model, Parallel, Turn
+from metaalign_edge import Answer, Dialog, Model, Request, Scheduler, Turn
 from metaalign_edge_runtime import structured
 from metaalign_edge_runtime.errors import EdgeError, Interrupted, NotFound, SchemaViolation, UsageError, one_line, say
 from metaalign_edge_runtime.llama.interrupt import Interrupt
@@ -58,7 +58,7 @@ class Row:
     index: int  # from 0, without blank lines
     line: int  # from 1
     id: Any
-    job: Job | None  # its tag is the row's index
+    job: Request | None  # its tag is the row's index
     asked: str  # a digest of what it asks for
     error: str | None
 
@@ -92,7 +92,7 @@ def read_rows(lines: Iterable[bytes], standing: Dialog, seed: int, unknown: set[
         index += 1
 
 
-def read_row(found: Any, standing: Dialog, seed: int, index: int) -> Job:
+def read_row(found: Any, standing: Dialog, seed: int, index: int) -> Request:
     """Make a job of a row.
 
     Raises:
@@ -136,7 +136,7 @@ def read_row(found: Any, standing: Dialog, seed: int, index: int) -> Job:
     row_seed, shape = number("seed", 0, 2**32 - 1), found.get("json_schema")
     if not isinstance(shape, dict | str | None):
         raise BadRow(f"`json_schema` is a {type(shape).__name__}, not a schema or its short form")
-    return Job(
+    return Request(
         dialog,
         seed if row_seed is None else row_seed,
         index,
@@ -180,7 +180,7 @@ class Batch:
         self._open: dict[int, Row] = {}
         self.total = self.before = self.answered = self.failed = 0
 
-    def jobs(self, window: int) -> Iterator[Job]:
+    def jobs(self, window: int) -> Iterator[Request]:
         """Yield what has to be asked; of so many rows at a time, those that begin alike one after the other."""
         while rows := list(itertools.islice(self._rows, window)):
             jobs = []
@@ -195,7 +195,7 @@ class Batch:
                     jobs.append(row.job)
             yield from sorted(jobs, key=lambda job: (job.dialog.system_info, job.dialog.user_info, job.tag))
 
-    def settle(self, job: Job, answer: Answer | EdgeError) -> None:
+    def settle(self, job: Request, answer: Answer | EdgeError) -> None:
         """Write down how a job ended.
 
         Raises:
@@ -266,7 +266,9 @@ def batch(
     """
     screen, standing = talk.screen(), meta_prompt.dialog()
     file = loaded.file(screen)
-    settings = loaded.fitted(gathered(loaded, sampling, strengths, talk), file, parallel)
+    settings = gathered(loaded, sampling, strengths, talk)
+    plan = edge.plan_for(file, settings, answers=parallel)
+    settings = settings.planned(plan)
     chosen, interrupt, options = edge.choose_template(rendered.template, file), Interrupt(), rendered.options()
     deciding = replace(settings, seed=settings.seed if sampling.seed is not None else -1).deciding()
     run = files.digest([edge.__version__, file.identity, chosen.identity, *options, *deciding])[:16]
@@ -278,11 +280,15 @@ def batch(
         jobs = work.jobs(WINDOW * parallel)
         if (first := next(jobs, None)) is not None:  # otherwise there is nothing to load a model for
             stack.enter_context(interrupt)
-            model = stack.enter_context(Model(file, settings, interrupt))
+            model = stack.enter_context(Model(file, settings, interrupt, plan))
             report.explain(model, chosen, settings, screen)
             kept = kept_states(no_cache, fills=False)
-            session = stack.enter_context(Parallel(model, chosen, settings, options, interrupt, parallel, states=kept))
-            before = functools.partial(report.warn, session, screen=screen, strict=rendered.strict_tiers)
+            size = edge.least_context(file, settings)
+            made = Scheduler(model, chosen, settings, options, interrupt, parallel, size, kept)
+            session, before = (
+                stack.enter_context(made),
+                functools.partial(report.warn, screen=screen, strict=rendered.strict_tiers),
+            )
             hidden = Screen(quiet=True) if ledger is None and screen.terminal else screen  # the rows are seen there
             tell = stack.enter_context(answers_bar(hidden, file.path.name, 0, None))
             try:

@@ -10,7 +10,7 @@ from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.stores import files
 
 from .measure import outputs, speeds
-from .measure.speeds import BENCH_PROMPT, BENCH_TOGETHER, BENCH_TOKENS
+from .measure.speeds import BENCH_PROMPT, BENCH_TOKENS
 from .options import command
 from .options.groups import ChartOption, JsonOption, Loaded, Talk, TemplateOption, option
 
@@ -38,7 +38,7 @@ def bench(
     screen, interrupt, settings = talk.screen(), Interrupt(), loaded.settings()
     outputs.check_outputs(None, chart)
     file = loaded.file(screen)
-    settings = replace(settings, context=BENCH_PROMPT + BENCH_TOKENS, sequences=max(BENCH_TOGETHER))
+    settings = replace(settings, context=BENCH_PROMPT + BENCH_TOKENS)
     edge.choose_template(template, file)
     with interrupt:
         found = speeds.measure(

@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 import typer
 
-from metaalign_edge import STOPWATCH, Answer, Chat
+import metaalign_edge as edge
+from metaalign_edge import STOPWATCH, Answer, Prompt, Request, Scheduler
 from metaalign_edge_runtime.errors import NotFound, UsageError
 from metaalign_edge_runtime.llama import memory
-from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.stores import session_text, sessions
 from metaalign_edge_runtime.stores.sessions import Transcript
 
@@ -33,7 +33,7 @@ from .options.groups import (
     gathered,
     kept_states,
 )
-from .options.loading import load_model
+from .options.loading import open_scheduler
 from .options.query import read_query
 from .terminal import report
 from .terminal.repl import Repl, dialog_of
@@ -42,7 +42,7 @@ from .terminal.screen import Aside, Screen
 
 
 def answer_once(
-    session: Chat, transcript: Transcript, query: str, screen: Screen, strict: bool, reply: Reply | None
+    scheduler: Scheduler, transcript: Transcript, query: str, screen: Screen, strict: bool, reply: Reply | None
 ) -> None:
     """Answer one query on stdout, as JSON without a `reply`; a session keeps it, also what was cut off.
 
@@ -51,15 +51,16 @@ def answer_once(
     """
     begun: list[Answer] = []
 
-    def before(answer: Answer) -> None:
-        report.warn(session, answer, screen, strict)
-        begun.append(answer)
+    def before(prompt: Prompt) -> None:
+        report.warn(prompt, screen, strict)
+        begun.append(prompt.answer)
 
+    dialog, seed, show = dialog_of(transcript, query), scheduler.settings.seed, reply.show if reply else lambda _: None
+    request = Request(dialog, seed, show=show, think=Aside(screen).write)
     complete = False
     try:
-        with session.interrupt, reply.alone() if reply else contextlib.nullcontext():
-            show = reply.show if reply else lambda _: None
-            answer = session.answer(dialog_of(transcript, query), session.settings.seed, show, before)
+        with scheduler.interrupt, reply.alone() if reply else contextlib.nullcontext():
+            answer = edge.answer_one(scheduler, request, before)
         complete = True
         if reply:
             reply.end(answer.response)
@@ -72,8 +73,8 @@ def answer_once(
             transcript.save()
     screen.detail(report.describe(answer))
     screen.detail(f"time {STOPWATCH}; memory {memory.peak_mb():.0f} MB at most")
-    session.interrupt.check()
-    report.check_answer(answer, session.settings.schema, screen)
+    scheduler.interrupt.check()
+    report.check_answer(answer, scheduler.settings.schema, screen)
 
 
 def go_on(name: str | None, newest: bool) -> Transcript:
@@ -104,12 +105,13 @@ def set_meta_prompt(transcript: Transcript, meta_prompt: MetaPrompt, context: ty
         sources = [context.get_parameter_source(name) for name in names]
         return len(transcript.lines) > 1 and not any(source and source.name == "COMMANDLINE" for source in sources)
 
-    given, latest, label = meta_prompt.dialog(), transcript.meta_prompt, session_text.label_of(meta_prompt.wishes())
-    system_info = latest["system_info"] if stays("system", "system_file") else given.system_info
+    latest, preferences = transcript.meta_prompt, meta_prompt.preferences()
+    system_info = latest["system_info"] if stays("system", "system_file") else meta_prompt.system_info()
     if stays("pref", "pref_file", "no_pref"):
         transcript.set(system_info, latest["user_info"], transcript.label)
     else:
-        transcript.set(system_info, given.user_info, label)
+        label = session_text.label_of([one.given for one in preferences])
+        transcript.set(system_info, "\n".join(one.text for one in preferences), label)
 
 
 @command
@@ -151,15 +153,11 @@ def chat(
     set_meta_prompt(transcript, meta_prompt, context)
     settings = gathered(loaded, sampling, strengths, talk)
     asked = read_query(query, no_stdin, repl=not as_json)
-    interrupt, states = Interrupt(), kept_states(no_cache)
-    model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen)
-    with model, Chat(model, chosen, settings, rendered.options(), interrupt, states=states) as session:
-        report.explain(model, chosen, settings, screen)
-        session.think = Aside(screen).write
-        report.introduce(transcript, model.file.path.name, screen, talking=asked is None)
+    with open_scheduler(loaded, rendered, settings, screen, kept_states(no_cache)) as scheduler:
+        report.introduce(transcript, scheduler.model.file.path.name, screen, talking=asked is None)
         markdown = markdown and settings.schema is None  # JSON would lose its stars and underscores
         if asked is None:
-            Repl(session, transcript, screen, rendered.strict_tiers, markdown).run()
+            Repl(scheduler, transcript, screen, rendered.strict_tiers, markdown).run()
         else:
             reply = None if as_json else Reply(screen, markdown, stream)
-            answer_once(session, transcript, asked, screen, rendered.strict_tiers, reply)
+            answer_once(scheduler, transcript, asked, screen, rendered.strict_tiers, reply)

@@ -6,11 +6,8 @@ import contextlib
 from dataclasses import asdict
 from typing import cast
 
-import metaalign_edge as edge
-from metaalign_edge import Dialog, Session, Turn
+from metaalign_edge import Dialog, Turn
 from metaalign_edge_runtime.errors import UsageError, one_line
-from metaalign_edge_runtime.llama.interrupt import Interrupt
-from metaalign_edge_runtime.stores import profiles
 
 from .options import command
 from .options.groups import (
@@ -27,7 +24,7 @@ from .options.groups import (
     gathered,
     kept_states,
 )
-from .options.loading import load_model
+from .options.loading import open_scheduler
 from .options.query import read_query
 from .terminal import report
 from .terminal.columns import Columns, answer_together
@@ -55,26 +52,21 @@ def compare(
 
         metaalign-edge compare --pref - --pref @json+@child --json "What is tea?"
     """
-    screen, wishes = talk.screen(), meta_prompt.wishes()
-    if len(wishes) < 2:
+    screen, preferences = talk.screen(), meta_prompt.preferences()
+    if len(preferences) < 2:
         raise UsageError("compare needs two preferences or more: give each with --pref (a lone - is none)")
-    asked = Turn(cast(str, read_query(query, no_stdin, repl=False)))
-    dialogs = [Dialog(meta_prompt.system_info(), profiles.wish_text(wish), (asked,)) for wish in wishes]
+    asked, system_info = Turn(cast(str, read_query(query, no_stdin, repl=False))), meta_prompt.system_info()
+    dialogs = [Dialog(system_info, "" if one.given == "-" else one.text, (asked,)) for one in preferences]
     settings = gathered(loaded, sampling, strengths, talk)
-    interrupt, options, states = Interrupt(), rendered.options(), kept_states(no_cache)
-    model, chosen, settings = load_model(loaded, rendered, settings, interrupt, screen, len(dialogs))
-    with interrupt:
-        with model:
-            report.explain(model, chosen, settings, screen)
-            one = Session(model, chosen, settings, options, interrupt, states=states)
-            with (
-                edge.parallel_for(one, dialogs) as session,
-                contextlib.nullcontext() if as_json else Columns(wishes, screen) as columns,
-            ):
-                answers = answer_together(session, dialogs, columns, screen, rendered.strict_tiers)
+    opened = open_scheduler(loaded, rendered, settings, screen, kept_states(no_cache), len(dialogs))
+    with opened as scheduler, scheduler.interrupt:
+        heads = [one.given for one in preferences]
+        with contextlib.nullcontext() if as_json else Columns(heads, screen) as columns:
+            answers = answer_together(scheduler, dialogs, columns, screen, rendered.strict_tiers)
+        compared = list(zip(heads, answers, strict=False))
         if as_json:
-            screen.json([{"pref": wish, **asdict(answer)} for wish, answer in zip(wishes, answers, strict=False)])
+            screen.json([{"pref": head, **asdict(answer)} for head, answer in compared])
         screen.detail("\n".join(map(report.describe, answers)))
-        interrupt.check()
-        for wish, answer in zip(wishes, answers, strict=False):
-            report.check_answer(answer, settings.schema, screen, f"the answer under {one_line(wish)}")
+        scheduler.interrupt.check()
+        for head, answer in compared:
+            report.check_answer(answer, settings.schema, screen, f"the answer under {one_line(head)}")

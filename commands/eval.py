@@ -109,7 +109,8 @@ def eval(
     chosen = []
     for name, wanted, how in models:  # before the suite is composed
         file = loaded._replace(model=name).file(screen)
-        chosen.append((file, edge.choose_template(wanted, file), loaded.fitted(how, file, parallel)))
+        plan = edge.plan_for(file, how, answers=parallel)
+        chosen.append((file, edge.choose_template(wanted, file), how.planned(plan), plan))
     asked = adherence.find_suite(suite, seed, size, ifeval_tier)
     files = [answers and answers.with_name(f"{answers.stem}{name}{answers.suffix}") for name in names]
     candidates = [

@@ -18,12 +18,12 @@ from test_lora import IDS, MODULES, alone, base_gguf, matrices, merged, write_lo
 import metaalign_edge as edge
 from metaalign_edge import (  # fmt: skip
     Adapter,
-    Chat,
     Dialog,
     Engine,
     Feed,
     Model,
     RenderOptions,
+    Scheduler,
     Settings,
     Turn,
     find_adapters,
@@ -84,16 +84,16 @@ def test_a_session_changes_its_adapters_and_forgets_what_it_read(trained: dict[s
     with Model(file, GREEDY) as model:
 
         def fresh(*adapters: Adapter) -> str:
-            with Chat(model, chosen, replace(GREEDY, adapters=adapters), RenderOptions(), Interrupt()) as chat:
-                return chat.answer(asked, 0, lambda _: None, lambda _: None).response
+            with Scheduler(model, chosen, replace(GREEDY, adapters=adapters), RenderOptions(), Interrupt()) as chat:
+                return edge.answer_one(chat, edge.Request(asked, 0)).response
 
-        with Chat(model, chosen, GREEDY, RenderOptions(), Interrupt()) as chat:
+        with Scheduler(model, chosen, GREEDY, RenderOptions(), Interrupt()) as chat:
             for adapters in ((), (one,), (one, two), (replace_scale(one, 0.5),), ()):
-                chat.adapt(adapters)
-                answer = chat.answer(asked, 0, lambda _: None, lambda _: None)
+                chat.set_adapters(adapters)
+                answer = edge.answer_one(chat, edge.Request(asked, 0))
                 assert (answer.response, answer.cached_tokens) == (fresh(*adapters), 0)
-            chat.adapt(())
-            assert chat.answer(asked, 0, lambda _: None, lambda _: None).cached_tokens > 0
+            chat.set_adapters(())
+            assert edge.answer_one(chat, edge.Request(asked, 0)).cached_tokens > 0
         assert len({fresh(), fresh(one), fresh(one, two)}) == 3
 
 
@@ -106,9 +106,9 @@ def test_a_state_on_disk_belongs_to_its_adapters(trained: dict[str, Path]) -> No
     keys = set()
     with Model(ModelFile(trained["base"]), GREEDY) as model, Engine(model, GREEDY, Interrupt(), 64) as engine:
         for adapters in ((), (one,), (two,), (one, two), (replace_scale(one, 0.5),)):
-            engine.adapt(adapters)
+            engine.set_adapters(adapters)
             keys.add(engine.key(IDS))
-        engine.adapt(())
+        engine.set_adapters(())
         assert engine.key(IDS) in keys
     assert len(keys) == 5
 
@@ -120,12 +120,12 @@ def test_an_adapter_that_does_not_fit_changes_nothing(trained: dict[str, Path], 
     wrong = alone(other, write_lora(tmp_path / "lora", matrices(MODULES, base)))
     file = ModelFile(trained["base"])
     chosen = edge.choose_template("auto", file)
-    with Model(file, GREEDY) as model, Chat(model, chosen, GREEDY, RenderOptions(), Interrupt()) as chat:
+    with Model(file, GREEDY) as model, Scheduler(model, chosen, GREEDY, RenderOptions(), Interrupt()) as chat:
         asked = Dialog(turns=(Turn("tea?"),))
-        before = chat.answer(asked, 0, lambda _: None, lambda _: None).response
+        before = edge.answer_one(chat, edge.Request(asked, 0)).response
         with pytest.raises(LoadError, match=r"does not fit .*shape"):
-            chat.adapt(find_adapters([str(wrong)]))
-        assert chat.settings.adapters == () and chat.answer(asked, 0, lambda _: None, lambda _: None).response == before
+            chat.set_adapters(find_adapters([str(wrong)]))
+        assert chat.settings.adapters == () and edge.answer_one(chat, edge.Request(asked, 0)).response == before
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

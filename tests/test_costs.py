@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import subprocess
@@ -45,9 +44,7 @@ def test_verbose_says_where_the_time_went(run: Run) -> None:
     spent, memory = line.split("; ")
     total, *laps = (int(number) for number in re.findall(r"\d+", spent))
     names = re.findall(r"[a-z.]+(?= \d)", spent)[1:]
-    assert names == [
-        *"start options library metadata template model context vocabulary tokens prompt answer other".split()
-    ]
+    assert names == [*"start options metadata plan template model tokens context prompt answer other".split()]
     assert abs(sum(laps) - total) <= len(laps)
     assert re.fullmatch(r"memory \d{2,} MB at most", memory)
 
@@ -72,10 +69,11 @@ def test_a_vocabulary_is_loaded_while_something_else_is_done(
 ) -> None:
     monkeypatch.setattr("metaalign_edge_runtime.llama.library.is_program", program)
     usual = sys.getswitchinterval()
-    with Loading(demo) as loading, Model(ModelFile(demo), CPU, Interrupt(), loading) as model:
-        assert math.isinf(model.ready) and model.pointer
-        assert (sys.getswitchinterval() < usual) == program
-        assert model.vocabulary.encode("tea", special=False) and model.load_ms > 0
+    model = Model(ModelFile(demo), CPU, Interrupt())
+    assert model.pointer is None and not hasattr(model, "vocabulary")
+    assert (sys.getswitchinterval() < usual) == program
+    with model:
+        assert model.pointer and model.vocabulary.encode("tea", special=False) and model.load_ms > 0
         assert sys.getswitchinterval() == usual
 
 
@@ -93,10 +91,11 @@ def test_a_file_that_does_not_load_is_refused_and_nothing_stays_of_it(demo: Path
     damaged.write_bytes(demo.read_bytes()[:-1000])
     unknown.write_bytes(demo.read_bytes().replace(b"gpt2", b"gpt9", 1))
     for path, reason in ((damaged, "cannot load"), (unknown, "unknown tokenizer: 'gpt9'")):
-        with Loading(path) as loading, pytest.raises(LoadError, match=reason):
-            Model(ModelFile(path), CPU, Interrupt(), loading).vocabulary  # noqa: B018
-        with pytest.raises(LoadError, match=reason):
-            Model(ModelFile(path), CPU)
+        for interrupt in (Interrupt(), None):
+            model = Model(ModelFile(path), CPU, interrupt)
+            with pytest.raises(LoadError, match=reason):
+                model.wait()
+            assert model.pointer is None and model.wait().pointer is None
 
 
 def test_a_vocabulary_that_nobody_takes_is_freed(demo: Path) -> None:
@@ -112,7 +111,7 @@ def test_ctrl_c_stops_a_load(demo: Path) -> None:
     interrupt = Interrupt()
     interrupt.raised = True
     with pytest.raises(Interrupted):
-        Model(ModelFile(demo), CPU, interrupt)
+        Model(ModelFile(demo), CPU, interrupt).wait()
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path, demo: Path) -> None:

@@ -83,9 +83,9 @@ def test_llama_cpp_pythons_own_chat_gives_the_same_tokens(
     file = ModelFile(demo)
     with (
         edge.Model(file, settings) as model,
-        edge.Chat(model, edge.choose_template("auto", file), settings, edge.AS_USUAL, interrupt) as chat,
+        edge.Scheduler(model, edge.choose_template("auto", file), settings, edge.AS_USUAL, interrupt) as chat,
     ):
-        ours = chat.answer(dialog, 0, lambda _: None, lambda _: None)
+        ours = edge.answer_one(chat, edge.Request(dialog, 0))
     llama.reset()  # it remembers the last one's beginning
     theirs = llama.create_chat_completion([{"role": role, "content": text} for role, text in messages], temperature=0.0)
     assert theirs["choices"][0]["message"]["content"] == ours.response

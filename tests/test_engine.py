@@ -10,7 +10,6 @@ from reading import read, write
 
 import metaalign_edge as edge
 from metaalign_edge import (  # fmt: skip
-    Chat,
     Dialog,
     Engine,
     Feed,
@@ -18,6 +17,7 @@ from metaalign_edge import (  # fmt: skip
     Model,
     RenderOptions,
     Sampler,
+    Scheduler,
     Settings,
     Turn,
 )
@@ -116,14 +116,14 @@ def test_a_model_that_asks_for_greedy_answers_gives_way_to_a_temperature(demo: P
 
         def answers(temperature: float | None) -> set[str]:
             with chat(model, Settings(temperature=temperature, top_p=1.0, min_p=0.0)) as session:
-                return {session.answer(asked, seed, lambda _: None, lambda _: None).response for seed in range(5)}
+                return {edge.answer_one(session, edge.Request(asked, seed)).response for seed in range(5)}
 
         assert len(answers(None)) == 1
         assert len(answers(5.0)) > 1
 
 
 def test_closing_twice_is_harmless(tiny: Path) -> None:
-    model = Model(ModelFile(tiny), GREEDY)
+    model = Model(ModelFile(tiny), GREEDY).wait()
     engine = Engine(model, GREEDY, Interrupt(), 64)
     for _ in range(2):
         engine.close()
@@ -131,27 +131,28 @@ def test_closing_twice_is_harmless(tiny: Path) -> None:
         model.close()
 
 
-def chat(model: Model, settings: Settings) -> Chat:
-    return Chat(model, edge.choose_template("auto", model.file), settings, RenderOptions(), Interrupt())
+def chat(model: Model, settings: Settings) -> Scheduler:
+    return Scheduler(model, edge.choose_template("auto", model.file), settings, RenderOptions(), Interrupt())
 
 
 def test_the_context_grows_when_a_dialog_needs_it_up_to_the_models_own(model: Model) -> None:
     assert model.file.context == 512
     with chat(model, Settings(max_tokens=4, temperature=0.0)) as session:
-        outline = session.outline(Dialog(turns=(Turn("tea " * 40),)), 0)
-        assert outline.context == 512 and outline.answer.input_tokens + 4 <= 512 and not outline.answer.truncated
+        outline = session.submit(edge.Request(Dialog(turns=(Turn("tea " * 40),))))
+        assert outline.size == 512 and outline.answer.input_tokens + 4 <= 512 and not outline.answer.truncated
 
 
 def test_the_oldest_turns_go_first_and_the_meta_prompt_and_the_newest_query_stay(model: Model) -> None:
     turns = tuple(Turn(f"question {index} " * 4, f"answer {index} " * 4) for index in range(20))
     asked = Dialog("be kind", "short", (*turns, Turn("newest")))
     with chat(model, Settings(max_tokens=8, temperature=0.0, context=256)) as session:
-        outline = session.outline(asked, 0)
+        outline = session.submit(edge.Request(asked))
+        session.cancel()
         (fitted,) = outline.guidance.dialogs
-        assert 1 < len(fitted.turns) < 21 and len(outline.prompts[0]) + 8 <= 256
+        assert 1 < len(fitted.turns) < 21 and len(outline.contexts[0]) + 8 <= 256
         assert fitted.turns == asked.turns[-len(fitted.turns) :]
         assert (fitted.system_info, fitted.user_info) == ("be kind", "short")
-        answer = session.answer(asked, 0, lambda _: None, lambda _: None)
+        answer = edge.answer_one(session, edge.Request(asked, 0))
         assert answer.truncated == 21 - len(fitted.turns)
 
 
@@ -160,7 +161,7 @@ def test_what_is_pinned_and_does_not_fit_is_an_error_with_the_counts(model: Mode
         chat(model, Settings(max_tokens=8, context=64)) as session,
         pytest.raises(ContextOverflow, match=r"\d+ tokens .* 8; .* 64"),
     ):
-        session.outline(Dialog("be kind " * 50, "", (Turn("q"),)), 0)
+        session.submit(edge.Request(Dialog("be kind " * 50, "", (Turn("q"),))))
 
 
 def test_text_is_never_half_a_character() -> None:

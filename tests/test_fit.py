@@ -200,7 +200,7 @@ def test_what_is_not_known_is_not_foretold(
     footprint = Footprint.of(file)
     assert memory.cache_bytes(file) is None and not footprint.foretold and not sum(footprint.cache)
     with pytest.raises(UsageError, match="-c a number"):
-        edge.largest_context(file, CPU)
+        edge.plan_for(file, replace(CPU, context="auto"))
 
 
 def uniform(layers: int, weights: int = GB, cache: int = 1000, **changes: object) -> Footprint:
@@ -428,8 +428,9 @@ def test_only_options_that_there_are_are_advised(
     (tmp_path / "rows.jsonl").write_text('{"query": "tea?"}\n')
     line = refuses(5, "batch", str(tmp_path / "rows.jsonl"), *strong, "20000", "--parallel", "256")
     (answers,) = re.findall(r"512 times 20,000 tokens .* and 20\.0 GB are free: .* or --parallel (\d+) would fit", line)
-    settings = Settings(context=20000, sequences=2 * int(answers), lanes=2, gpu_layers="0")
-    assert edge.plan_for(ModelFile(models.resolve_model(None)), settings, []).tight(roomy=True) == []
+    settings = Settings(context=20000, pref_strength=2.0, gpu_layers="0")
+    plan = edge.plan_for(ModelFile(models.resolve_model(None)), settings, [], answers=int(answers))
+    assert plan.tight(roomy=True) == []
 
 
 def test_a_damaged_list_of_tensors_is_one_line(tiny: Path, tmp_path: Path, refuses: Refuses) -> None:

@@ -17,15 +17,14 @@ from reading import read
 import metaalign_edge as edge
 from metaalign_edge import (  # fmt: skip
     Answer,
-    Chat,
     Dialog,
     Engine,
     Feed,
     Guidance,
-    Job,
     Model,
-    Parallel,
+    Request,
     Sampler,
+    Scheduler,
     Settings,
     Strength,
     Turn,
@@ -47,13 +46,13 @@ def model(tiny: Path, exact: None) -> Iterator[Model]:
         yield loaded
 
 
-def chat(model: Model, settings: Settings) -> Chat:
-    return Chat(model, edge.choose_template("auto", model.file), settings, edge.AS_USUAL, Interrupt())
+def chat(model: Model, settings: Settings) -> Scheduler:
+    return Scheduler(model, edge.choose_template("auto", model.file), settings, edge.AS_USUAL, Interrupt())
 
 
 def ask(model: Model, settings: Settings, dialog: Dialog = BOTH, seed: int = 0) -> Answer:
     with chat(model, settings) as session:
-        return session.answer(dialog, seed, lambda _: None, lambda _: None)
+        return edge.answer_one(session, edge.Request(dialog, seed))
 
 
 def prompt_of(model: Model, dialog: Dialog) -> list[int]:
@@ -134,7 +133,7 @@ def test_an_empty_tier_makes_contexts_equal(
 def test_strength_one_is_the_model_as_it_is_in_every_bit(model: Model) -> None:
     def last_logits(settings: Settings) -> bytes:
         with chat(model, settings) as session:
-            session.answer(BOTH, 0, lambda _: None, lambda _: None)
+            edge.answer_one(session, edge.Request(BOTH, 0))
             assert session.engine and len(session.engine.sequences) == 1
             return bytes(session.engine.logits(-1).tobytes())
 
@@ -177,9 +176,9 @@ def test_contexts_that_begin_alike_are_read_once(model: Model, monkeypatch: pyte
 def test_a_conversation_goes_on_from_what_was_read_in_every_context(model: Model) -> None:
     settings = replace(GREEDY, system_strength=2.0, pref_strength=3.0)
     with chat(model, settings) as session:
-        first = session.answer(BOTH, 0, lambda _: None, lambda _: None)
+        first = edge.answer_one(session, edge.Request(BOTH, 0))
         asked = replace(BOTH, turns=(Turn(BOTH.turns[0].query, first.response), Turn("and the fox")))
-        second = session.answer(asked, 0, lambda _: None, lambda _: None)
+        second = edge.answer_one(session, edge.Request(asked, 0))
     assert second.response == ask(model, settings, asked).response
     assert second.cached_tokens >= first.input_tokens - 1
 
@@ -187,10 +186,10 @@ def test_a_conversation_goes_on_from_what_was_read_in_every_context(model: Model
 def test_what_does_not_fit_is_dropped_in_every_context_alike(model: Model) -> None:
     turns = tuple(Turn(f"question {place} " * 4, f"answer {place} " * 4) for place in range(20))
     with chat(model, replace(GREEDY, system_strength=2.0, pref_strength=3.0)) as session:
-        outline = session.outline(replace(BOTH, turns=(*turns, Turn("newest"))), 0)
-    assert len(outline.prompts) == 3 and 0 < outline.answer.truncated < 20
+        outline = session.submit(edge.Request(replace(BOTH, turns=(*turns, Turn("newest")))))
+    assert len(outline.contexts) == 3 and 0 < outline.answer.truncated < 20
     assert len({dialog.turns for dialog in outline.guidance.dialogs}) == 1
-    assert all(len(prompt) + 12 <= 256 for prompt in outline.prompts)
+    assert all(len(prompt) + 12 <= 256 for prompt in outline.contexts)
 
 
 @pytest.mark.parametrize("system, pref", [(1, 2.5), (2, 0.5), (1.5, "auto")])
@@ -202,8 +201,10 @@ def test_guided_answers_given_together_are_those_given_alone(
     tiers = [("be kind", "brief"), ("be kind", ""), ("", "brief"), ("", ""), ("be kind " * 20, "brief and quick")]
     dialogs = [Dialog(*tier, (Turn(query),)) for query in ("a dog", "the fox jumps") for tier in tiers]
     template = edge.choose_template("auto", model.file)
-    with Parallel(model, template, settings, edge.AS_USUAL, Interrupt(), 3) as desk:
-        found = {job.tag: answer for job, answer in desk.run(Job(one, 7, place) for place, one in enumerate(dialogs))}
+    with Scheduler(model, template, settings, edge.AS_USUAL, Interrupt(), 3, 256) as desk:
+        found = {
+            job.tag: answer for job, answer in desk.run(Request(one, 7, place) for place, one in enumerate(dialogs))
+        }
     for place, dialog in enumerate(dialogs):
         answer = found[place]
         assert isinstance(answer, Answer) and answer.response == ask(model, settings, dialog, 7).response
@@ -221,18 +222,18 @@ def test_a_prompt_of_many_steps_is_guided_as_one_of_a_single_step(
 
 def test_ctrl_c_keeps_what_was_said(model: Model) -> None:
     with chat(model, replace(GREEDY, pref_strength=3.0)) as session:
-        wanted = session.answer(BOTH, 0, lambda _: None, lambda _: None).response
+        wanted = edge.answer_one(session, edge.Request(BOTH, 0)).response
         shown: list[str] = []
 
         def show(piece: str) -> None:
             shown.append(piece)
             session.interrupt.raised = len(shown) >= 4
 
-        answer = session.answer(BOTH, 0, show, lambda _: None)
+        answer = edge.answer_one(session, edge.Request(BOTH, show=show))
         assert answer.finish_reason == "interrupted" and answer.output_tokens == 4
         assert "".join(shown) == answer.response and wanted.startswith(answer.response.rstrip("\ufffd"))
         session.interrupt.raised = False
-        assert session.answer(BOTH, 0, lambda _: None, lambda _: None).response == wanted
+        assert edge.answer_one(session, edge.Request(BOTH, 0)).response == wanted
 
 
 def guide(*rows: list[float], system: float = 1.0, pref: Strength = 3.0) -> Any:

@@ -19,15 +19,14 @@ from reading import read
 import metaalign_edge as edge
 from metaalign_edge import (  # fmt: skip
     Answer,
-    Chat,
     Dialog,
     Engine,
     Feed,
-    Job,
     Model,
-    Parallel,
     RenderOptions,
+    Request,
     Sampler,
+    Scheduler,
     Settings,
     Turn,
 )
@@ -61,26 +60,27 @@ def model(tiny: Path, exact: None) -> Iterator[Model]:
         yield loaded
 
 
-def chat(model: Model, settings: Settings) -> Chat:
-    return Chat(model, edge.choose_template("auto", model.file), settings, RenderOptions(), Interrupt())
+def chat(model: Model, settings: Settings) -> Scheduler:
+    return Scheduler(model, edge.choose_template("auto", model.file), settings, RenderOptions(), Interrupt())
 
 
-def parallel(model: Model, settings: Settings, count: int, interrupt: Interrupt | None = None) -> Parallel:
+def parallel(model: Model, settings: Settings, count: int, interrupt: Interrupt | None = None) -> Scheduler:
     template = edge.choose_template("auto", model.file)
-    return Parallel(model, template, settings, RenderOptions(), interrupt or Interrupt(), count)
+    size = edge.least_context(model.file, settings)
+    return Scheduler(model, template, settings, RenderOptions(), interrupt or Interrupt(), count, size)
 
 
-def alone(model: Model, settings: Settings, jobs: Iterable[Job]) -> list[Answer]:
+def alone(model: Model, settings: Settings, jobs: Iterable[Request]) -> list[Answer]:
     """Answer one after another, each in a context of its own."""
 
-    def answer(job: Job) -> Answer:
+    def answer(job: Request) -> Answer:
         with chat(model, settings) as session:
-            return session.answer(job.dialog, job.seed, lambda _: None, lambda _: None)
+            return edge.answer_one(session, edge.Request(job.dialog, job.seed))
 
     return [answer(job) for job in jobs]
 
 
-def together(desk: Parallel, jobs: Sequence[Job]) -> list[Answer]:
+def together(desk: Scheduler, jobs: Sequence[Request]) -> list[Answer]:
     """Answer side by side; return the answers in the order of the jobs, whose tags are their places in it."""
     found: dict[int, Answer] = {}
     for job, answer in desk.run(jobs):
@@ -93,7 +93,7 @@ def content(answers: Iterable[Answer]) -> list[dict[str, Any]]:
     return [{key: value for key, value in asdict(answer).items() if key not in TIMES} for answer in answers]
 
 
-def babble(count: int, seed: int = 0) -> list[Job]:
+def babble(count: int, seed: int = 0) -> list[Request]:
     """Make jobs for random weights: prompts that often begin alike, of a few to some ninety tokens."""
     draw = random.Random(seed)
 
@@ -103,39 +103,39 @@ def babble(count: int, seed: int = 0) -> list[Job]:
     openings = [text(9), text(20), ""]
     turns = [tuple(Turn(text(8), text(8)) for _ in range(draw.choice((0, 0, 1, 2)))) for _ in range(count)]
     return [
-        Job(Dialog(draw.choice(openings), text(12), (*before, Turn(text(6)))), seed=place, tag=place)
+        Request(Dialog(draw.choice(openings), text(12), (*before, Turn(text(6)))), seed=place, tag=place)
         for place, before in enumerate(turns)
     ]
 
 
 @pytest.fixture(scope="module")
-def conversations(demo_model: Model) -> list[Job]:
+def conversations(demo_model: Model) -> list[Request]:
     """Make jobs of one to three turns that the embedded model can answer."""
     topics = "the moon,tea,bread,a bicycle,rain,honey,a volcano,a clock".split(",")
     wishes = ["", "one sentence", "Answer in capital letters.", "Answer as a numbered list.", "Reply as JSON."]
     wishes += ["My daughter is five.", "Be formal.", "answer in lower case"]
     asked = [Turn(f"What is {topic}?") for topic in topics]
     with parallel(demo_model, GREEDY, 8) as desk:
-        known = together(desk, [Job(Dialog(turns=(turn,)), tag=place) for place, turn in enumerate(asked)])
+        known = together(desk, [Request(Dialog(turns=(turn,)), tag=place) for place, turn in enumerate(asked)])
     past = [Turn(answer.query, answer.response) for answer in known]
     dialogs = [
         Dialog(wish if row % 2 else "", "" if row % 2 else wish, (*past[column - (row + column) % 3 : column], turn))
         for row, wish in enumerate(wishes)
         for column, turn in enumerate(asked)
     ]
-    return [Job(dialog, tag=place) for place, dialog in enumerate(dialogs)]
+    return [Request(dialog, tag=place) for place, dialog in enumerate(dialogs)]
 
 
 @pytest.fixture(scope="module")
-def expected(demo_model: Model, conversations: list[Job]) -> list[Answer]:
+def expected(demo_model: Model, conversations: list[Request]) -> list[Answer]:
     """What one chat answers that is given everything in turn."""
     with chat(demo_model, GREEDY) as session:
-        return [session.answer(job.dialog, 0, lambda _: None, lambda _: None) for job in conversations]
+        return [edge.answer_one(session, edge.Request(job.dialog, 0)) for job in conversations]
 
 
 @pytest.mark.parametrize("count, shuffled", [(1, False), (3, False), (8, True)])
 def test_answers_given_together_are_those_given_alone(
-    count: int, shuffled: bool, demo_model: Model, conversations: list[Job], expected: list[Answer]
+    count: int, shuffled: bool, demo_model: Model, conversations: list[Request], expected: list[Answer]
 ) -> None:
     assert len(conversations) == 64 and sum(len(job.dialog.turns) > 1 for job in conversations) > 20
     order = random.Random(1).sample(conversations, 64) if shuffled else conversations
@@ -144,7 +144,7 @@ def test_answers_given_together_are_those_given_alone(
     assert all(isinstance(answer, Answer) for answer in found.values())
     answers = content(found[place] for place in range(64))
     differ = [place for place, answer in enumerate(content(expected)) if answer != answers[place]]
-    assert len(differ) <= (0 if count == 1 else 2)  # rounding; the docstring of Parallel says how often
+    assert len(differ) <= (0 if count == 1 else 2)  # rounding; the docstring of Scheduler says how often
 
 
 def hybrid(tiny: Path, path: Path) -> Path:
@@ -258,18 +258,18 @@ def test_settings_mean_the_same_as_in_a_chat(changes: dict[str, Any], model: Mod
 
 def test_a_seed_decides_a_text_whatever_else_is_answered(model: Model) -> None:
     settings, dialog = replace(SHORT, temperature=1.5), Dialog(turns=(Turn("tea?"),))
-    jobs = [Job(dialog, seed, tag=seed) for seed in range(6)]
+    jobs = [Request(dialog, seed, tag=seed) for seed in range(6)]
     with parallel(model, settings, 4) as desk:
         texts = [answer.response for answer in together(desk, jobs)]
     assert len(set(texts)) == 6
     with parallel(model, settings, 2) as desk:
-        mixed = [*babble(3), Job(dialog, 3, tag=3), Job(dialog, 3, tag=4)]
+        mixed = [*babble(3), Request(dialog, 3, tag=3), Request(dialog, 3, tag=4)]
         assert [answer.response for answer in together(desk, mixed)][3:] == [texts[3]] * 2
 
 
 def test_a_short_answer_overtakes_a_long_one(demo_model: Model) -> None:
     wishes = ["in detail please", *["one sentence"] * 4]
-    jobs = [Job(Dialog("", wish, (Turn("What is the moon?"),)), tag=place) for place, wish in enumerate(wishes)]
+    jobs = [Request(Dialog("", wish, (Turn("What is the moon?"),)), tag=place) for place, wish in enumerate(wishes)]
     with parallel(demo_model, replace(GREEDY, max_tokens=60), 2) as desk:
         order = [job.tag for job, _ in desk.run(jobs)]
     assert sorted(order) == [0, 1, 2, 3, 4] and order[0] != 0
@@ -278,7 +278,7 @@ def test_a_short_answer_overtakes_a_long_one(demo_model: Model) -> None:
 def test_a_job_is_taken_only_when_a_sequence_is_free(model: Model) -> None:
     taken = []
 
-    def endless() -> Iterator[Job]:
+    def endless() -> Iterator[Request]:
         for place, job in enumerate(babble(50)):
             taken.append(place)
             yield job
@@ -309,8 +309,8 @@ def test_a_dialog_that_the_template_refuses_does_not_stop_the_others(model: Mode
         "<|user|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
     )
     template = edge.choose_template(str(tmp_path / "picky.jinja"), model.file)
-    jobs = [Job(Dialog(turns=(Turn(text),)), tag=text) for text in ("a fox", "a dog", "a cat", "two foxes")]
-    with Parallel(model, template, SHORT, RenderOptions(), Interrupt(), 2) as desk:
+    jobs = [Request(Dialog(turns=(Turn(text),)), tag=text) for text in ("a fox", "a dog", "a cat", "two foxes")]
+    with Scheduler(model, template, SHORT, RenderOptions(), Interrupt(), 2, 256) as desk:
         found = {job.tag: answer for job, answer in desk.run(jobs)}
     refused = [tag for tag, answer in found.items() if isinstance(answer, TemplateError) and "no foxes" in str(answer)]
     assert refused == ["a fox", "two foxes"]
@@ -320,8 +320,8 @@ def test_a_dialog_that_the_template_refuses_does_not_stop_the_others(model: Mode
 def test_an_answer_is_seen_before_it_is_begun_and_can_be_refused(model: Model) -> None:
     seen = []
 
-    def before(answer: Answer) -> None:
-        seen.append((answer.input_tokens, answer.output_tokens))
+    def before(prompt: edge.Prompt) -> None:
+        seen.append((prompt.answer.input_tokens, prompt.answer.output_tokens))
         if len(seen) == 2:
             raise TierViolation("not this one")
 
@@ -336,7 +336,8 @@ def test_what_is_finished_leaves_only_its_prompt_which_is_not_read_again(model: 
     with parallel(model, SHORT, 3) as desk:
         together(desk, jobs)
         assert desk.engine
-        prompts = sorted(desk.outline(job.dialog, 0).prompts[0] for job in jobs)
+        prompts = sorted(desk.submit(job).contexts[0] for job in jobs)
+        desk.cancel()
         assert sorted(sequence.tokens for sequence in desk.engine.sequences) == prompts
         memory = llama.llama_get_memory(desk.engine.pointer)
         for sequence in desk.engine.sequences:
@@ -348,7 +349,7 @@ def test_what_is_finished_leaves_only_its_prompt_which_is_not_read_again(model: 
 def test_a_prompt_that_begins_as_a_busy_sequence_does_is_not_read_twice(demo_model: Model) -> None:
     system = "Be formal. " * 10
     asked = [(system, "in detail please"), ("", "one sentence"), (system, "one sentence")]
-    jobs = [Job(Dialog(*tiers, (Turn("What is the moon?"),)), tag=place) for place, tiers in enumerate(asked)]
+    jobs = [Request(Dialog(*tiers, (Turn("What is the moon?"),)), tag=place) for place, tiers in enumerate(asked)]
     with parallel(demo_model, replace(GREEDY, max_tokens=60), 2) as desk:
         running = desk.run(jobs)
         assert next(running)[0].tag == 1
@@ -450,7 +451,7 @@ def test_of_equal_logits_the_first_is_taken_as_llama_cpps_greedy_sampler_does(mo
 def test_a_context_that_cannot_be_made_is_refused_politely(model: Model) -> None:
     for count, context, said in ((257, 64, "fewer at a time"), (256, 1 << 21, r"-c \d+ or --parallel \d+ would fit")):
         with pytest.raises(LoadError, match=rf"{count} times {context:,} tokens .*{said}"):
-            Parallel(
+            Scheduler(
                 model,
                 edge.choose_template("auto", model.file),
                 SHORT,
@@ -464,9 +465,10 @@ def test_a_context_that_cannot_be_made_is_refused_politely(model: Model) -> None
 def test_the_context_of_each_sequence_is_what_was_asked_for_or_the_models_own(model: Model) -> None:
     def context(settings: Settings, given: int | None = None) -> int:
         template = edge.choose_template("auto", model.file)
-        with Parallel(model, template, settings, RenderOptions(), Interrupt(), 2, given) as desk:
-            assert desk.engine and desk.limit == desk.engine.context
-            return desk.limit
+        size = given or edge.least_context(model.file, settings)
+        with Scheduler(model, template, settings, RenderOptions(), Interrupt(), 2, size) as desk:
+            assert desk.engine and desk.settings.context == desk.engine.context
+            return desk.engine.context
 
     assert [context(Settings(context=128), 96), context(Settings(context=128)), context(Settings())] == [96, 128, 512]
 

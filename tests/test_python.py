@@ -79,14 +79,14 @@ def test_a_stream_that_is_closed_stops_at_once_and_the_next_call_is_as_ever(slow
         alone = generate(model, "And bread?", max_tokens=5, temperature=0)
         with closing(stream(model, "What is tea?", max_tokens=3000, temperature=0)) as pieces:
             assert next(pieces)
-        written = len(model.session.engine.sequences[0].tokens)
+        written = len(model.session.scheduler.engine.sequences[0].tokens)
         assert written < alone.input_tokens + 100
         assert generate(model, "And bread?", max_tokens=5, temperature=0).response == alone.response
         abandoned = stream(model, "What is tea?", max_tokens=3000)
         next(abandoned)
     with pytest.raises(RuntimeError, match="closed"):
         next(abandoned)
-    assert model.pointer is None and model.session.engine is None
+    assert model.pointer is None and model.session.scheduler.engine is None
 
 
 def test_an_answer_inside_another_is_refused_and_other_threads_wait(demo: Path) -> None:
@@ -157,13 +157,13 @@ def test_no_seed_draws_one_and_options_of_one_call_are_gone_in_the_next(tiny: Pa
         again = generate(model, "tea?", max_tokens=9, temperature=1.5, seed=first.seed)
         assert first.seed != second.seed and first.response == again.response
         generate(model, "tea?", pref="x", max_tokens=2, pref_strength=2.0, system_strength=0.5)
-        assert model.session.settings.pref_strength == 2.0
+        assert model.session.scheduler.settings.pref_strength == 2.0
         generate(model, "tea?", max_tokens=2)
-        assert model.session.settings.pref_strength == 1.0 and model.session.settings.stop == ()
+        assert model.session.scheduler.settings.pref_strength == 1.0 and model.session.scheduler.settings.stop == ()
 
 
 def test_options_are_those_of_the_settings_and_of_the_rendering() -> None:
-    loading = {"context", "gpu_layers", "threads", "verbose", "adapters", "sequences", "lanes"}
+    loading = {"context", "gpu_layers", "threads", "verbose", "adapters"}
     settings = {field.name for field in fields(edge.Settings)} - loading
     assert set(edge.Options.__annotations__) == settings | set(edge.RenderOptions._fields)
 
@@ -241,5 +241,5 @@ def test_the_public_names_are_typed_and_stand_in_the_readme() -> None:
 
 def test_an_interrupted_call_does_not_interrupt_the_next_one(demo: Path) -> None:
     with Model.open(demo) as model:
-        edge.shared(model).interrupt.raised = True  # as Ctrl-C leaves it
+        edge.session_of(model).scheduler.interrupt.raised = True  # as Ctrl-C leaves it
         assert all(answer.response for answer in compare(model, "What is tea?", ["", "@child"], max_tokens=3))

@@ -365,7 +365,9 @@ import os, signal
 import metaalign_edge
 from metaalign_edge_commands.terminal import columns, progress, reply, screen
 from metaalign_edge_runtime.llama.interrupt import Interrupt
-with Interrupt(), {TAKEN[what]}:
+with Interrupt(), {TAKEN[what]} as taken:
+    if hasattr(taken, "show"):
+        taken.show(0, "an answer")  # columns are drawn at its first piece
     print("taken", flush=True)
     input()
     os.kill(os.getpid(), signal.SIGINT)

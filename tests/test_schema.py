@@ -154,7 +154,7 @@ class Randomly:
     """Texts of a grammar, drawn with logits that chance gives; what ends a text is likelier, so that texts end."""
 
     def __init__(self, tiny: Path) -> None:
-        self.model = Model(ModelFile(tiny), RANDOM)
+        self.model = Model(ModelFile(tiny), RANDOM).wait()
         self.engine = Engine(self.model, RANDOM, Interrupt(), 64)
         self.engine.step([Feed(self.engine.sequences[0], [5])])
         vocabulary = self.model.vocabulary

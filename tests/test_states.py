@@ -16,7 +16,7 @@ import pytest
 from test_parallel import memories  # noqa: F401  a fixture
 
 import metaalign_edge as edge
-from metaalign_edge import Answer, Chat, Dialog, Engine, Model, Settings, Turn
+from metaalign_edge import Answer, Dialog, Engine, Model, Scheduler, Settings, Turn
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.stores.prompt_cache import States
@@ -29,7 +29,7 @@ LONG = Dialog("be a kind and patient fox " * 6, "brief and quick", (Turn("does t
 @pytest.fixture(autouse=True)
 def everything_is_far(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep states of tiny models, too."""
-    monkeypatch.setattr(edge, "LONG_WAY", 1)
+    monkeypatch.setattr(edge, "CACHE_WORTH_SAVING", 1)
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def ask(
 ) -> tuple[Answer, bytes]:
     """Answer in a context of its own; return the answer and the last logits, bit by bit."""
     template = edge.choose_template("auto", model.file)
-    with Chat(model, template, settings, edge.AS_USUAL, Interrupt(), states=states) as session:
-        answer = session.answer(dialog, 0, lambda _: None, lambda _: None)
+    with Scheduler(model, template, settings, edge.AS_USUAL, Interrupt(), cache=states) as session:
+        answer = edge.answer_one(session, edge.Request(dialog, 0))
         assert session.engine
         return answer, session.engine.logits(-1).tobytes()
 
@@ -107,7 +107,7 @@ def test_another_model_or_build_is_another_state(
     assert ask(model, states)[0].cached_tokens == 0
     monkeypatch.undo()
     os.utime(tiny)  # written anew
-    monkeypatch.setattr(edge, "LONG_WAY", 1)
+    monkeypatch.setattr(edge, "CACHE_WORTH_SAVING", 1)
     assert ask(model, states)[0].cached_tokens == 0
 
 
@@ -196,16 +196,16 @@ def test_guided_contexts_are_kept_each(model: Model, states: States) -> None:
 
 
 def test_what_is_near_is_not_kept(model: Model, states: States, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edge, "LONG_WAY", 1 << 40)
+    monkeypatch.setattr(edge, "CACHE_WORTH_SAVING", 1 << 40)
     ask(model, states)
     assert states.files() == [] and not states.folder.exists()
 
 
 def test_ctrl_c_while_a_prompt_is_read_keeps_no_half_state(model: Model, states: States) -> None:
     template, interrupt = edge.choose_template("auto", model.file), Interrupt()
-    with Chat(model, template, GREEDY, edge.AS_USUAL, interrupt, states=states) as session:
+    with Scheduler(model, template, GREEDY, edge.AS_USUAL, interrupt, cache=states) as session:
         interrupt.raised = True
-        assert session.answer(LONG, 0, lambda _: None, lambda _: None).finish_reason == "interrupted"
+        assert edge.answer_one(session, edge.Request(LONG, 0)).finish_reason == "interrupted"
     assert states.files() == []
 
 

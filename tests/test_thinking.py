@@ -12,7 +12,7 @@ from parrot import make_parrot
 from terminal import Terminal
 
 import metaalign_edge as edge
-from metaalign_edge import Chat, Model, RenderOptions, Settings, Thinking
+from metaalign_edge import Model, RenderOptions, Scheduler, Settings, Thinking
 from metaalign_edge_commands.terminal.repl import Repl
 from metaalign_edge_commands.terminal.screen import Screen
 from metaalign_edge_runtime.llama.gguf import ModelFile
@@ -143,7 +143,7 @@ def test_an_answer_that_is_cut_while_the_model_thinks_says_so(thinker: Path, her
 
 def test_reasoning_is_no_part_of_the_conversation(thinker: Path) -> None:
     settings, file = Settings(temperature=0.0, threads=1), ModelFile(thinker)
-    with Model(file, settings) as model, Chat(
+    with Model(file, settings) as model, Scheduler(
         model, edge.choose_template("auto", file), settings, RenderOptions(), Interrupt()
     ) as chat:  # fmt: skip
         repl = Repl(chat, Transcript(), Screen(quiet=True), False)

@@ -13,7 +13,6 @@ from metaalign_edge_runtime.errors import LoadError
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.llama.library import Background
-from metaalign_edge_runtime.llama.vocabulary import Loading
 
 GREEDY = Settings(temperature=0.0, threads=1, max_tokens=12, context=256)
 
@@ -43,11 +42,10 @@ def test_what_fails_in_the_background_is_raised_where_it_is_waited_for(monkeypat
 
 
 def test_a_model_that_is_closed_while_it_loads_is_freed(tiny: Path, tmp_path: Path) -> None:
-    with Loading(tiny) as loading:
-        Model(ModelFile(tiny), GREEDY, Interrupt(), loading).close()
+    Model(ModelFile(tiny), GREEDY, Interrupt()).close()
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(tiny.read_bytes()[:-5000])
-    with Loading(damaged) as loading, Model(ModelFile(damaged), GREEDY, Interrupt(), loading) as model:
-        for _ in range(2):
-            with pytest.raises(LoadError):
-                model.pointer  # noqa: B018
+    model = Model(ModelFile(damaged), GREEDY, Interrupt())
+    with pytest.raises(LoadError):
+        model.wait()
+    model.close()

@@ -57,17 +57,17 @@ def candidates(
     file, interrupt = ModelFile(model), Interrupt()
     template = edge.choose_template("auto", file)
 
-    def jobs() -> Iterator[edge.Job]:
+    def jobs() -> Iterator[edge.Request]:
         for number, one in enumerate(rows):
             turns = [edge.Turn(turn.query, turn.response) for turn in one.turns[:-1]]
             dialog = edge.Dialog(one.system_info, one.user_info, (*turns, edge.Turn(one.turns[-1].query)))
             for sample in range(recipe.samples):
-                yield edge.Job(dialog, seed=number * recipe.samples + sample, tag=number)
+                yield edge.Request(dialog, seed=number * recipe.samples + sample, tag=number)
 
     found: list[list[str]] = [[] for _ in rows]
     with (
         edge.Model(file, settings) as loaded,
-        edge.Parallel(loaded, template, settings, edge.AS_USUAL, interrupt, parallel, context=768) as engine,
+        edge.Scheduler(loaded, template, settings, edge.AS_USUAL, interrupt, parallel, context=768) as engine,
     ):
         for done, (job, answer) in enumerate(engine.run(jobs()), 1):
             if isinstance(answer, edge.Answer):

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import metaalign_edge as edge
-from metaalign_edge import Answer, ChatTemplate, Dialog, Job, Model, Parallel, RenderOptions, Settings, Turn
+from metaalign_edge import Answer, ChatTemplate, Dialog, Model, RenderOptions, Request, Scheduler, Settings, Turn
 from metaalign_edge_preferences import findings
 from metaalign_edge_preferences import transcript as transcripts
 from metaalign_edge_preferences.suite import InvalidSuite
 from metaalign_edge_runtime.errors import CannotWrite, EdgeError, Interrupted, NotFound, UsageError, one_line
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.interrupt import Interrupt
+from metaalign_edge_runtime.llama.memory import Plan
 from metaalign_edge_runtime.stores import files
 
 from ..terminal import report
@@ -52,11 +53,18 @@ class Candidate:
     file: ModelFile
     chosen: ChatTemplate
     settings: Settings
+    plan: Plan
     run: Any  # preferences.findings.Run
 
 
 def make_candidate(
-    file: ModelFile, chosen: ChatTemplate, settings: Settings, options: RenderOptions, suite: Any, answers: Path | None
+    file: ModelFile,
+    chosen: ChatTemplate,
+    settings: Settings,
+    plan: Plan,
+    options: RenderOptions,
+    suite: Any,
+    answers: Path | None,
 ) -> Candidate:
     """Find a model's answers so far, without loading it.
 
@@ -82,7 +90,7 @@ def make_candidate(
         raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
     where = (file.path.name, str(file.path), chosen.name, chosen.native)
     asked = findings.Run(*where, most, settings.temperature or 0.0, transcript)
-    return Candidate(file, chosen, settings, asked)
+    return Candidate(file, chosen, settings, plan, asked)
 
 
 def interview(
@@ -101,11 +109,11 @@ def interview(
     if not left:
         return
     try:
-        with interrupt, Model(candidate.file, candidate.settings, interrupt) as model:
+        with interrupt, Model(candidate.file, candidate.settings, interrupt, candidate.plan) as model:
             report.explain(model, candidate.chosen, candidate.settings, screen)
-            room = min(parallel, len(left))
+            slots, size = min(parallel, len(left)), edge.least_context(candidate.file, candidate.settings)
             with (
-                Parallel(model, candidate.chosen, candidate.settings, options, interrupt, room) as session,
+                Scheduler(model, candidate.chosen, candidate.settings, options, interrupt, slots, size) as session,
                 answers_bar(screen, name, done, total) as tell,
             ):
                 ask_all(session, asked, left, transcript, tell)
@@ -120,7 +128,7 @@ def interview(
 
 
 def ask_all(
-    session: Parallel, asked: Sequence[Any], left: Sequence[int], transcript: Any, tell: Callable[[int], None]
+    session: Scheduler, asked: Sequence[Any], left: Sequence[int], transcript: Any, tell: Callable[[int], None]
 ) -> None:
     """Ask what is left, long dialogs first; a dialog goes on as soon as its turn is answered, while it is cached.
 
@@ -141,7 +149,7 @@ def ask_all(
             waiting.appendleft(number)
         tell(len(case.queries) - turn if failed else 1)
 
-    def jobs() -> Iterator[Job]:
+    def jobs() -> Iterator[Request]:
         while waiting:
             number = waiting.popleft()
             said = transcript.said(number)
@@ -151,7 +159,7 @@ def ask_all(
                 settle(number, len(said), error)
                 continue
             seed = random.Random(f"{session.settings.seed}/{number}/{len(said)}").getrandbits(32)
-            yield Job(dialog, seed, number)
+            yield Request(dialog, seed, number)
 
     while waiting:  # again, should the last answer of a round have been an early turn's
         for job, answer in session.run(jobs()):

@@ -136,7 +136,8 @@ def measure(file: ModelFile, settings: Settings, template: str, rounds: int, int
     from statistics import median
 
     found: dict[str, list[float]] = {}
-    with Model(file, settings, interrupt) as model, Bench(model, settings, interrupt) as bench:
+    plan = edge.plan_for(file, settings, answers=max(BENCH_TOGETHER))
+    with Model(file, settings, interrupt, plan) as model, Bench(model, settings, interrupt) as bench:
         guidance = Guidance(Dialog("", "a preference", ()), 1.0, 2.0)
         for _ in range(rounds + 1):
             figures = {"read": bench.read(), "write": bench.write(1), "guided": bench.write(2, guidance)}

@@ -13,21 +13,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import metaalign_edge as edge
-from metaalign_edge import Chat, Dialog, Engine, Feed, Model, RenderOptions, Settings, Turn
+from metaalign_edge import Dialog, Engine, Feed, Model, RenderOptions, Request, Scheduler, Settings, Turn
 from metaalign_edge_runtime.errors import ContextOverflow, EdgeError, LoadError, TemplateError, TierViolation, one_line
 from metaalign_edge_runtime.llama import library
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.interrupt import Interrupt
-from metaalign_edge_runtime.llama.library import LOG
 
 PROBE = Dialog("Be kind.", "One sentence.", (Turn("What is tea?"),))  # a dialog with all its tiers
 
 
 def llama_facts() -> dict[str, Any]:
     """Return what llama.cpp says of itself, in JSON's types."""
-    llama = library.llama_cpp()
-    LOG.attach(False)
-    llama.llama_backend_init()
+    llama = library.start()
     return {
         "library": str(llama._lib._name),
         "features": llama.llama_print_system_info().decode("utf-8", "replace"),
@@ -48,8 +45,8 @@ def try_model(path: Path, settings: Settings) -> list[str]:
     with interrupt, Model(file, settings, interrupt) as model:
         found = [f"loads, with {model.vocabulary.size:,} tokens and the end token {file.token('eos') or 'none'}"]
         if file.templates:
-            with Chat(model, edge.choose_template("auto", file), settings, RenderOptions(), interrupt) as session:
-                answer = session.answer(PROBE, 0, lambda _: None, lambda _: None)
+            with Scheduler(model, edge.choose_template("auto", file), settings, RenderOptions(), interrupt) as session:
+                answer = edge.answer_one(session, Request(PROBE))
                 interrupt.check()
                 found.append(f"the template {answer.template} renders {answer.input_tokens} tier-safe tokens")
                 found.append(check_logits(cast(Engine, session.engine)))

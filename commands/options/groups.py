@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 import metaalign_edge as edge
-from metaalign_edge import Dialog, Guidance, RenderOptions, Settings
+from metaalign_edge import Dialog, RenderOptions, Settings
 from metaalign_edge_runtime import structured
 from metaalign_edge_runtime.errors import UsageError
 from metaalign_edge_runtime.llama.gguf import ModelFile
@@ -208,6 +208,13 @@ VerboseOption = Annotated[
 ]
 
 
+class Preference(NamedTuple):
+    """A preference as it was given, `@brief`, and its text."""
+
+    given: str
+    text: str
+
+
 class MetaPrompt(NamedTuple):
     """What the two Info tiers say."""
 
@@ -229,26 +236,26 @@ class MetaPrompt(NamedTuple):
             return files.read_text(self.system_file, "--system-file").removesuffix("\n")
         return self.system or ""
 
-    def wishes(self) -> list[str]:
-        """Return the preferences as they are given.
+    def preferences(self) -> list[Preference]:
+        """Return the preferences; profiles are looked up, and the file is read, once.
 
         Raises:
-            UsageError: one is empty. NotFound: the file is not there.
+            UsageError: one is empty, or not UTF-8. NotFound: the file is not there, or no such profile.
         """
-        wishes = list(self.pref or [])
+        given = list(self.pref or [])
         if self.pref_file is not None:
-            wishes.append(files.read_text(self.pref_file, "--pref-file").removesuffix("\n"))
-        if any(not wish.strip() for wish in wishes):
+            given.append(files.read_text(self.pref_file, "--pref-file").removesuffix("\n"))
+        if any(not one.strip() for one in given):
             raise UsageError("the preference is empty: say what you prefer, or leave --pref out")
-        return wishes
+        return [Preference(one, profiles.expand_profile(one)) for one in given]
 
     def dialog(self) -> Dialog:
         """Return a dialog without turns, the preferences joined.
 
         Raises:
-            UsageError, NotFound: as above, or there is no such profile.
+            UsageError, NotFound: as above.
         """
-        return Dialog(self.system_info(), "\n".join(map(profiles.expand_profile, self.wishes())))
+        return Dialog(self.system_info(), "\n".join(one.text for one in self.preferences()))
 
 
 class Rendered(NamedTuple):
@@ -299,17 +306,6 @@ class Loaded(NamedTuple):
         """
         layers, adapters = edge.checked_gpu_layers(self.gpu_layers), edge.find_adapters(self.lora or ())
         return Settings(edge.checked_context(self.ctx_size), layers, self.threads, adapters=adapters)
-
-    def fitted(self, settings: Settings, file: ModelFile, parallel: int = 1, columns: int = 1) -> Settings:
-        """Return the settings for so many answers at a time, each of so many dialogs, with -c auto as a number.
-
-        Raises:
-            UsageError: what a context of this model takes is not known. LoadError: none fits.
-        """
-        contexts = Guidance(Dialog("both", "tiers"), settings.system_strength, settings.pref_strength).dialogs
-        lanes = columns * len(contexts)
-        settings = replace(settings, sequences=parallel * lanes, lanes=lanes)
-        return replace(settings, context=edge.largest_context(file, settings)) if self.ctx_size == "auto" else settings
 
 
 class Strengths(NamedTuple):

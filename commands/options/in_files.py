@@ -87,7 +87,7 @@ class Setting:
             elif name in ("system_strength", "pref_strength") and given != "auto":
                 edge.checked_strength(self.option.opts[0], given)
             elif name == "pref":
-                MetaPrompt(pref=given).dialog()
+                MetaPrompt(pref=given).preferences()
             elif name == "model" and (os.path.isabs(given) or "/" not in given):
                 models.resolve_model(given)
             elif name == "template" and files.looks_like_path(given, ".jinja"):

@@ -1,43 +1,49 @@
-"""From options to a loaded model."""
+"""From options to a model that answers."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import metaalign_edge as edge
-from metaalign_edge import STOPWATCH, ChatTemplate, Model, Settings
+from metaalign_edge import STOPWATCH, Model, Scheduler, Settings
 from metaalign_edge_runtime.llama.interrupt import Interrupt
-from metaalign_edge_runtime.llama.vocabulary import Loading
 from metaalign_edge_runtime.stores import models
+from metaalign_edge_runtime.stores.prompt_cache import States
 
+from ..terminal import report
 from ..terminal.screen import Screen
 from .groups import Loaded, Rendered
 
 
-def load_model(
+@contextlib.contextmanager
+def open_scheduler(
     loaded: Loaded,
     rendered: Rendered,
     settings: Settings,
-    interrupt: Interrupt,
     screen: Screen,
-    columns: int = 1,
-) -> tuple[Model, ChatTemplate, Settings]:
-    """Load a model, and choose its template meanwhile.
+    cache: States | None,
+    slots: int = 1,
+) -> Iterator[Scheduler]:
+    """Load a model, and yield what answers with it in so many slots. Its template is chosen while it loads.
 
     Raises:
         NotFound, NetworkError, LoadError: there is no such model, or it is none. Interrupted: Ctrl-C.
         TemplateError, UsageError: there is no such template.
     """
-    path = loaded.path(screen)
+    path, interrupt = loaded.path(screen), Interrupt()
     STOPWATCH.mark("options")
-    with interrupt, contextlib.ExitStack() as unless_loaded:
-        with STOPWATCH("library"):
-            loading = unless_loaded.enter_context(Loading(path, settings.verbose))
-        with STOPWATCH("metadata"):
-            file = models.open_model(path)
-            settings = loaded.fitted(settings, file, columns=columns)
-        model = unless_loaded.enter_context(Model(file, settings, interrupt, loading))
-        with STOPWATCH("template"):
-            chosen = edge.choose_template(rendered.template, file)
-        unless_loaded.pop_all()
-        return model, chosen, settings
+    with contextlib.ExitStack() as held:
+        with interrupt:
+            with STOPWATCH("metadata"):
+                file = models.open_model(path)
+            with STOPWATCH("plan"):
+                plan = edge.plan_for(file, settings, dialogs=slots)
+            model = held.enter_context(contextlib.closing(Model(file, settings, interrupt, plan)))
+            with STOPWATCH("template"):
+                template = edge.choose_template(rendered.template, file)
+            with STOPWATCH("model"):
+                model.wait()
+        report.explain(model, template, model.settings, screen)
+        scheduler = Scheduler(model, template, model.settings, rendered.options(), interrupt, slots, cache=cache)
+        yield held.enter_context(scheduler)

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from metaalign_edge import Answer, Dialog, Job, Parallel
-from metaalign_edge_runtime.errors import CONTROLS, EdgeError, Interrupted, one_line
+import metaalign_edge as edge
+from metaalign_edge import Answer, Dialog, Prompt, Request, Scheduler
+from metaalign_edge_runtime.errors import CONTROLS, Interrupted, one_line
 
 from . import report
 from .screen import Screen, hidden_cursor
@@ -26,6 +27,7 @@ class Columns:
         self._texts = [""] * len(heads)
         self._at, self._done = -1, set[int]()  # of those one after the other
         self._live: Any = None
+        self._begun = False
         self._shown = hidden_cursor(sys.stdout)
         if screen.terminal and shutil.get_terminal_size().columns >= COLUMN * len(heads):
             from rich.live import Live
@@ -33,15 +35,23 @@ class Columns:
             self._live = Live(get_renderable=self._table, transient=True, refresh_per_second=12)
 
     def __enter__(self) -> Columns:
+        return self
+
+    def _begin(self) -> None:
+        """Draw the columns at the first piece of an answer: what cannot be answered is refused before that."""
+        if self._begun:
+            return
+        self._begun = True
         if self._live:
             self._shown.__enter__()
             self._live.start()
         else:
             self._head(0)
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Leave what was said so far on the screen."""
+        if not self._begun:
+            return
         if self._live:
             self._live.stop()
             self._shown.__exit__(None, None, None)
@@ -70,12 +80,14 @@ class Columns:
 
     def show(self, place: int, piece: str) -> None:
         """Add to an answer."""
+        self._begin()
         self._texts[place] += piece
         if not self._live and place == self._at:
             self._screen.write(piece)
 
     def end(self, place: int) -> None:
         """Note that an answer is complete."""
+        self._begin()
         self._done.add(place)
         while not self._live and self._at in self._done:
             if not self._texts[self._at].endswith("\n"):
@@ -86,7 +98,7 @@ class Columns:
 
 
 def answer_together(
-    session: Parallel, dialogs: Sequence[Dialog], columns: Columns | None, screen: Screen, strict: bool
+    scheduler: Scheduler, dialogs: Sequence[Dialog], columns: Columns | None, screen: Screen, strict: bool
 ) -> list[Answer]:
     """Answer dialogs in one batch, in columns if there are any; Ctrl-C leaves what has been written.
 
@@ -95,16 +107,15 @@ def answer_together(
     """
     answers: list[Answer] = []
 
-    def before(answer: Answer) -> None:
-        answers.append(answer)
-        report.warn(session, answer, screen, strict)
+    def before(prompt: Prompt) -> None:
+        answers.append(prompt.answer)
+        report.warn(prompt, screen, strict)
 
-    show = columns.show if columns else lambda _place, _piece: None
-    jobs = [Job(one, session.settings.seed, at, show=functools.partial(show, at)) for at, one in enumerate(dialogs)]
+    show, seed = columns.show if columns else lambda _place, _piece: None, scheduler.settings.seed
+    requests = [Request(one, seed, at, show=functools.partial(show, at)) for at, one in enumerate(dialogs)]
     with contextlib.suppress(Interrupted):
-        for job, answer in session.run(jobs, before):
-            if isinstance(answer, EdgeError):
-                raise answer
+        for request, answer in scheduler.run(requests, before):
+            edge.answered(answer)
             if columns:
-                columns.end(job.tag)
+                columns.end(request.tag)
     return answers

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import metaalign_edge as edge
-from metaalign_edge import Answer, Chat, Dialog
+from metaalign_edge import Answer, Dialog, Request, Scheduler
 from metaalign_edge_runtime.errors import CONTROLS, EdgeError, UsageError, nearest, one_line, say, shortened
 from metaalign_edge_runtime.stores import files, profiles, session_text, sessions
 from metaalign_edge_runtime.stores.sessions import Transcript
@@ -19,7 +19,7 @@ from . import report
 from .columns import Columns, answer_together
 from .line_editor import line_editor, read_text_of_lines
 from .reply import Reply
-from .screen import Screen
+from .screen import Aside, Screen
 
 
 def dialog_of(transcript: Transcript, query: str, again: bool = False) -> Dialog:
@@ -41,7 +41,7 @@ class Repl:
     """A conversation at a terminal. The head of the prompt may change at any time; the turns stay."""
 
     def __init__(
-        self, chat: Chat, transcript: Transcript, screen: Screen, strict: bool, markdown: bool = False
+        self, chat: Scheduler, transcript: Transcript, screen: Screen, strict: bool, markdown: bool = False
     ) -> None:
         self.chat, self.transcript, self.screen, self.strict = chat, transcript, screen, strict
         self.markdown, self.seed = markdown, chat.settings.seed
@@ -93,9 +93,8 @@ class Repl:
         reply = Reply(self.screen, self.markdown)
         self.chat.interrupt.raised = False
         with self.chat.interrupt, reply.alone():
-            answer = self.chat.answer(
-                dialog, self.seed, reply.show, lambda begun: report.warn(self.chat, begun, self.screen, self.strict)
-            )
+            request = Request(dialog, self.seed, show=reply.show, think=Aside(self.screen).write)
+            answer = edge.answer_one(self.chat, request, lambda prompt: report.warn(prompt, self.screen, self.strict))
         self.seed, self.latest = (self.seed + 1) % 2**32, answer
         reply.end(answer.response)
         self.screen.detail(report.describe(answer))
@@ -182,7 +181,7 @@ class Repl:
         self.chat.interrupt.raised = False
         with (
             self.chat.interrupt,
-            edge.parallel_for(self.chat, dialogs) as session,
+            self.chat.beside(len(dialogs)) as session,
             Columns(wishes, self.screen) as columns,
         ):
             answers = answer_together(session, dialogs, columns, self.screen, self.strict)
@@ -214,7 +213,7 @@ class Repl:
     def lora(self, text: str) -> None:
         """Show or set the adapters that are laid over the model."""
         if text:
-            self.chat.adapt(() if text == "-" else edge.find_adapters([text]))
+            self.chat.set_adapters(() if text == "-" else edge.find_adapters([text]))
         say(f"adapters: {edge.name_adapters(self.chat.settings.adapters) or '(none)'}")
 
     def stats(self, _: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import metaalign_edge as edge
-from metaalign_edge import Answer, ChatTemplate, Model, Session, Settings
+from metaalign_edge import Answer, ChatTemplate, Model, Prompt, Settings
 from metaalign_edge_runtime import structured
 from metaalign_edge_runtime.errors import SchemaViolation, TierViolation, in_bytes
 from metaalign_edge_runtime.llama import library
@@ -78,15 +78,17 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
         screen.detail(f"guided: System Info {settings.system_strength:g}, User Info {settings.pref_strength}")
 
 
-def warn(chat: Session, answer: Answer, screen: Screen, strict: bool) -> None:
+def warn(prompt: Prompt, screen: Screen, strict: bool) -> None:
     """Say what was dropped, and what a tier forges that ids cannot protect.
 
     Raises:
         TierViolation: something is forged and `strict` is set.
     """
-    if answer.truncated:
-        screen.note(f"metaalign-edge: warning: {answer.truncated} of the oldest turns dropped to fit the context")
-    check_forged(chat.forged, screen, strict)
+    if prompt.answer.truncated:
+        screen.note(
+            f"metaalign-edge: warning: {prompt.answer.truncated} of the oldest turns dropped to fit the context"
+        )
+    check_forged(prompt.imitated_markers, screen, strict)
 
 
 def check_forged(forged: Sequence[str], screen: Screen, strict: bool) -> None:

@@ -156,6 +156,19 @@ def llama_cpp() -> Any:
             del sys.modules["llama_cpp"]
 
 
+def start(verbose: bool = False) -> Any:
+    """Start llama.cpp's backends, their log taken over, and return its low-level interface; again is harmless.
+
+    Raises:
+        LoadError: llama-cpp-python is missing or does not run on this machine.
+    """
+    llama = llama_cpp()
+    LOG.attach(verbose)
+    LOG.errors.clear()
+    llama.llama_backend_init()
+    return llama
+
+
 def ggml_library(name: str) -> Any:
     """Return one of ggml's libraries, whose functions llama-cpp-python does not bind.
 

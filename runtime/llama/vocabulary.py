@@ -6,7 +6,6 @@ import ctypes
 import functools
 import os
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +164,7 @@ class Loading(Closing):
     """
 
     def __init__(self, path: Path, verbose: bool = False) -> None:
-        self._llama = (
-            library.llama_cpp()
-        )  # not in the thread: Python in both at a time is slower than one after the other
-        LOG.attach(verbose)
-        LOG.errors.clear()
-        self._llama.llama_backend_init()
-        self.began = time.monotonic()
+        self._llama = library.start(verbose)  # not in the thread: Python in two threads at a time is slower than in one
         self._path = path
         self._loads: Background | None = None  # until it is taken
         if path.is_file():  # a pipe would be read up, or waited for
