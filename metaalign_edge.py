@@ -120,21 +120,22 @@ __all__ = [
 # =====================================================================================================================
 #  1  Stopwatch
 # =====================================================================================================================
+# Where the milliseconds of a command line call go; `chat -v` prints it.
 
 
 class Stopwatch:
-    """Adds up where the time of a call goes. A lap is a `with`, or decorates what it times; laps do not nest.
+    """Adds up the time of a call by laps, in milliseconds. A lap is a `with`; laps do not nest.
 
-    What another thread does meanwhile takes no time of the call's; waiting for it does.
+    Work in another thread counts only while the main thread waits for it.
     """
 
     def __init__(self) -> None:
-        self.laps = {"start": 1000 * time.process_time()}  # Python itself, and what is imported above
+        self.laps = {"start": 1000 * time.process_time()}  # Python's own start, and the imports above
         self._begun = time.perf_counter()
 
     @contextlib.contextmanager
     def __call__(self, lap: str) -> Iterator[None]:
-        """Time what is done inside."""
+        """Add the time that the body takes to a lap; in another thread, to none."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -145,7 +146,7 @@ class Stopwatch:
             self.laps[lap] = self.laps.get(lap, 0.0) + 1000 * (time.perf_counter() - begun)
 
     def mark(self, lap: str) -> None:
-        """Let a lap be all that has passed so far without one."""
+        """Give a lap all the time that has passed so far outside of laps."""
         self.laps[lap] = self.laps["start"] + 1000 * (time.perf_counter() - self._begun) - sum(self.laps.values())
 
     def __str__(self) -> str:
@@ -160,11 +161,12 @@ STOPWATCH = Stopwatch()
 # =====================================================================================================================
 #  2  Dialog
 # =====================================================================================================================
+# What is said in which tier. Everything below is about how a model comes to read it, and to follow it.
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and, unless it is the newest, its answer."""
+    """A question, and the answer it was given; None for the newest question, which has none yet."""
 
     query: str
     response: str | None = None
@@ -172,7 +174,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Dialog:
-    """What is said in which tier. The prompt is a pure function of it; the last turn has no response yet.
+    """The text of each tier. The prompt is a pure function of it; the last turn has no response yet.
 
     >>> dialog = Dialog("Be kind.", "I'm a zookeeper.", [Turn("What is tea?")])
     >>> dialog.then("Tea is a drink.", "And bread?").turns
@@ -206,7 +208,7 @@ class Dialog:
         return cls(system_info, user_info, (*(Turn(*pair) for pair in past), Turn(query)))
 
     def then(self, response: str, query: str) -> Dialog:
-        """Return the dialog after this answer to its newest query, with another query."""
+        """Return the dialog that goes on: its newest query gets this response, and another query follows."""
         *earlier, last = self.turns
         return replace(self, turns=[*earlier, replace(last, response=response), Turn(query)])
 
@@ -214,13 +216,15 @@ class Dialog:
 # =====================================================================================================================
 #  3  Rendering
 # =====================================================================================================================
+# A dialog becomes a prompt by a chat template: natively, if the template knows User Info, else by a wrap that puts the
+# meta-prompt into system and user messages.
 
 
 class RenderOptions(NamedTuple):
     """How a dialog becomes a prompt."""
 
-    remind: bool = True  # restate the priority next to the newest query when both tiers speak (wrapped only)
-    think: bool | None = None  # `enable_thinking` of templates that know it; None passes nothing
+    remind: bool = True  # wrapped only: say next to the newest query that System Info wins, when both tiers have text
+    think: bool | None = None  # the template variable `enable_thinking`; None leaves it undefined
 
 
 AS_USUAL = RenderOptions()
@@ -228,20 +232,20 @@ AS_USUAL = RenderOptions()
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The template in force, where it came from, and the tokens it may name."""
+    """A chat template, how it was chosen, and the templates that wrap a meta-prompt for it."""
 
     template: Template
-    native: bool  # it knows User Info; otherwise the meta-prompt is wrapped into the messages
+    native: bool  # it has a place for User Info; otherwise the meta-prompt is wrapped into the messages
     name: str
     why: str  # how it was chosen, for -v
-    meta_prompt: Template
-    reminder: Template
-    bos_token: str = ""
+    meta_prompt: Template  # the wrap: both Info tiers as one message
+    reminder: Template  # the wrap: the newest query, with the line that System Info wins
+    bos_token: str = ""  # the text of the model's token, which a template may write
     eos_token: str = ""
 
     @property
     def identity(self) -> str:
-        """Return a digest of all that is rendered by."""
+        """A digest of all templates that decide the prompt."""
         return files.digest([*(one.source for one in (self.template, self.meta_prompt, self.reminder)), self.native])
 
 
@@ -253,7 +257,7 @@ class Rendering:
     native: bool
     messages: list[dict[str, Any]]
     prompt: TierText
-    source: str  # the template's text: a user-defined token that stands in it is a marker
+    source: str  # the template's own text: a user-defined token that it contains is a marker
 
     def missing(self, dialog: Dialog) -> str | None:
         """Name a tier whose text did not reach the prompt; None if all did."""
@@ -276,7 +280,7 @@ def render(dialog: Dialog, chat: ChatTemplate, options: RenderOptions = AS_USUAL
     for messages in native_messages(dialog) if chat.native else wrapped_messages(dialog, chat, options):
         try:
             rendering = render_messages(dialog, chat, options, messages)
-        except (Refusal, TemplateFailure) as error:  # perhaps it takes the same dialog in another shape
+        except (Refusal, TemplateFailure) as error:  # the template may take the same dialog in another layout
             reasons.append(error if isinstance(error, TemplateFailure) else f"it says: {error}")
             continue
         missing = rendering.missing(dialog)
@@ -293,7 +297,7 @@ def render(dialog: Dialog, chat: ChatTemplate, options: RenderOptions = AS_USUAL
 def render_messages(
     dialog: Dialog, chat: ChatTemplate, options: RenderOptions, messages: list[dict[str, Any]]
 ) -> Rendering:
-    """Hand messages and the variables that chat templates expect to the template."""
+    """Render messages; the template also gets the variables that Hugging Face's chat templates expect."""
     turns = [{"query": TierText.of(turn.query, "query")} for turn in dialog.turns]
     for entry, turn in zip(turns, dialog.turns, strict=True):
         if turn.response is not None:
@@ -351,9 +355,9 @@ def wrapped_messages(dialog: Dialog, chat: ChatTemplate, options: RenderOptions)
             {"role": "user", "content": join_text([meta_prompt, "\n\n", messages[0]["content"]])} if messages else None
         )
         layouts = [[{"role": "system", "content": meta_prompt}, *messages]]
-        layouts += [[first, *messages[1:]]] if first else []  # for a template that refuses or drops a system message
+        layouts += [[first, *messages[1:]]] if first else []  # some templates refuse or drop a system message
     yield from layouts
-    for layout in layouts:  # for a template that expects a list of parts
+    for layout in layouts:  # some templates expect a message's content as a list of parts
         yield [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in layout]
 
 
@@ -383,11 +387,8 @@ def choose_template(name: str, model: ModelFile) -> ChatTemplate:
             f"{model.path} carries no chat template: name the one it was tuned on: --template {choices}, or a file"
         )
     elif files.looks_like_path(name, ".jinja"):
-        source, label, why = (
-            files.read_text(Path(name).expanduser(), "the template"),
-            name,
-            "the file given by --template",
-        )
+        source, label = files.read_text(Path(name).expanduser(), "the template"), name
+        why = "the file given by --template"
     elif name in shipped:
         source, label, why = files.read_text(shipped[name], "the template"), name, "named by --template"
     elif name in embedded:
@@ -405,7 +406,10 @@ def choose_template(name: str, model: ModelFile) -> ChatTemplate:
 
 
 def conversion_template(name: str, checkpoint: Any) -> tuple[str | None, str | None]:
-    """Choose the chat template that `convert` writes: its name if it is native, and its text (None: the checkpoint's).
+    """Choose the chat template that `convert` writes into a GGUF.
+
+    Returns:
+        Its name if it is native, else None; and its text, None to keep the checkpoint's own.
 
     Raises:
         UsageError, NotFound, TemplateError: as `choose_template`.
@@ -429,15 +433,17 @@ def conversion_template(name: str, checkpoint: Any) -> tuple[str | None, str | N
 # =====================================================================================================================
 #  4  Tier-safe tokens
 # =====================================================================================================================
+# Text in a tier is data. The rendered prompt is cut at the special tokens of its scaffold, and only there; the text
+# between two of them is tokenised in one piece, as the reference does it, with special tokens off; then the ids are
+# checked. A forged <|im_end|> is stopped in `tokenize`.
 
-
-BYTES_PER_TOKEN = 512  # no vocabulary in the wild has a longer token; bounds what a context could ever hold
-LIKELY_BYTES = 16  # of a token, at most, in any text that people write: more are worth asking the vocabulary
+BYTES_PER_TOKEN = 512  # no known vocabulary has a longer token: a context of n tokens holds 512 n bytes at most
+LIKELY_BYTES = 16  # bytes per token that written text does not exceed: only above it is the longest token looked up
 MARKUP = re.compile(r"<\|[^<>|\s]+\|>|<</?\w+>>|</?\w+>|\[/?[A-Z_]+\]|<｜[^<>｜\s]+｜>")
 
 
 class Vocabulary(Protocol):
-    """What tokenising needs of a vocabulary; the engine's is llama.cpp's."""
+    """The interface of a vocabulary that tokenising needs; LlamaVocabulary has it."""
 
     bos: int | None  # the token to begin with, if the vocabulary wants one
     escapes_spaces: bool  # SentencePiece: U+2581 stands for a space
@@ -484,7 +490,7 @@ class Tokens(NamedTuple):
     """A tokenised prompt."""
 
     tokens: list[Token]
-    forged: list[str]  # marker words of the template that a tier's text contains: ids cannot protect those
+    forged: list[str]  # markers of the template that are words, not tokens, and stand in a tier's text
 
     @property
     def ids(self) -> list[int]:
@@ -493,12 +499,12 @@ class Tokens(NamedTuple):
 
     @property
     def ending(self) -> str:
-        """Return the scaffold behind the last text of a tier."""
+        """The scaffold behind the last text of a tier; it may open the model's reasoning."""
         tail = itertools.takewhile(lambda token: token.tier is None, reversed(self.tokens))
         return b"".join(token.data for token in reversed(list(tail))).decode("utf-8", "replace")
 
     def queries(self) -> list[int]:
-        """List where the queries begin: what comes before is known before they are asked."""
+        """List the positions at which queries begin: the prefix before one can be computed before it is asked."""
         tiers = [None, *(token.tier for token in self.tokens)]
         return [at for at, (before, tier) in enumerate(itertools.pairwise(tiers)) if tier == "query" != before]
 
@@ -608,7 +614,7 @@ def encode_fragment(fragment: TierText, markers: Markers, vocabulary: Vocabulary
             owners.pop(0)
         tier = owners[0][2] if owners and owners[0][0] < at + len(said) else None
         at += len(said)
-        again = spelled and extra == 1  # the space belongs to a special token that is none any more
+        again = spelled and extra == 1  # its space follows a special token that has just been spelled out
         spelled = forged or bool(tier and token in markers)
         if spelled or again:
             yield from (Token(letter, vocabulary.piece(letter), tier) for letter in vocabulary.spell(said.decode()))
@@ -622,7 +628,7 @@ def encode_fragment(fragment: TierText, markers: Markers, vocabulary: Vocabulary
 
 
 def byte_owners(fragment: TierText) -> list[tuple[int, int, Tier]]:
-    """List the spans of a text in bytes of its UTF-8."""
+    """List the spans of a text's tiers as offsets into its UTF-8 bytes: start, end, tier."""
     owners, at = [], 0
     for text, tier in fragment.pieces():
         end = at + len(text.encode())
@@ -633,7 +639,7 @@ def byte_owners(fragment: TierText) -> list[tuple[int, int, Tier]]:
 
 
 def marker_words(fragment: TierText) -> set[str]:
-    """Find the markers next to a tier's text that are words, not tokens: `[/INST]`, `### Query:`."""
+    """Find markers of the scaffold next to a tier's text that are words in this vocabulary: `[/INST]`, `### Query:`."""
     words: set[str] = set()
     runs = list(fragment.pieces())
     for index, (text, tier) in enumerate(runs):
@@ -650,11 +656,11 @@ def marker_words(fragment: TierText) -> set[str]:
 # =====================================================================================================================
 #  5  Settings and adapters
 # =====================================================================================================================
-
+# One object says how a model is loaded and how it decodes and samples. It travels from the command line to the engine.
 
 Strength = float | Literal["auto"]
-LEAST_CONTEXT = 16  # tokens
-BOUNDS: Mapping[str, tuple[float, float]] = {  # of what Python's callers give; the command line has its own ranges
+LEAST_CONTEXT = 16  # tokens: no dialog fits less
+BOUNDS: Mapping[str, tuple[float, float]] = {  # least and largest value of an option that a Python program gives
     "max_tokens": (1, math.inf),
     "temperature": (0, math.inf),
     "top_k": (0, math.inf),
@@ -665,18 +671,18 @@ BOUNDS: Mapping[str, tuple[float, float]] = {  # of what Python's callers give; 
 
 
 class Adapter(NamedTuple):
-    """A LoRA adapter to lay over a model, and how hard."""
+    """A LoRA adapter to lay over a model."""
 
     path: str
-    scale: float
-    identity: str  # of the file
+    scale: float  # factor of its weights: 1 as trained
+    identity: str  # changes when the file does
 
 
 def split_scale(name: str) -> tuple[str, float]:
-    """Return the path of an adapter and the scale behind its last colon, 1 without; a drive's colon is none.
+    """Split `PATH:SCALE`; the scale is 1 where none is given. The colon of a Windows drive does not count.
 
     Raises:
-        UsageError: the scale is no number.
+        UsageError: the scale is not a number.
     """
     head, colon, tail = name.rpartition(":")
     if not colon or Path(name).expanduser().exists():
@@ -693,10 +699,11 @@ def split_scale(name: str) -> tuple[str, float]:
 
 
 def find_adapters(names: Sequence[str]) -> tuple[Adapter, ...]:
-    """Find the files of some adapters, `PATH[:SCALE]`, which `convert --lora-only` makes.
+    """Open adapters, each given as `PATH[:SCALE]`: GGUF files that `convert --lora-only` makes.
 
     Raises:
-        NotFound: one is not there. LoadError: one is no adapter. UsageError: a scale is no number, or one comes twice.
+        NotFound: a file is missing. LoadError: a file is not an adapter. UsageError: a scale is not a number, or an
+            adapter is given twice.
     """
     found: list[Adapter] = []
     for name in names:
@@ -720,19 +727,19 @@ def find_adapters(names: Sequence[str]) -> tuple[Adapter, ...]:
 
 
 def name_adapters(adapters: Sequence[Adapter]) -> str:
-    """List adapters as the command line has them."""
+    """Write adapters as the command line takes them: `PATH:SCALE, PATH:SCALE`."""
     return ", ".join(f"{adapter.path}:{adapter.scale:g}" for adapter in adapters)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says about loading, decoding and sampling; travels to the engine unchanged."""
+    """How a model is loaded, and how it decodes and samples."""
 
     context: int | Literal["auto"] | None = None  # tokens per sequence; None: as the model and the dialog need
     gpu_layers: str = "auto"  # auto, all, or a number
     threads: int | None = None  # None: one per physical core
-    max_tokens: int | None = None  # None: as many as the context holds
-    temperature: float | None = None  # None, here and below: as the model recommends, else the built-in value
+    max_tokens: int | None = None  # of the answer; None: as many as the context holds
+    temperature: float | None = None  # None, here and below: the model's own value, else the built-in one
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
@@ -743,7 +750,7 @@ class Settings:
     system_strength: float = 1.0  # see Guidance
     pref_strength: Strength = 1.0
     adapters: tuple[Adapter, ...] = ()
-    schema: Schema | None = None  # of the answer
+    schema: Schema | None = None  # that the answer must fit
 
     @property
     def contexts(self) -> int:
@@ -756,16 +763,16 @@ class Settings:
         return replace(self, context=plan.context) if self.context == "auto" else self
 
     def deciding(self) -> list[Any]:
-        """Return what decides the text of an answer, in JSON's types."""
+        """List the values that decide the text of an answer, in JSON's types: another value, another text."""
         aside = ("gpu_layers", "threads", "verbose")
         return [value for name, value in asdict(self).items() if name not in aside]
 
 
 def checked_gpu_layers(value: str, flag: str = "-ngl") -> str:
-    """Return how many layers go to the GPU.
+    """Return the value of -ngl: auto, all or a number of layers.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: it is anything else.
     """
     if value in ("auto", "all") or value.isdecimal():
         return value
@@ -773,10 +780,10 @@ def checked_gpu_layers(value: str, flag: str = "-ngl") -> str:
 
 
 def checked_context(value: str | None, flag: str = "-c") -> int | Literal["auto"] | None:
-    """Return the tokens of a context, or `auto`; None if nothing says so.
+    """Return the value of -c: a number of tokens, or auto; None if it is not given.
 
     Raises:
-        UsageError: it is something else, or too small for any dialog.
+        UsageError: it is anything else, or too small for any dialog.
     """
     if value is None or value == "auto":
         return "auto" if value else None
@@ -788,19 +795,19 @@ def checked_context(value: str | None, flag: str = "-c") -> int | Literal["auto"
 # =====================================================================================================================
 #  6  Model
 # =====================================================================================================================
+# A GGUF in memory. It is opened by a recipe: read the file, plan where its layers go, load it in threads, wait.
 
-
-TINY_MODEL = 1 << 25  # bytes; below, threads wait for each other longer than they compute, and all is loaded at once
+TINY_MODEL = 1 << 25  # bytes of weights: below it, one thread is faster than several that wait for each other
 
 
 def without_vocabulary(file: ModelFile) -> Any:
-    """Return what makes llama.cpp load a file's weights as if it had so many tokens, but no words for them."""
+    """Return overrides of a file's metadata by which llama.cpp loads weights alone: no words, but as many tokens."""
     llama, size = library.llama_cpp(), file.metadata.get("tokenizer.ggml.tokens")
     integer, text = llama.LLAMA_KV_OVERRIDE_TYPE_INT, llama.LLAMA_KV_OVERRIDE_TYPE_STR
-    overrides = (llama.llama_model_kv_override * 3)()  # the last one stays empty: it ends them
+    overrides = (llama.llama_model_kv_override * 3)()  # an empty one ends the list
     overrides[0].tag, overrides[0].key, overrides[0].value.val_str = text, b"tokenizer.ggml.model", b"no_vocab"
     if isinstance(size, GGUFArray):
-        key = f"{file.architecture}.vocab_size".encode()[:127]  # a longer name is no architecture
+        key = f"{file.architecture}.vocab_size".encode()[:127]  # llama.cpp's limit; no architecture has a longer name
         overrides[1].tag, overrides[1].key, overrides[1].value.val_i64 = integer, key, size.length
     return overrides
 
@@ -836,14 +843,14 @@ class Model(Closing):
         self.pointer: Any = None
         self._adapters: dict[str, Any] = {}
         self._held = contextlib.ExitStack()
-        self._unwanted = False  # closed while it loads
+        self._unwanted = False  # set by `close`: loading stops
         self._began = time.monotonic()
         self._words = self._held.enter_context(Loading(file.path, settings.verbose))
         self._weights: Background | None = Background(self._load)
 
     @property
     def gpu_layers(self) -> int:
-        """How many layers lie on devices, the output counted as one."""
+        """The layers that lie on devices, the output counted as one."""
         return self.plan.offloaded
 
     def __enter__(self) -> Self:
@@ -958,14 +965,14 @@ class Model(Closing):
 
 
 def threads_for(model: Model, settings: Settings) -> int:
-    """Return the number of CPU threads: those asked for, else one per core, or a single one for a tiny model."""
+    """Return the number of CPU threads: -t, else one per physical core, or a single one for a tiny model."""
     if settings.threads:
         return settings.threads
     return 1 if model.plan.footprint.bytes < TINY_MODEL else library.physical_cores()
 
 
 def least_context(file: ModelFile, settings: Settings) -> int:
-    """Return the tokens of a context, unless a dialog needs more."""
+    """Return the tokens that a context has, unless a dialog needs more."""
     return settings.context if isinstance(settings.context, int) else min(file.context, DEFAULT_CONTEXT)
 
 
@@ -1005,7 +1012,7 @@ def plan_for(
 
 
 def check_memory(model: Model, context: int, sequences: int) -> None:
-    """Refuse a context that the memory which is free by now cannot hold.
+    """Refuse a context that does not fit into the memory that is free now, after the weights were loaded.
 
     Raises:
         LoadError: with the numbers, and what would fit.
@@ -1017,26 +1024,28 @@ def check_memory(model: Model, context: int, sequences: int) -> None:
 # =====================================================================================================================
 #  7  Engine and sampler
 # =====================================================================================================================
+# A context of llama.cpp holds several sequences in one unified KV cache; a step decodes any number of them in one
+# llama_decode.
 
 
 @dataclass
 class SequenceState:
-    """One sequence of a context: its tokens that are in the KV cache, in order."""
+    """A sequence of a context, and its tokens that are in the KV cache, in order."""
 
     id: int
     tokens: list[int] = field(default_factory=list)
 
 
 class Feed(NamedTuple):
-    """Tokens to append to a sequence in one step."""
+    """Tokens to append to a sequence in one decode."""
 
     sequence: SequenceState
     tokens: Sequence[int]
-    logits: bool = True  # compute the logits after the last of them
+    logits: bool = True  # compute the logits after the last token
 
 
 class TokenBatch:
-    """llama.cpp's batch, laid out once over arrays that a slice fills: each token in a list of one sequence."""
+    """llama.cpp's batch of tokens, over arrays that are allocated once. Each token belongs to one sequence."""
 
     def __init__(self, size: int) -> None:
         self._size, integer = size, ctypes.c_int32
@@ -1079,7 +1088,10 @@ class TokenBatch:
 
 
 class Engine(Closing):
-    """A llama.cpp context with room for some sequences. Close it, or use it in a `with`.
+    """A context of llama.cpp: sequences in one KV cache, and the decoding of tokens. Close it, or use it in a `with`.
+
+    Args:
+        context: tokens for each sequence.
 
     Raises:
         LoadError: llama.cpp cannot make the context (memory, a file without weights).
@@ -1095,12 +1107,12 @@ class Engine(Closing):
         params.n_ctx = context * sequences
         params.n_batch = params.n_ubatch = max(PREFILL_CHUNK, sequences)
         params.n_seq_max, params.kv_unified = sequences, sequences > 1
-        params.n_outputs_max = sequences  # otherwise there is room for the logits of every token of a batch
+        params.n_outputs_max = sequences  # rows of logits to reserve; llama.cpp's default is one for each batch token
         params.n_threads = params.n_threads_batch = threads_for(model, settings)
         params.no_perf = True
         self._abort = llama.ggml_abort_callback(lambda _data: interrupt.raised)
         check_memory(model, context, sequences)
-        holds = params.n_ctx == context * sequences  # a number of 32 bits
+        holds = params.n_ctx == context * sequences  # n_ctx has 32 bits
         with STOPWATCH("context"):
             self.pointer = llama.llama_init_from_model(model.pointer, params) if holds else None
         if not self.pointer:
@@ -1112,7 +1124,7 @@ class Engine(Closing):
         self.sequences = [SequenceState(number) for number in range(sequences)]
         self.adapters: tuple[Adapter, ...] = ()
         self.set_adapters(settings.adapters)
-        self.room = params.n_batch  # tokens of one step at most
+        self.room = params.n_batch  # the most tokens of one decode
         self._batch = TokenBatch(self.room)
 
     def close(self) -> None:
@@ -1122,10 +1134,10 @@ class Engine(Closing):
             self.pointer = None
 
     def set_adapters(self, adapters: Sequence[Adapter]) -> None:
-        """Lay other adapters over the model; what was read under the old ones is forgotten.
+        """Lay other adapters over the model; the KV cache is emptied, as it was computed under the old ones.
 
         Raises:
-            LoadError: one does not fit the model; all stays as it was.
+            LoadError: an adapter does not fit the model; the old ones stay.
         """
         if tuple(adapters) == self.adapters:
             return
@@ -1139,7 +1151,7 @@ class Engine(Closing):
             self.cut(sequence, 0)
 
     def cut(self, sequence: SequenceState, length: int) -> int:
-        """Forget a sequence's tokens from a length on, or all of them if its state cannot be cut; return what stays."""
+        """Drop a sequence's tokens behind `length`, or all where its state cannot be cut; return what length stays."""
         forget, memory = self._llama.llama_memory_seq_rm, self._memory
         lost = length < len(sequence.tokens) and not self._is_whole(sequence)
         if lost or not forget(memory, sequence.id, length, -1):
@@ -1149,14 +1161,14 @@ class Engine(Closing):
         return length
 
     def share(self, source: SequenceState, sequence: SequenceState, length: int) -> None:
-        """Let a sequence begin as another one does; the cache holds those tokens once. Nothing if that cannot be."""
+        """Copy the first tokens of one sequence to another, which the cache holds once; nothing where it cannot be done."""
         if self._is_whole(source):
             self.cut(sequence, 0)
             self._llama.llama_memory_seq_cp(self._memory, source.id, sequence.id, 0, length)
             sequence.tokens += source.tokens[:length]
 
     def key(self, tokens: Sequence[int]) -> str:
-        """Return the name of the state after these tokens: a digest of all that decides it."""
+        """Return a digest of all that decides the KV state after these tokens: its name on disk."""
         import hashlib
 
         identity = [1, self.model.file.identity, library.build(), self.model.gpu_layers]
@@ -1165,7 +1177,7 @@ class Engine(Closing):
         return hashlib.blake2b(json.dumps(identity).encode() + numbers, digest_size=20).hexdigest()
 
     def state(self, sequence: SequenceState) -> bytearray:
-        """Return what the cache holds of a sequence."""
+        """Return the KV state of a sequence as bytes; none if llama.cpp does not give it."""
         size = self._llama.llama_state_seq_get_size(self.pointer, sequence.id)
         data = bytearray(size)
         view = (ctypes.c_uint8 * size).from_buffer(data)
@@ -1173,7 +1185,7 @@ class Engine(Closing):
         return data if written == size else bytearray()
 
     def restore(self, sequence: SequenceState, tokens: Sequence[int], data: bytearray) -> bool:
-        """Bring a sequence to the state after these tokens; it is empty if llama.cpp does not take the data."""
+        """Set a sequence to the KV state after these tokens; False, and an empty sequence, if llama.cpp refuses it."""
         self.cut(sequence, 0)
         view = (ctypes.c_uint8 * len(data)).from_buffer(data)
         if not self._llama.llama_state_seq_set_data(self.pointer, view, len(data), sequence.id):
@@ -1183,15 +1195,15 @@ class Engine(Closing):
         return True
 
     def _is_whole(self, sequence: SequenceState) -> bool:
-        """Tell whether the cache has all positions: a recurrent state has the last, a sliding window may lose some."""
+        """Tell whether the cache holds every position: a recurrent state holds the last one, a sliding window some."""
         return bool(self._llama.llama_memory_seq_pos_min(self._memory, sequence.id) <= 0)
 
     def step(self, feeds: Sequence[Feed]) -> list[int]:
-        """Decode tokens of several sequences in one llama_decode; return each feed's row of logits (-1: none asked).
+        """Decode tokens of several sequences in one llama_decode; return the row of logits of each (-1: none wanted).
 
         Raises:
             Interrupted: Ctrl-C during prefill. ContextOverflow: the KV cache is full. ValueError: more tokens than
-                `room`, which is PREFILL_CHUNK, or one a sequence if those are more.
+                `room`.
         """
         rows = self._batch.fill(feeds)
         status = self._decode(prefill=sum(len(feed.tokens) for feed in feeds) > len(feeds))
@@ -1199,7 +1211,7 @@ class Engine(Closing):
             for sequence, fed, _ in feeds:
                 sequence.tokens += fed
             return rows
-        for sequence, _, _ in feeds:  # what was computed before the stop is not accounted for: drop it
+        for sequence, _, _ in feeds:  # llama.cpp may have computed some of the tokens: drop them from the cache
             self.cut(sequence, len(sequence.tokens))
         self.interrupt.check()
         if status == 1:
@@ -1208,16 +1220,16 @@ class Engine(Closing):
 
     def _decode(self, prefill: bool) -> int:
         """Decode the batch; return llama.cpp's status. A prefill on the CPU can be interrupted."""
-        if not prefill or self.model.gpu_layers:  # llama.cpp asks its abort callback on the CPU only
+        if not prefill or self.model.gpu_layers:  # GPU backends have no abort callback
             return int(self._llama.llama_decode(self.pointer, self._batch.struct))
         self._llama.llama_set_abort_callback(self.pointer, self._abort, None)
         try:
             return int(self._llama.llama_decode(self.pointer, self._batch.struct))
-        finally:  # not while generating: it costs some 0.3 ms a token there
+        finally:  # it costs some 0.3 ms per decode, too much where one writes a single token
             self._llama.llama_set_abort_callback(self.pointer, self._llama.ggml_abort_callback(), None)
 
     def logits(self, row: int) -> Any:
-        """Return a row of logits that the latest step was asked for, as an array over llama.cpp's own memory."""
+        """Return a row of logits of the latest decode: float32, one per token id, in llama.cpp's own memory."""
         import numpy as np
 
         pointer = self._llama.llama_get_logits_ith(self.pointer, row)
@@ -1225,14 +1237,14 @@ class Engine(Closing):
 
 
 def in_common(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """Count the tokens with which both begin."""
+    """Count the tokens at the beginning that two lists have in common."""
     return next(
         (at for at, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other),
         min(len(ours), len(theirs)),
     )
 
 
-NO_TOKEN = -1  # what is drawn where nothing may follow
+NO_TOKEN = -1  # drawn where a schema allows no token
 
 
 class Sampler(Closing):
@@ -1248,11 +1260,11 @@ class Sampler(Closing):
         temperature = value(settings.temperature, "temp", 0.7)
         top_k = int(value(settings.top_k, "top_k", 40))
         if settings.temperature and settings.top_k is None and top_k == 1:
-            top_k = 40  # the model's own "greedy, please" gives way to a temperature that was asked for
+            top_k = 40  # a model that recommends greedy decoding must not undo --temp
         penalty = value(settings.repeat_penalty, "penalty_repeat", 1.0)
         size = file.metadata["tokenizer.ggml.tokens"].length
         chain = [llama.llama_sampler_init_penalties(size, 64, penalty, 0.0, 0.0)] if penalty != 1.0 else []
-        self.greedy = not chain and (temperature <= 0 or top_k == 1)  # the likeliest token and nothing else
+        self.greedy = not chain and (temperature <= 0 or top_k == 1)  # the likeliest token is always drawn
         if temperature <= 0 or top_k == 1:
             chain.append(llama.llama_sampler_init_greedy())
         else:
@@ -1275,8 +1287,8 @@ class Sampler(Closing):
     def draw(self, engine: Engine, row: int, several: bool = False) -> int:
         """Draw the next token from a row of logits and accept it.
 
-        llama.cpp's greedy sampler makes a list of the whole vocabulary first. Where there are several rows to draw
-        from, numpy pays for its import: of equal logits both take the first.
+        llama.cpp's greedy sampler first copies the vocabulary, 150,000 entries. With several rows, numpy's argmax is worth
+        the import of numpy. Of equal logits both take the first.
         """
         if several and self.greedy:
             return int(engine.logits(row).argmax())
@@ -1286,36 +1298,42 @@ class Sampler(Closing):
 # =====================================================================================================================
 #  8  Guidance
 # =====================================================================================================================
+# A strength for each tier. With l0 the logits given the query alone, l1 given System Info too, and l2 given both tiers,
+#
+#     l = (1 - s) l0 + (s - u) l1 + u l2        that is, l0 + s (l1 - l0) + u (l2 - l1)
+#
+# Classifier-free guidance (arXiv 2306.17806) and context-aware decoding (arXiv 2305.14739) are cases of it. As the
+# coefficients sum to 1, the softmax constant of a context adds the same number to every token, so no softmax is needed.
 
-
-MOST_STRENGTH = 100  # beyond, single precision drowns in what is weighed
-PLAUSIBLE = math.log(0.1)  # a token must be a tenth as likely as the likeliest, given all that is evaluated
-IMPLAUSIBLE = 1e4  # taken from the logits of the others: they come last, but a grammar may leave nothing else
+MOST_STRENGTH = 100  # beyond it, rounding errors of single precision decide
+PLAUSIBLE = math.log(0.1)  # in the most conditioned context a token needs a tenth of the best one's probability
+IMPLAUSIBLE = 1e4  # subtracted from the logits of all other tokens: a schema may allow nothing but those
 
 
 class Guidance:
-    """Which contexts of a dialog are evaluated, and how their logits become the ones that are drawn from.
+    """The contexts in which a dialog is evaluated, and how their logits are combined into those that are sampled.
 
-    `dialogs` are the contexts whose coefficients are not zero, the most conditioned first. With strengths of 1, and
-    for a tier that is empty, contexts fall together: a single one is the model as it is.
+    Attributes:
+        dialogs: the contexts whose coefficients are not zero, the most conditioned one first. An empty tier makes two
+            contexts equal, which count as one. With strengths of 1 a single context is left: the model as it is.
     """
 
     def __init__(self, dialog: Dialog, system: float, pref: Strength) -> None:
         self._system = system if dialog.system_info.strip() else 1.0
         self._pref: Strength = pref if dialog.user_info.strip() else self._system
         contexts = (dialog, replace(dialog, user_info=""), replace(dialog, system_info="", user_info=""))
-        unknown = math.nan  # an adaptive strength: no coefficient of it is zero
+        unknown = math.nan  # stands for an adaptive strength: its coefficients are not zero
         coefficients = self._coefficients(unknown if self._pref == "auto" else self._pref)
         used = [(dialog, value) for dialog, value in zip(contexts, coefficients, strict=True) if value != 0]
         self.dialogs = [dialog for dialog, _ in used]
         self._fixed = tuple(value for _, value in used)
 
     def _coefficients(self, pref: float) -> tuple[float, float, float]:
-        """Return those of l2, l1 and l0."""
+        """Return the coefficients of l2, l1 and l0."""
         return pref, self._system - pref, 1 - self._system
 
     def combine(self, rows: Sequence[Any]) -> None:
-        """Combine logits in place, in the first row; the others are spent.
+        """Combine logits into the first row. This is where the strength of a preference enters them.
 
         Args:
             rows: one float32 array of the vocabulary's size for each of `dialogs`, in their order.
@@ -1323,10 +1341,10 @@ class Guidance:
         import numpy as np
 
         coefficients: tuple[float, ...] = self._fixed
-        if self._pref == "auto":  # AdaCAD (arXiv 2409.07394): the strength grows with what the preference changes
+        if self._pref == "auto":  # AdaCAD (arXiv 2409.07394): stronger where the preference changes more
             coefficients = self._coefficients(1 + divergence(rows[0], rows[1]))[: len(rows)]
         conditioned, *others = rows
-        plausible = np.flatnonzero(conditioned >= conditioned.max() + PLAUSIBLE)  # a handful, of 150,000
+        plausible = np.flatnonzero(conditioned >= conditioned.max() + PLAUSIBLE)  # some ten of 150,000
         combined = conditioned[plausible] * coefficients[0]
         for row, coefficient in zip(others, coefficients[1:], strict=True):
             combined += row[plausible] * coefficient
@@ -1349,10 +1367,10 @@ def divergence(one: Any, other: Any) -> float:
 
 
 def checked_strength(flag: str, value: str | float) -> float:
-    """Return a strength as a number that logits can be weighed with.
+    """Return a strength as a number.
 
     Raises:
-        UsageError: it is none, negative or too large.
+        UsageError: it is not a number, negative or too large.
     """
     try:
         number = float(value)
@@ -1366,7 +1384,7 @@ def checked_strength(flag: str, value: str | float) -> float:
 # =====================================================================================================================
 #  9  Answer
 # =====================================================================================================================
-
+# From tokens to text: reasoning is told from what is said, stop texts are cut off, a schema is kept, figures are taken.
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -1695,7 +1713,7 @@ class Draft:
 # =====================================================================================================================
 # 10  Scheduler
 # =====================================================================================================================
-
+# Requests become prompts that fit the context, prompts become answers, as many at a time as there are slots.
 
 CACHE_WORTH_SAVING = 1 << 31  # weight bytes x prompt tokens; below it, reading the prefix anew takes under 50 ms
 
@@ -2203,6 +2221,7 @@ def assign_slot(engine: Engine, prompt: list[int], busy: Mapping[int, Slot]) -> 
 # =====================================================================================================================
 # 11  Python
 # =====================================================================================================================
+# What a program needs: a model that is open, and three functions. Nothing is written to stdout, stderr or the disk.
 
 
 class Options(TypedDict, total=False):
@@ -2419,6 +2438,7 @@ def compare(
 # =====================================================================================================================
 # 12  Main
 # =====================================================================================================================
+# The command line: every error ends here, as one line on stderr and an exit code.
 
 
 def exit_code(error: Exception) -> int | None:
