@@ -37,11 +37,16 @@ class Dialog(Protocol):
     """What is encoded of a row."""
 
     @property
-    def system_info(self) -> str: ...
+    def system_info(self) -> str:
+        """The text of System Info."""
+
     @property
-    def user_info(self) -> str: ...
+    def user_info(self) -> str:
+        """The text of User Info."""
+
     @property
-    def turns(self) -> tuple[Turn, ...]: ...
+    def turns(self) -> tuple[Turn, ...]:
+        """The queries, each with its response."""
 
 
 def train_tokenizer(seed: int, size: int, sample: int) -> Tokenizer:
@@ -74,15 +79,15 @@ def spellings(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return plain, spelling
 
 
-def encode_row(tokenizer: Tokenizer, row: Dialog) -> tuple[list[int], list[bool]]:
+def encode_row(tokenizer: Tokenizer, dialog: Dialog) -> tuple[list[int], list[bool]]:
     """Return a row's ids, as templates/metaalign.jinja renders it, and which of them are to be learnt.
 
     Learnt are the trained responses and the token that closes them. Each text is tokenised by itself, so no text can
     become a marker.
     """
-    ids, learnt = _head(tokenizer, row.system_info, row.user_info), []
+    ids, learnt = _head(tokenizer, dialog.system_info, dialog.user_info), []
     learnt = [False] * len(ids)
-    for turn in row.turns:
+    for turn in dialog.turns:
         query = [SPECIAL.index(USER), *_plain(tokenizer, turn.query), 0, SPECIAL.index(ASSISTANT)]
         response = encode_response(tokenizer, turn.response)
         ids += query + response
@@ -90,10 +95,10 @@ def encode_row(tokenizer: Tokenizer, row: Dialog) -> tuple[list[int], list[bool]
     return ids, learnt
 
 
-def encode_prompt(tokenizer: Tokenizer, row: Dialog) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
     """Return the ids up to where the last response starts."""
-    ids, _ = encode_row(tokenizer, row)
-    return ids[: len(ids) - len(encode_response(tokenizer, row.turns[-1].response))]
+    ids, _ = encode_row(tokenizer, dialog)
+    return ids[: len(ids) - len(encode_response(tokenizer, dialog.turns[-1].response))]
 
 
 def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:

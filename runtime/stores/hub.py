@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
 import sys
@@ -28,14 +27,16 @@ USUAL = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")  # below four bits a model loses mu
 @functools.cache
 def hub() -> Any:
     """Import huggingface_hub, and keep it from talking: what is to be said is said here."""
-    huggingface_hub: Any = importlib.import_module("huggingface_hub")
-    for module in ("utils", "errors", "constants"):
-        importlib.import_module(f"huggingface_hub.{module}")
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # it would ask for a list of programs to look out for
-    huggingface_hub.utils.logging.set_verbosity_error()
+    import huggingface_hub.constants
+    import huggingface_hub.errors
+    import huggingface_hub.utils
+
+    module: Any = huggingface_hub  # its types do not export all that its manual names
+    module.constants.HF_HUB_DISABLE_TELEMETRY = True  # it would ask for a list of programs to look out for
+    module.utils.logging.set_verbosity_error()
     if sys.stderr is None or not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
-    return huggingface_hub
+        module.utils.disable_progress_bars()
+    return module
 
 
 def hub_address() -> str:

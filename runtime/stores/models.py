@@ -76,8 +76,8 @@ def stored_models() -> list[Stored]:
     found: list[Stored] = []
     for folder in dict.fromkeys([hub_folder(), *other_folders()]):
         found += models_within(folder, in_hub=folder == hub_folder())
-    files = {(one.repository, one.file) for one in found}
-    alike = Counter((repository, quantization_of(file)) for repository, file in files)
+    distinct = {(one.repository, one.file) for one in found}
+    alike = Counter((repository, quantization_of(file)) for repository, file in distinct)
     named: dict[str, Stored] = {}
     for one in found:
         tag = quantization_of(one.file)

@@ -100,13 +100,13 @@ class States:
         Raises:
             CannotWrite: one cannot be removed.
         """
-        files = self.files()
+        states = self.files()
         try:
-            for path in [*(file.path for file in files), *self.folder.glob(".*"), *self.folder.glob("*.kv")]:
+            for path in [*(state.path for state in states), *self.folder.glob(".*"), *self.folder.glob("*.kv")]:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise CannotWrite(f"cannot remove {error.filename}: {error.strerror}") from None
-        return len(files)
+        return len(states)
 
 
 def state_checksum(key: str, data: bytes | bytearray) -> bytes:
