@@ -25,6 +25,7 @@ from metaalign_edge_runtime.stores.config import Project
 
 from ..terminal.screen import Screen
 from .groups import Loaded, MetaPrompt, NoCacheOption, ParallelOption, Rendered, Sampling, StreamOption, Strengths, Talk
+from .signature import spread
 
 ALSO_SETTINGS = ("pref", "stop", "strict_tiers", "remind", "think", "stream", "quiet", "verbose")  # without a variable
 ASIDE: Mapping[str, tuple[str, ...]] = {  # settings that a command leaves aside
@@ -107,9 +108,8 @@ def settable(command: Any) -> dict[str, Any]:
 @functools.cache
 def settings_by_name() -> dict[str, Any]:
     """Return the options of all commands that a file may set, by name."""
-    from . import command
 
-    @command
+    @spread
     def every(
         *,
         meta_prompt: MetaPrompt,

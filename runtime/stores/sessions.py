@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import metaalign_edge as edge
-
+from .. import __version__
 from ..errors import CannotWrite, NotFound, UsageError, nearest, one_line
 from . import files
 
@@ -86,7 +85,7 @@ class Transcript:
         self.path, self.lines = path, list(lines)
         self._saved = len(self.lines)  # of them, those that are on the disk
         if not self.lines:
-            self._add("session", version=SESSION_VERSION, toolkit=f"metaalign-edge {edge.__version__}")
+            self._add("session", version=SESSION_VERSION, toolkit=f"metaalign-edge {__version__}")
 
     @classmethod
     def read(cls, path: Path) -> Transcript:
