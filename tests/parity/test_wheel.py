@@ -18,6 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 HOME = os.path.expanduser("~")  # of whoever runs the tests: pip keeps there what it has built
 
 
+@pytest.fixture(autouse=True)
+def nothing_beside_the_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep Python from a checkout that whoever runs the tests works in."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what git tracks: pip builds beside the sources, where two workers would meet."""
@@ -50,6 +56,20 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         [str(folder / "bin" / "pip"), "install", "-q", "--no-deps", "--force-reinstall", str(wheel)], check=True
     )
     return folder / "bin"
+
+
+PROGRAM = """\
+from metaalign_edge import Dialog, EdgeError, Model, Turn, generate
+
+
+def answer(query: str) -> tuple[str, int]:
+    dialog = Dialog("Be brief.", "I like tea.", [Turn(query)])
+    try:
+        with Model.open() as model:
+            return generate(model, dialog, max_tokens=8).response, 0
+    except EdgeError as error:
+        return str(error), error.exit_code
+"""
 
 
 def test_the_wheel_answers_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
@@ -91,15 +111,19 @@ def test_the_wheel_takes_no_name_but_its_own(wheel: Path) -> None:
 def test_the_wheel_holds_every_file_of_its_parts(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    for path in tracked:
-        folder, _, rest = path.partition("/")
-        if path == "stubs/__init__.pyi":
-            assert "metaalign_edge-stubs/__init__.pyi" in names
-        if (
-            folder in ("convert", "templates", "models", "preferences", "schema", "tune", "runtime", "commands")
-            and rest
-        ):
-            assert f"metaalign_edge_{folder}/{rest}" in names, path
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert {"runtime", "templates", "convert", "preferences", "commands", "models", "tune"} <= folders
+    wanted = {"metaalign_edge.py", "metaalign_edge-stubs/__init__.pyi"}
+    wanted |= {f"metaalign_edge_{path}" for path in tracked if path.split("/")[0] in folders}
+    ours = {name for name in names if ".dist-info/" not in name}
+    assert ours == wanted
+
+
+def test_nothing_is_importable_but_by_its_installed_name(installed: Path, tmp_path: Path) -> None:
+    folders = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+    code = f"import importlib.util as u; print([u.find_spec(name) for name in {[*folders, 'tests', 'benchmarks']!r}])"
+    result = subprocess.run([str(installed / "python"), "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert set(result.stdout.strip("[]\n").split(", ")) == {"None"}, result
 
 
 def test_the_wheel_is_typed_for_a_strict_program(installed: Path, tmp_path: Path) -> None:
@@ -112,6 +136,7 @@ def test_the_wheel_is_typed_for_a_strict_program(installed: Path, tmp_path: Path
     assert "no issues found" in checked(program)
     wrong = "from metaalign_edge import Model, generate\nwith Model.open() as model:\n    generate(model, 3, seed='x').respons\n"
     assert set(re.findall(r"\[([a-z-]+)\]", checked(wrong))) == {"arg-type", "attr-defined"}
+    assert "no issues found" in checked(PROGRAM)
 
 
 def test_the_types_are_those_of_the_file(installed: Path, tmp_path: Path) -> None:
