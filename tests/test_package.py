@@ -98,3 +98,13 @@ def test_every_dependency_says_why() -> None:
         r'^  "[A-Za-z].*$', text[text.index("dependencies = [") : text.index("[project.scripts]")], re.MULTILINE
     ):
         assert "# " in line or '"metaalign-edge[' in line, line
+
+
+def test_every_dependency_is_imported() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    needed = re.findall(r'^  "([\w-]+)', text[text.index("dependencies = [") : text.index("]\n\n")], re.MULTILINE)
+    folders = {init.parent for init in ROOT.glob("*/__init__.py")} - {ROOT / "tune"}  # which has an extra of its own
+    paths = [ROOT / "metaalign_edge.py", *(path for folder in folders for path in folder.rglob("*.py"))]
+    source = "".join(path.read_text() for path in paths)
+    for module in (name.replace("-", "_").removesuffix("_python") for name in needed):
+        assert re.search(rf'^ *(import|from) {module}\b|import_module\("{module}\b', source, re.MULTILINE), module
