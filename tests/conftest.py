@@ -105,59 +105,48 @@ def run() -> Run:
 
 
 @pytest.fixture
+def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Do as `run`, in this process: a tenth of the time, for what needs no process of its own."""
+
+    def start(*arguments: str, input: str | bytes = "") -> subprocess.CompletedProcess[str]:
+        stdin = input if isinstance(input, bytes) else input.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        return subprocess.CompletedProcess(arguments, edge.run(arguments), *capfd.readouterr())
+
+    return start
+
+
+@pytest.fixture
 def fails(run: Run) -> Callable[..., str]:
     """Run a command that must fail with this exit code and one line on stderr; return the line."""
-
-    def check(code: int, *arguments: str, **options: object) -> str:
-        result = run(*arguments, **options)
-        assert result.returncode == code, result.stderr
-        return one_line_of(result.stdout, result.stderr)
-
-    return check
-
-
-def one_line_of(out: str, error: str) -> str:
-    """Return what was said on stderr: one line, no traceback, and nothing on stdout."""
-    assert out == ""
-    assert error.count("\n") == 1, error
-    assert "Traceback" not in error
-    return error
+    return lambda code, *arguments, **options: refusal(code, run(*arguments, **options))
 
 
 @pytest.fixture
-def refuses(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Do as `fails`, in this process: a tenth of the time, for what is refused before any model is loaded."""
-
-    def check(code: int, *arguments: str, input: str = "") -> str:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode())))
-        assert edge.run(arguments) == code
-        return one_line_of(*capfd.readouterr())
-
-    return check
+def refuses(here: Run) -> Callable[..., str]:
+    """Do as `fails`, in this process: for what is refused before any model is loaded."""
+    return lambda code, *arguments, **options: refusal(code, here(*arguments, **options))
 
 
 @pytest.fixture
-def says(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
+def says(here: Run) -> Callable[..., tuple[str, str]]:
     """Run a command in this process that must succeed; return what it wrote to stdout and to stderr."""
 
     def call(*arguments: str, stdin: bytes = b"") -> tuple[str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        code, (out, error) = edge.run(arguments), capfd.readouterr()
-        assert code == 0, error
-        return out, error
+        result = here(*arguments, input=stdin)
+        assert result.returncode == 0, result.stderr
+        return result.stdout, result.stderr
 
     return call
 
 
-@pytest.fixture
-def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Do as `run`, in this process: a tenth of the time, for what needs no process of its own."""
-
-    def start(*arguments: str, input: str = "") -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode())))
-        return subprocess.CompletedProcess(arguments, edge.run(arguments), *capfd.readouterr())
-
-    return start
+def refusal(code: int, result: subprocess.CompletedProcess[str]) -> str:
+    """Return what a command said that failed with this exit code: one line, no traceback, and nothing on stdout."""
+    assert result.returncode == code, result.stderr
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr
 
 
 @pytest.fixture
