@@ -236,12 +236,9 @@ def to_json(
 
 
 @functools.cache
-def sandbox_class() -> Any:
-    """Marry `TierSandbox` to Jinja's immutable sandbox, importing jinja2 only now."""
+def metered_class() -> Any:
+    """Define what rewrites a template's syntax tree for `TierSandbox`, importing jinja2 only now."""
     from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.runtime import LoopContext, Macro
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.visitor import NodeTransformer
 
     class Metered(NodeTransformer):
@@ -265,6 +262,16 @@ def sandbox_class() -> Any:
 
         visit_List = visit_Dict = visit_Tuple = visit_container
 
+    return Metered
+
+
+@functools.cache
+def sandbox_class() -> Any:
+    """Marry `TierSandbox` to Jinja's immutable sandbox, importing jinja2 only now."""
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.runtime import LoopContext, Macro
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
     class Generation(Extension):
         """The tag {% generation %}, by which transformers marks what is trained: passed through."""
 
@@ -286,7 +293,7 @@ def sandbox_class() -> Any:
             self.globals.pop("lipsum")
 
         def compile_metered(self, source: str) -> jinja2.Template:
-            return self.from_string(Metered().visit(self.parse(source)))
+            return self.from_string(metered_class()().visit(self.parse(source)))
 
     return Sandbox
 
