@@ -73,7 +73,7 @@ class Options(TypedDict, total=False):
     think: bool | None
 
 class Model:
-    def __init__(self, file: Any, settings: Any, interrupt: Any = None, loading: Any = None) -> None: ...
+    def __init__(self, file: Any, settings: Any, interrupt: Any = None, plan: Any = None) -> None: ...
     @classmethod
     def open(
         cls,
