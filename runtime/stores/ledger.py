@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 from ..errors import CannotWrite, UsageError
 from ..llama.library import Closing
 from . import files
-from .files import BINARY
+from .jsonl import open_named
 
 
 class Ledger(Closing):
@@ -26,17 +25,14 @@ class Ledger(Closing):
     def __init__(self, path: Path, run: str, force: bool) -> None:
         """Open the file, and read what an earlier call of the same run left. run: what that is told from others by."""
         self.path, self.run = path, run
-        self._places: dict[int, tuple[int, str]] = {}  # of a row, where it begins, and the digest of what was asked
+        self._places: dict[int, tuple[int, str]] = {}  # row index: its byte offset, the digest of its question
         try:
-            if path.exists() and not path.is_file():
-                raise UsageError(f"{path} is no file: name another with -o")
-            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o666), "r+b")
+            self._file = open_named(path, "-o")
         except OSError as error:
             raise CannotWrite(f"cannot write {path}: {error.strerror}") from None
         try:
-            self._lock()
             if force:
-                self._file.truncate(0)
+                self._file.cut(0)
             self._read()
         except BaseException:
             self._file.close()
@@ -44,24 +40,10 @@ class Ledger(Closing):
 
     def close(self) -> None:
         """Close the file."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"another process is writing {self.path}: wait for it, or name another with -o") from None
+        self._file.close()
 
     def _read(self) -> None:
-        at = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):  # killed in the middle of it
-                break
+        for start, line in self._file.read():
             try:
                 row = json.loads(line)
                 index, run, asked = row["index"], row["run"], row["asked"]
@@ -72,10 +54,7 @@ class Ledger(Closing):
                     f"{self.path} holds the rows of another run (its model or options differ): --force replaces it"
                 )
             if row["error"] is None:
-                self._places[index] = (at, asked)
-            at += len(line)
-        self._file.seek(at)
-        self._file.truncate()
+                self._places[index] = (start, asked)
 
     def has(self, index: int, asked: str) -> bool:
         """Tell whether a row has been answered, and what was asked is the same."""
@@ -89,14 +68,11 @@ class Ledger(Closing):
         """
         document = {**row, "run": self.run, "asked": asked}
         try:
-            at = self._file.tell()
-            self._file.write(json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            start = self._file.append(json.dumps(document, ensure_ascii=False))
         except OSError as error:
             again = "the same command goes on from here"
             raise CannotWrite(f"cannot write {self.path}: {error.strerror}; {again}") from None
-        self._places[row["index"]] = (at, asked)
+        self._places[row["index"]] = (start, asked)
 
     def finish(self, count: int) -> None:
         """Put the first `count` rows in order, in a new file that takes the place of this one.
@@ -106,10 +82,10 @@ class Ledger(Closing):
         """
         try:
             with files.replacing(self.path) as part:
-                with part.open("wb") as ordered:
+                with part.open("wb") as ordered, self._file.reader() as rows:
                     for index in range(count):
-                        self._file.seek(self._places[index][0])
-                        ordered.write(self._file.readline())
+                        rows.seek(self._places[index][0])
+                        ordered.write(rows.readline())
                     ordered.flush()
                     os.fsync(ordered.fileno())
                 shutil.copymode(self.path, part)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import time
@@ -14,6 +13,7 @@ from typing import Any
 from .. import __version__
 from ..errors import CannotWrite, NotFound, UsageError, nearest, one_line
 from . import files
+from .jsonl import JsonLines
 
 STAMP = "%Y-%m-%dT%H:%M:%SZ"  # of times in a session's file
 SESSION_VERSION = 1  # of the lines of a session's file
@@ -187,7 +187,7 @@ class Transcript:
         try:
             with files.locked(self.path.parent):  # one lock for all: nothing is left of a session that is removed
                 self.path.parent.mkdir(mode=0o700, exist_ok=True)
-                with open(self.path, "a+b", 0, opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+                with contextlib.closing(JsonLines(self.path, 0o600)) as file:
                     self._append(file)
         except OSError as error:
             raise CannotWrite(
@@ -195,37 +195,23 @@ class Transcript:
             ) from None
         self._saved = len(self.lines)
 
-    def _append(self, file: io.FileIO) -> None:
-        """Write the new lines, or all where the file is empty, after the last whole line, or else nothing."""
-        file.seek(0)
-        whole, newline, torn = file.readall().rpartition(b"\n")
-        end, before = len(whole) + len(newline), b""
-        if torn:
-            try:
-                session_line(torn)  # an editor has left out the end of the line
-                end, before = end + len(torn), b"\n"
-            except (ValueError, RecursionError):
-                file.truncate(end)
-        new = self.lines[max(self._saved, 1) :] if end else self.lines  # its header is there
-        if end:  # another process may have had another meta-prompt meanwhile
-            ours, theirs = self._in_force(self.lines[: self._saved]), self._in_force(readable(whole + b"\n" + torn))
+    def _append(self, file: JsonLines) -> None:
+        """Write the new lines, or all of them where the file has none."""
+        there = readable(line for _, line in file.read())
+        if last := readable([file.torn]):  # whole but for its newline: so an editor may leave it
+            there += last
+            file.keep_torn()
+        new = self.lines[max(self._saved, 1) :] if file.end else self.lines  # the file has its header
+        if file.end:  # another process may have had another meta-prompt meanwhile
+            ours, theirs = self._in_force(self.lines[: self._saved]), self._in_force(there)
             new = [ours, *new] if any(ours[name] != theirs.get(name) for name in LINE_TEXTS["meta_prompt"]) else new
-        text = before + b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in new)
-        try:
-            rest = memoryview(text)
-            while rest:
-                rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
-        except OSError:
-            with contextlib.suppress(OSError):
-                file.truncate(end)
-            raise
+        file.append(*(json.dumps(line, ensure_ascii=False) for line in new))
 
 
-def readable(data: bytes) -> list[Line]:
+def readable(texts: Iterable[bytes]) -> list[Line]:
     """Return those lines of a session that can be read."""
     lines = []
-    for text in data.split(b"\n"):
+    for text in texts:
         with contextlib.suppress(ValueError, RecursionError):
             lines.append(session_line(text))
     return lines
