@@ -29,7 +29,7 @@ from .report import (
 )
 from .statistics import Difference
 from .suite import COMPARED, SECTIONS, SIZE, Case, InvalidSuite, Judged, builtin, read_suite
-from .transcript import Transcript
+from .answers import Transcript
 
 __all__ = ["Findings", "Outcome", "Run", "Suite", "Sweep", "find_suite", "judge", "sound"]
 

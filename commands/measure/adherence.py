@@ -17,7 +17,7 @@ from typing import Any
 import metaalign_edge as edge
 from metaalign_edge import Answer, ChatTemplate, Dialog, Model, RenderOptions, Request, Scheduler, Settings, Turn
 from metaalign_edge_preferences import findings
-from metaalign_edge_preferences import transcript as transcripts
+from metaalign_edge_preferences import answers as transcripts
 from metaalign_edge_preferences.suite import InvalidSuite
 from metaalign_edge_runtime.errors import CannotWrite, EdgeError, Interrupted, NotFound, UsageError, one_line
 from metaalign_edge_runtime.llama.gguf import ModelFile
