@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import metaalign_edge as edge
 from metaalign_edge import RenderOptions
-from metaalign_edge_preferences import findings
+from metaalign_edge_preferences.answers import Answers
+from metaalign_edge_preferences.findings import Findings, Suite, Sweep, find_suite
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 
 from .measure import adherence, outputs
+from .measure.adherence import Choice
 from .options import command
 from .options.groups import (
     DIALOG,
@@ -61,26 +63,56 @@ AnswersOption = Annotated[
 ]
 
 
+class SuiteChoice(NamedTuple):
+    """Which cases are asked."""
+
+    suite: SuiteOption = "builtin"
+    size: SizeOption = None
+    seed: SuiteSeedOption = 0
+    ifeval_tier: TierOption = "system"
+
+    def read(self) -> Suite:
+        """Compose or read the suite.
+
+        Raises:
+            UsageError, NotFound: as `find_suite`.
+        """
+        return find_suite(self.suite, self.seed, self.size, self.ifeval_tier)
+
+
+class Second(NamedTuple):
+    """The model with which the first is compared."""
+
+    against: AgainstOption = None
+    against_template: AgainstTemplateOption = None
+
+
+class Outputs(NamedTuple):
+    """Where the results go, and the answers they are made of."""
+
+    as_json: JsonOption = False
+    report: ReportOption = None
+    chart: ChartOption = None
+    answers: AnswersOption = None
+
+    def answers_of(self, choice: Choice) -> Path | None:
+        """Return the file of a model's answers, if the user named one."""
+        return self.answers and self.answers.with_name(f"{self.answers.stem}{choice.suffix}{self.answers.suffix}")
+
+
 @command
 def eval(
-    suite: SuiteOption = "builtin",
-    against: AgainstOption = None,
-    size: SizeOption = None,
-    seed: SuiteSeedOption = 0,
+    *,
+    suite: SuiteChoice,
     parallel: ParallelOption = 8,
-    ifeval_tier: TierOption = "system",
     template: TemplateOption = "auto",
-    against_template: AgainstTemplateOption = None,
+    second: Second,
     remind: RemindOption = True,
     think: ThinkOption = None,
     max_tokens: MaxTokensOption = None,
     temp: TempOption = 0.0,
     strength: GridOption = None,
-    as_json: JsonOption = False,
-    report: ReportOption = None,
-    chart: ChartOption = None,
-    answers: AnswersOption = None,
-    *,
+    written: Outputs,
     strengths: Strengths,
     loaded: Loaded,
     talk: Talk,
@@ -97,31 +129,29 @@ def eval(
     """
     screen, options, interrupt = talk.screen(), RenderOptions(remind, think), Interrupt()
     settings = strengths.added(loaded.settings())
-    settings = replace(settings, max_tokens=max_tokens, temperature=temp, seed=seed, verbose=talk.verbose)
-    outputs.check_outputs(report, chart)
-    tier, grid = adherence.read_grid(strength) if strength is not None else ("", [])
-    names = [f".{tier}-{one:g}" for one in grid] or ["", ".against"]
-    models = [(loaded.model, template, settings)]
-    if grid:
-        models = [(loaded.model, template, replace(settings, **{f"{tier}_strength": one})) for one in grid]  # type: ignore[arg-type]
-    if against is not None or against_template is not None:
-        models.append(adherence.rival(models, against, against_template))
-    chosen = []
-    for name, wanted, how in models:  # before the suite is composed
-        file = loaded._replace(model=name).file(screen)
-        plan = edge.plan_for(file, how, answers=parallel)
-        chosen.append((file, edge.choose_template(wanted, file), how.planned(plan), plan))
-    asked = adherence.find_suite(suite, seed, size, ifeval_tier)
-    files = [answers and answers.with_name(f"{answers.stem}{name}{answers.suffix}") for name in names]
-    candidates = [
-        adherence.make_candidate(*one, options, asked, path) for one, path in zip(chosen, files, strict=False)
-    ]
-    if asked.unchecked:
-        kinds = ", ".join(asked.unchecked)
+    settings = replace(settings, max_tokens=max_tokens, temperature=temp, seed=suite.seed, verbose=talk.verbose)
+    outputs.check_outputs(written.report, written.chart)
+    grid = None if strength is None else adherence.read_grid(strength)
+    choices = adherence.choose_models(Choice(loaded.model, template, settings), grid, *second)
+
+    models = []  # all of them are found before the suite is composed
+    for choice in choices:
+        file = loaded._replace(model=choice.model).file(screen)
+        chosen, plan = (
+            edge.choose_template(choice.template, file),
+            edge.plan_for(file, choice.settings, answers=parallel),
+        )
+        models.append((file, chosen, choice.settings.planned(plan), plan, written.answers_of(choice)))
+    cases = suite.read()
+    opened: dict[Path, Answers] = {}
+    candidates = [adherence.make_candidate(*model, options, cases, opened) for model in models]
+    if cases.unchecked:
+        kinds = ", ".join(cases.unchecked)
         screen.note(f"metaalign-edge: warning: not checked: {kinds}: get `python -m nltk.downloader punkt_tab`")
+
     for candidate in candidates:
-        adherence.interview(candidate, asked, options, parallel, interrupt, screen)
+        adherence.ask_model(candidate, cases, options, parallel, interrupt, screen)
     runs = [candidate.run for candidate in candidates]
-    found = findings.Sweep(asked, runs, tier, grid) if grid else findings.Findings(asked, runs)
-    outputs.write_outputs(found, report, chart)
-    screen.json(found.document()) if as_json else screen.write(found.text(screen.lay_out))
+    found = Sweep(cases, runs, grid.tier, grid.strengths) if grid else Findings(cases, runs)
+    outputs.write_outputs(found, written.report, written.chart)
+    screen.json(found.document()) if written.as_json else screen.write(found.text(screen.lay_out))

@@ -8,7 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from metaalign_edge_runtime.errors import UsageError
+
 from . import ifeval
+from .answers import Answers
 from .report import (
     SIGNIFICANT,
     Group,
@@ -28,8 +31,7 @@ from .report import (
     verdicts,
 )
 from .statistics import Difference
-from .suite import COMPARED, SECTIONS, SIZE, Case, InvalidSuite, Judged, builtin, read_suite
-from .answers import Transcript
+from .suite import COMPARED, SECTIONS, SIZE, Case, Judged, builtin, read_suite
 
 __all__ = ["Findings", "Outcome", "Run", "Suite", "Sweep", "find_suite", "judge", "sound"]
 
@@ -48,7 +50,7 @@ class Suite:
     unchecked: list[str]  # IFEval's instructions that cannot be checked here
 
     @cached_property
-    def asked(self) -> list[Case]:
+    def all_cases(self) -> list[Case]:
         """Return the cases and, to see what a preference changes, their questions once more without a meta-prompt."""
         plain = {case.queries[-1]: case.plain for case in self.cases if case.section in COMPARED}
         return [*self.cases, *plain.values()]
@@ -72,23 +74,23 @@ def find_suite(name: str, seed: int, size: int | None, tier: str) -> Suite:
     """Compose the built-in suite, or read a file: of one's own, or of IFEval's, whose instructions go to `tier`.
 
     Raises:
-        InvalidSuite: the file is no suite, or IFEval's checkers are not installed. OSError: it cannot be read.
+        UsageError: the file is no suite, or IFEval's checkers are not installed. NotFound: it cannot be read.
     """
     if tier not in ifeval.TIERS:
-        raise InvalidSuite(f"--ifeval-tier takes {', '.join(ifeval.TIERS)}, not {tier!r}")
+        raise UsageError(f"--ifeval-tier takes {', '.join(ifeval.TIERS)}, not {tier!r}")
     if name == "builtin":
         return Suite(name, name, builtin(seed, size or SIZE), seed, size or SIZE, [])
     if name == "ifeval":
-        raise InvalidSuite(ifeval.WHERE)
+        raise UsageError(ifeval.WHERE)
     path = Path(name).expanduser()
     if not ifeval.is_ifeval(path):
         return Suite(name, "own", read_suite(path)[:size], seed, size, [])
     if ifeval.missing():
-        raise InvalidSuite(ifeval.MISSING)
+        raise UsageError(ifeval.MISSING)
     try:
         cases, unchecked = ifeval.read_ifeval(path, tier)
     except ImportError as error:
-        raise InvalidSuite(f"lm-eval does not load ({error}): {ifeval.MISSING}") from error
+        raise UsageError(f"lm-eval does not load ({error}): {ifeval.MISSING}") from error
     return Suite(name, "ifeval", cases[:size], seed, size, unchecked)
 
 
@@ -105,7 +107,7 @@ class Run:
     native: bool
     max_tokens: int
     temperature: float
-    transcript: Transcript
+    answers: Answers
 
 
 @dataclass(frozen=True)
@@ -120,26 +122,26 @@ class Outcome:
     tree: dict[str, Any]
 
 
-def judge(suite: Suite, transcript: Transcript) -> Outcome:
+def judge(suite: Suite, answers: Answers) -> Outcome:
     """Judge the answers; a case that has none, or whose checker fails, counts as missed."""
-    said = {number: transcript.said(number) for number in range(len(suite.asked))}
-    start = len(suite.cases)
-    plain = {case.queries[0]: said[start + place] for place, case in enumerate(suite.asked[start:])}
+    responses = [answers.responses(number) for number in range(len(suite.all_cases))]
+    first_plain = len(suite.cases)
+    plain = {case.queries[0]: responses[number] for number, case in enumerate(suite.all_cases) if number >= first_plain}
     judged, errors = [], []
     for number, case in enumerate(suite.cases):
-        if reason := transcript.failed(number):
+        if reason := answers.failed(number):
             errors.append({"id": case.id, "reason": reason})
-        answer = said[number][-1] if len(said[number]) == len(case.queries) else ""
+        answer = responses[number][-1] if len(responses[number]) == len(case.queries) else ""
         yardstick = next(iter(plain.get(case.queries[-1], [])), "")
         judged.append(Judged(case, answer, yardstick))
     counted = [sound(one, errors) for one in suite.spread(judged)]
-    kept = [answer for turns in transcript.answers.values() for answer in turns]
+    records = [record for turns in answers.records.values() for record in turns]
     return Outcome(
         counted=counted,
         errors=list({(error["id"], error["reason"]): error for error in errors}.values()),
-        unfinished=sum(answer.get("finish_reason") == "length" for answer in kept),
-        truncated=sum(bool(answer.get("truncated")) for answer in kept),
-        seconds=transcript.seconds,
+        unfinished=sum(record.get("finish_reason") == "length" for record in records),
+        truncated=sum(bool(record.get("truncated")) for record in records),
+        seconds=answers.seconds,
         tree=suite.summary(counted),
     )
 
@@ -169,7 +171,7 @@ class Findings:
     def __init__(self, suite: Suite, runs: Sequence[Run]) -> None:
         """Judge the answers."""
         self.suite, self.runs = suite, runs
-        self.outcomes = [judge(suite, run.transcript) for run in runs]
+        self.outcomes = [judge(suite, run.answers) for run in runs]
         self.differences: Mapping[Place, Difference] = {}
         if len(runs) > 1:
             first, second = self.outcomes

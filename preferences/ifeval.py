@@ -19,10 +19,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from metaalign_edge_runtime.errors import UsageError
+
 from .checkers import CHECKERS
 from .dialogs import Check
 from .statistics import rate
-from .suite import Case, InvalidSuite, Judged
+from .suite import Case, Judged, suite_lines
 
 __all__ = ["MISSING", "TIERS", "WHERE", "is_ifeval", "judged_by_instruction", "missing", "read_ifeval", "summary"]
 
@@ -36,9 +38,12 @@ _PROBE = "Tea is a drink. It is hot."
 
 
 def is_ifeval(path: Path) -> bool:
-    """Tell whether a file's first line has IFEval's fields. OSError: it cannot be read."""
-    with path.open("rb") as file:
-        line = next((line for line in file if line.strip()), b"")
+    """Tell whether a file's first line has IFEval's fields.
+
+    Raises:
+        NotFound: it cannot be read.
+    """
+    line = next((line for line in suite_lines(path) if line.strip()), b"")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -57,22 +62,22 @@ def read_ifeval(path: Path, tier: str = "system") -> tuple[list[Case], list[str]
     A case whose every instruction can be checked has the section `prompt`, another `part`; one without any is left out.
 
     Raises:
-        InvalidSuite: a line is no row of IFEval's. OSError: the file cannot be read.
+        UsageError: a line is no row of IFEval's. NotFound: the file cannot be read.
     """
     cases: list[Case] = []
     unchecked: set[str] = set()
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(suite_lines(path), 1):
         if line.strip():
             try:
                 case, left = _case(json.loads(line.decode("utf-8")), tier)
             except RecursionError:
-                raise InvalidSuite(f"{path}, line {number}: not JSON (nested too deeply): one object a line") from None
+                raise UsageError(f"{path}, line {number}: not JSON (nested too deeply): one object a line") from None
             except ValueError as error:
-                raise InvalidSuite(f"{path}, line {number}: no row of IFEval's: {error}") from None
+                raise UsageError(f"{path}, line {number}: no row of IFEval's: {error}") from None
             unchecked.update(left)
             cases += [case] if case.checks else []
     if not cases:
-        raise InvalidSuite(f"{path} holds no instruction that can be checked here")
+        raise UsageError(f"{path} holds no instruction that can be checked here")
     return cases, sorted(unchecked)
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
+from metaalign_edge_runtime.errors import NotFound, UsageError
+
 from . import SPLITS, families, values
 from .checkers import CHECKERS, prose
 from .dialogs import Check, Plan, Scene, compatible, compose, flip, held_out_pair, subjects
@@ -26,10 +28,10 @@ __all__ = [
     "SECTIONS",
     "SIZE",
     "Case",
-    "InvalidSuite",
     "Judged",
     "builtin",
     "read_suite",
+    "suite_lines",
     "summary",
     "survives",
 ]
@@ -67,10 +69,6 @@ _COMMON = frozenset(
 )
 SIZE = 60  # cases a section of the built-in suite, unless told
 _ENOUGH = 0.6  # of the content words, for a fact to have survived
-
-
-class InvalidSuite(ValueError):
-    """A suite's line is no case; the text says which line and field, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -244,29 +242,45 @@ def read_suite(path: Path) -> list[Case]:
     "mentions", "parameters": {"text": "tea"}}]`; `"losing"` likewise.
 
     Raises:
-        InvalidSuite: a line is no case. OSError: the file cannot be read.
+        UsageError: a line is no case; says which line and field. NotFound: the file cannot be read.
     """
     cases: list[Case] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(suite_lines(path), 1):
         if not line.strip():
             continue
         try:
             cases.append(_own_case(json.loads(line.decode("utf-8")), f"{path.stem}/{number}"))
         except UnicodeDecodeError as error:
-            raise InvalidSuite(f"{path}, line {number}: not UTF-8 (byte {error.start + 1}): save it as UTF-8") from None
+            raise UsageError(f"{path}, line {number}: not UTF-8 (byte {error.start + 1}): save it as UTF-8") from None
         except RecursionError:
-            raise InvalidSuite(f"{path}, line {number}: not JSON (nested too deeply): one object a line") from None
+            raise UsageError(f"{path}, line {number}: not JSON (nested too deeply): one object a line") from None
         except json.JSONDecodeError as error:
-            raise InvalidSuite(f"{path}, line {number}: not JSON ({error}): one object a line") from None
+            raise UsageError(f"{path}, line {number}: not JSON ({error}): one object a line") from None
         except ValueError as error:
-            raise InvalidSuite(f"{path}, line {number}: {error}") from None
+            raise UsageError(f"{path}, line {number}: {error}") from None
     if not cases:
-        raise InvalidSuite(f"{path} holds no case: write one JSON object a line, with a `query` and its `values`")
+        raise UsageError(f"{path} holds no case: write one JSON object a line, with a `query` and its `values`")
     return cases
 
 
+def suite_lines(path: Path) -> list[bytes]:
+    """Read the lines of a suite's file.
+
+    Raises:
+        NotFound: it cannot be read.
+    """
+    try:
+        return path.read_bytes().splitlines()
+    except OSError as error:
+        raise NotFound(f"cannot read the suite {path}: {error.strerror}") from None
+
+
 def _own_case(found: Any, name: str) -> Case:
-    """Return the case that a line describes; ValueError says which field is wrong."""
+    """Return the case that a line describes.
+
+    Raises:
+        ValueError: a field is wrong; says which.
+    """
     if not isinstance(found, dict):
         raise ValueError(f"a {type(found).__name__} where an object belongs")
     known = {"id", "section", "query", "queries", "system_info", "user_info", "earlier", "values", "checks", "losing",

@@ -131,8 +131,8 @@ def test_earlier_turns_are_the_models_own_and_stand_under_their_own_meta_prompt(
 
 
 def test_what_a_preference_changes_is_seen_against_the_same_questions_without_a_meta_prompt() -> None:
-    suite = adherence.find_suite("builtin", 0, 2, "system")
-    plain = suite.asked[len(suite.cases) :]
+    suite = findings.find_suite("builtin", 0, 2, "system")
+    plain = suite.all_cases[len(suite.cases) :]
     compared = [case for case in suite.cases if case.section in ("seen", "combination", "frame")]
     assert [case.queries for case in plain] == list(dict.fromkeys(case.queries for case in compared))
     assert len(plain) > 2 and not any(case.system_info or case.user_info for case in plain)
@@ -227,6 +227,14 @@ def test_a_model_is_compared_with_itself_under_another_template(
     )
     text = page.read_text()
     assert "metaalign, native against chatml, wrapped" in text and f"{demo.name} (chatml)" in text
+
+
+def test_a_model_that_is_compared_with_itself_is_asked_once(here: Run, tiny: Path, own: Path, cache: Path) -> None:
+    result = here("eval", "-m", str(tiny), "--against", str(tiny), "--suite", str(own), "-n", "3", "--json")
+    assert result.returncode == 0, result.stderr
+    (answers,) = cache.glob("answers/*")
+    assert answers.read_bytes().count(b"\n") == 7 and "6 answers, 6 of them given" in result.stderr
+    assert json.loads(result.stdout)["against"]["differences"]["adherence"]["own"]["points"] == 0
 
 
 @pytest.mark.slow

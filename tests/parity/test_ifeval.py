@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from metaalign_edge_preferences import suite
+from metaalign_edge_runtime.errors import UsageError
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 ROWS: list[dict[str, Any]] = [
@@ -138,7 +139,7 @@ def test_the_instructions_words_stand_in_the_tier_and_the_prompt_is_the_question
 def test_a_row_that_is_none_is_named(row: Any, said: str, ifeval: Any, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(suite.InvalidSuite, match="line 2") as error:
+    with pytest.raises(UsageError, match="line 2") as error:
         ifeval.read_ifeval(path)
     assert said in str(error.value)
 
