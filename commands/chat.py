@@ -12,7 +12,7 @@ from metaalign_edge import STOPWATCH, Answer, Prompt, Request, Scheduler
 from metaalign_edge_runtime.errors import NotFound, UsageError
 from metaalign_edge_runtime.llama import memory
 from metaalign_edge_runtime.stores import session_text, sessions
-from metaalign_edge_runtime.stores.sessions import Transcript
+from metaalign_edge_runtime.stores.sessions import Conversation
 
 from .options import command
 from .options.groups import (
@@ -42,7 +42,7 @@ from .terminal.screen import Aside, Screen
 
 
 def answer_once(
-    scheduler: Scheduler, transcript: Transcript, query: str, screen: Screen, strict: bool, reply: Reply | None
+    scheduler: Scheduler, conversation: Conversation, query: str, screen: Screen, strict: bool, reply: Reply | None
 ) -> None:
     """Answer one query on stdout, as JSON without a `reply`; a session keeps it, also what was cut off.
 
@@ -55,8 +55,8 @@ def answer_once(
         report.warn(prompt, screen, strict)
         begun.append(prompt.answer)
 
-    dialog, seed, show = dialog_of(transcript, query), scheduler.settings.seed, reply.show if reply else lambda _: None
-    request = Request(dialog, seed, show=show, think=Aside(screen).write)
+    dialog, show = dialog_of(conversation, query), reply.show if reply else lambda _: None
+    request = Request(dialog, scheduler.settings.seed, show=show, think=Aside(screen).write)
     complete = False
     try:
         with scheduler.interrupt, reply.alone() if reply else contextlib.nullcontext():
@@ -65,19 +65,19 @@ def answer_once(
         if reply:
             reply.end(answer.response)
         else:
-            screen.json({**asdict(answer), **({"session": transcript.name} if transcript.path else {})})
+            screen.json({**asdict(answer), **({"session": conversation.name} if conversation.path else {})})
     finally:
         for answer in begun:
             answer.finish_reason = answer.finish_reason if complete else "interrupted"  # stdout was closed, say
-            transcript.add(asdict(answer))
-            transcript.save()
+            conversation.add(asdict(answer))
+            conversation.save()
     screen.detail(report.describe(answer))
     screen.detail(f"time {STOPWATCH}; memory {memory.peak_mb():.0f} MB at most")
     scheduler.interrupt.check()
     report.check_answer(answer, scheduler.settings.schema, screen)
 
 
-def go_on(name: str | None, newest: bool) -> Transcript:
+def go_on(name: str | None, newest: bool) -> Conversation:
     """Return the session of a name, or the one that was used last; without either, a conversation that is not kept.
 
     Raises:
@@ -86,15 +86,15 @@ def go_on(name: str | None, newest: bool) -> Transcript:
     if name is not None and newest:
         raise UsageError("--session and --continue both choose a session: give one")
     if name is not None:
-        return Transcript.read(sessions.session_path(name))
+        return Conversation.read(sessions.session_path(name))
     if not newest:
-        return Transcript()
+        return Conversation()
     if not (paths := sessions.session_paths()):
         raise NotFound("no session to go on with: `metaalign-edge chat --session NAME` begins one")
-    return Transcript.read(paths[0])
+    return Conversation.read(paths[0])
 
 
-def set_meta_prompt(transcript: Transcript, meta_prompt: MetaPrompt, context: typer.Context) -> None:
+def set_meta_prompt(conversation: Conversation, meta_prompt: MetaPrompt, context: typer.Context) -> None:
     """Let the command line's tiers be the conversation's; those that it does not give stay as the session has them.
 
     Raises:
@@ -103,15 +103,15 @@ def set_meta_prompt(transcript: Transcript, meta_prompt: MetaPrompt, context: ty
 
     def stays(*names: str) -> bool:
         sources = [context.get_parameter_source(name) for name in names]
-        return len(transcript.lines) > 1 and not any(source and source.name == "COMMANDLINE" for source in sources)
+        return len(conversation.lines) > 1 and not any(source and source.name == "COMMANDLINE" for source in sources)
 
-    latest, preferences = transcript.meta_prompt, meta_prompt.preferences()
+    latest, preferences = conversation.meta_prompt, meta_prompt.preferences()
     system_info = latest["system_info"] if stays("system", "system_file") else meta_prompt.system_info()
     if stays("pref", "pref_file", "no_pref"):
-        transcript.set(system_info, latest["user_info"], transcript.label)
+        conversation.set(system_info, latest["user_info"], conversation.label)
     else:
         label = session_text.label_of([one.given for one in preferences])
-        transcript.set(system_info, "\n".join(one.text for one in preferences), label)
+        conversation.set(system_info, "\n".join(one.text for one in preferences), label)
 
 
 @command
@@ -149,15 +149,15 @@ def chat(
 
         metaalign-edge chat --continue "And beans?"
     """
-    screen, transcript = talk.screen(), go_on(name, newest)
-    set_meta_prompt(transcript, meta_prompt, context)
+    screen, conversation = talk.screen(), go_on(name, newest)
+    set_meta_prompt(conversation, meta_prompt, context)
     settings = gathered(loaded, sampling, strengths, talk)
     asked = read_query(query, no_stdin, repl=not as_json)
     with open_scheduler(loaded, rendered, settings, screen, kept_states(no_cache)) as scheduler:
-        report.introduce(transcript, scheduler.model.file.path.name, screen, talking=asked is None)
+        report.introduce(conversation, scheduler.model.file.path.name, screen, talking=asked is None)
         markdown = markdown and settings.schema is None  # JSON would lose its stars and underscores
         if asked is None:
-            Repl(scheduler, transcript, screen, rendered.strict_tiers, markdown).run()
+            Repl(scheduler, conversation, screen, rendered.strict_tiers, markdown).run()
         else:
             reply = None if as_json else Reply(screen, markdown, stream)
-            answer_once(scheduler, transcript, asked, screen, rendered.strict_tiers, reply)
+            answer_once(scheduler, conversation, asked, screen, rendered.strict_tiers, reply)

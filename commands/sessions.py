@@ -9,7 +9,7 @@ import typer
 
 from metaalign_edge_runtime.errors import CannotWrite, EdgeError, UsageError, one_line
 from metaalign_edge_runtime.stores import files, session_text, sessions
-from metaalign_edge_runtime.stores.sessions import Transcript
+from metaalign_edge_runtime.stores.sessions import Conversation
 
 from .options.groups import ForceOption, JsonOption, QuietOption, option
 from .terminal import tables
@@ -56,10 +56,10 @@ def summary(path: Path) -> dict[str, Any]:
     """Sum up a session, or say what is wrong with it."""
     nothing = dict.fromkeys(("turns", "first", "last", "model", "preference"))
     try:
-        transcript = Transcript.read(path)
+        conversation = Conversation.read(path)
     except EdgeError as error:
         return {"name": path.stem, **nothing, "path": str(path), "error": one_line(error)}
-    turns = transcript.turns()
+    turns = conversation.turns()
     first, last = (turns[0], turns[-1]) if turns else ({}, {})
     return {
         "name": path.stem,
@@ -67,7 +67,7 @@ def summary(path: Path) -> dict[str, Any]:
         "first": first.get("at"),
         "last": last.get("at"),
         "model": last.get("model"),
-        "preference": transcript.label or session_text.label_of([transcript.meta_prompt["user_info"]]),
+        "preference": conversation.label or session_text.label_of([conversation.meta_prompt["user_info"]]),
         "path": str(path),
         "error": None,
     }
@@ -81,11 +81,11 @@ def sessions_show(name: SessionArgument, as_json: JsonOption = False) -> None:
 
         metaalign-edge sessions show garden
     """
-    screen, transcript = Screen(), Transcript.read(sessions.existing_session(name))
+    screen, conversation = Screen(), Conversation.read(sessions.existing_session(name))
     if as_json:
-        screen.json(session_text.as_document(transcript))
+        screen.json(session_text.as_document(conversation))
     else:
-        screen.write(session_text.as_text(transcript))
+        screen.write(session_text.as_text(conversation))
 
 
 @app.command("rm")
@@ -124,7 +124,7 @@ def sessions_export(
     form = form or ("json" if output and output.suffix.lower() == ".json" else "md")
     if form not in ("md", "json"):
         raise UsageError(f"--format takes md or json, not {form!r}")
-    text = session_text.exported(Transcript.read(sessions.existing_session(name)), form)
+    text = session_text.exported(Conversation.read(sessions.existing_session(name)), form)
     if output is None:
         Screen().write(text)
         return

@@ -17,7 +17,7 @@ from terminal import Emulator, Terminal
 from metaalign_edge_commands.terminal.repl import Repl
 from metaalign_edge_commands.terminal.reply import rows_of
 from metaalign_edge_runtime.stores import files, profiles
-from metaalign_edge_runtime.stores.sessions import Transcript, session_path
+from metaalign_edge_runtime.stores.sessions import Conversation, session_path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -64,10 +64,10 @@ def test_again_shows_and_keep_keeps(tiny: Path) -> None:
     terminal.type("/again @child\n")
     terminal.until("\n[short] > ")
     path = session_path("work")
-    assert [turn["user_info"] for turn in Transcript.read(path).turns()] == ["short"]
+    assert [turn["user_info"] for turn in Conversation.read(path).turns()] == ["short"]
     terminal.type("/keep\n")
     terminal.until("\n[@child] > ")
-    (turn,) = Transcript.read(path).turns()
+    (turn,) = Conversation.read(path).turns()
     assert (turn["query"], turn["user_info"]) == ("What is tea?", profiles.expand_profile("@child"))
     terminal.type("/pref @no-such-one\n")
     terminal.until("no preference profile @no-such-one")
@@ -75,7 +75,7 @@ def test_again_shows_and_keep_keeps(tiny: Path) -> None:
     terminal.until("\n[@json+@child] > ")
     terminal.type("\x04")
     assert terminal.leave() == 0
-    assert Transcript.read(path).label == "@json+@child"  # though nothing was asked under it
+    assert Conversation.read(path).label == "@json+@child"  # though nothing was asked under it
 
 
 WRONG = {
@@ -150,7 +150,7 @@ def test_a_conversation_becomes_a_session_and_goes_on_being_one(tiny: Path, tmp_
     terminal.until("session work: 3 turns")
     terminal.type("/exit\n")
     assert terminal.leave() == 0
-    turns = Transcript.read(session_path("work")).turns()
+    turns = Conversation.read(session_path("work")).turns()
     assert [(turn["query"], turn["user_info"]) for turn in turns] == [
         ("one?", "short"),
         ("two?", "long"),
@@ -173,7 +173,7 @@ def test_a_session_that_cannot_be_written_is_said_at_each_turn_and_at_the_end(
     terminal.type("two?\n")
     terminal.until("\n> ")
     terminal.until("\n> ")
-    assert len(Transcript.read(session_path("work")).turns()) == 2
+    assert len(Conversation.read(session_path("work")).turns()) == 2
     session_path("work").unlink()
     (tmp_path / "file" / "data" / "sessions").rmdir()
     (tmp_path / "file" / "data" / "sessions").touch()
@@ -197,7 +197,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation_and_ctrl_d_leaves(slo
         while terminal.look(0.5):
             pass
     terminal.until("> ")
-    (turn,) = Transcript.read(session_path("work")).turns()
+    (turn,) = Conversation.read(session_path("work")).turns()
     assert turn["finish_reason"] == "interrupted"
     terminal.type("\x04")
     assert terminal.leave() == 0
@@ -209,9 +209,9 @@ def test_completion_knows_commands_profiles_and_sessions() -> None:
     assert ("@child", 3) in Repl.completions("/pref @ch") and ("@child", 3) in Repl.completions("/again @json+@ch")
     assert ("@expert", 3) in Repl.completions("/compare @child @ex") and Repl.completions("/nonsense @") == []
     assert Repl.completions("/strength p") == [("pref", 1)] and len(Repl.completions("/think ")) == 3
-    transcript = Transcript(session_path("garden"))
-    transcript.clear()
-    transcript.save()
+    conversation = Conversation(session_path("garden"))
+    conversation.clear()
+    conversation.save()
     assert Repl.completions("/load g") == [("garden", 1)]
 
 

@@ -22,7 +22,7 @@ from metaalign_edge import Dialog, Turn
 from metaalign_edge_commands.terminal.repl import dialog_of as dialog_of_conversation
 from metaalign_edge_runtime.errors import CannotWrite, UsageError
 from metaalign_edge_runtime.stores import session_text
-from metaalign_edge_runtime.stores.sessions import Transcript, session_path
+from metaalign_edge_runtime.stores.sessions import Conversation, session_path
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Ask = Callable[..., dict[str, Any]]
@@ -57,18 +57,18 @@ def say(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 def kept(name: str, *turns: tuple[str, str], pref: str = "") -> Path:
     """Write a session as the program does; return its path."""
-    transcript = Transcript(session_path(name))
-    transcript.set("", pref, session_text.label_of([pref]))
+    conversation = Conversation(session_path(name))
+    conversation.set("", pref, session_text.label_of([pref]))
     for query, response in turns:
-        transcript.add({"query": query, "response": response, "model": "m.gguf", "finish_reason": "stop"})
-    transcript.save()
+        conversation.add({"query": query, "response": response, "model": "m.gguf", "finish_reason": "stop"})
+    conversation.save()
     return session_path(name)
 
 
 def dialog_of(name: str) -> Dialog:
-    transcript = Transcript.read(session_path(name))
-    tiers = transcript.meta_prompt
-    return Dialog(tiers["system_info"], tiers["user_info"], tuple(Turn(*pair) for pair in transcript.pairs()))
+    conversation = Conversation.read(session_path(name))
+    tiers = conversation.meta_prompt
+    return Dialog(tiers["system_info"], tiers["user_info"], tuple(Turn(*pair) for pair in conversation.pairs()))
 
 
 def test_a_session_goes_on_where_it_was(ask: Ask) -> None:
@@ -142,11 +142,11 @@ def test_a_line_torn_off_at_any_byte_is_cut_and_the_session_goes_on() -> None:
     begins = data.rindex(b"\n", 0, -1) + 1
     for end in range(begins, len(data) + 1):
         path.write_bytes(data[:end])
-        transcript = Transcript.read(path)
+        conversation = Conversation.read(path)
         whole = end >= len(data) - 1  # without its newline, too: so an editor may leave it
-        assert [turn["query"] for turn in transcript.turns()] == ["one?", "tŵo?"][: 1 + whole]
-        transcript.add({"query": "three?", "response": "3"})
-        transcript.save()
+        assert [turn["query"] for turn in conversation.turns()] == ["one?", "tŵo?"][: 1 + whole]
+        conversation.add({"query": "three?", "response": "3"})
+        conversation.save()
         assert path.read_bytes().startswith(data if whole else data[:begins])
         assert [turn.query for turn in dialog_of("work").turns] == ["one?", "tŵo?", "three?"][:: 1 if whole else 2]
 
@@ -196,9 +196,9 @@ def test_unknown_fields_and_kinds_are_left_alone() -> None:
     path = kept("work", ("one?", "1"))
     more = b'{"kind": "weather", "rain": true}\n{"kind": "turn", "query": "two?", "response": "2", "mood": "good"}\n'
     path.write_bytes(data := path.read_bytes() + more)
-    transcript = Transcript.read(path)
-    transcript.add({"query": "three?", "response": "3"}, again=True)  # in the place of one that has no id
-    transcript.save()
+    conversation = Conversation.read(path)
+    conversation.add({"query": "three?", "response": "3"}, again=True)  # in the place of one that has no id
+    conversation.save()
     assert [turn.query for turn in dialog_of("work").turns] == ["one?", "three?"]
     assert path.read_bytes().startswith(data)
 
@@ -207,22 +207,22 @@ def test_a_newer_programs_session_and_another_file_are_refused() -> None:
     path = kept("work", ("one?", "1"))
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
     with pytest.raises(UsageError, match="update this program"):
-        Transcript.read(path)
+        Conversation.read(path)
     path.write_text('{"index": 0}\n')
     with pytest.raises(UsageError, match="does not begin with the header"):
-        Transcript.read(path)
+        Conversation.read(path)
 
 
 WRITER = """
 import sys, metaalign_edge
 from metaalign_edge_runtime.stores import sessions
 name, who, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-transcript = sessions.Transcript.read(sessions.session_path(name))
+conversation = sessions.Conversation.read(sessions.session_path(name))
 print("ready", flush=True)
 for number in range(count):
-    transcript.set("", who, who)
-    transcript.add({"query": f"{who} {number}", "response": "x" * 20000})
-    transcript.save()
+    conversation.set("", who, who)
+    conversation.add({"query": f"{who} {number}", "response": "x" * 20000})
+    conversation.save()
 """
 
 
@@ -235,23 +235,23 @@ def writer(name: str, who: str, count: int) -> subprocess.Popen[str]:
 def test_two_processes_write_whole_lines_and_each_turn_keeps_its_meta_prompt() -> None:
     both = [writer("work", who, 30) for who in ("anna", "bert")]  # one of them begins it
     assert [process.wait(timeout=60) for process in both] == [0, 0]
-    transcript = Transcript.read(session_path("work"))
-    turns = transcript.turns()
+    conversation = Conversation.read(session_path("work"))
+    turns = conversation.turns()
     for who in ("anna", "bert"):
         mine = [turn for turn in turns if turn["query"].startswith(who)]
         assert [turn["query"] for turn in mine] == [f"{who} {number}" for number in range(30)]
         assert {turn["user_info"] for turn in mine} == {who}
-    assert len(turns) == 60 and [line["kind"] for line in transcript.lines].count("session") == 1
+    assert len(turns) == 60 and [line["kind"] for line in conversation.lines].count("session") == 1
 
 
 def test_two_that_begin_a_session_share_it() -> None:
     path = session_path("work")
-    anna, bert = Transcript.read(path), Transcript.read(path)
+    anna, bert = Conversation.read(path), Conversation.read(path)
     anna.set("", "brief", "")
     for one in (anna, bert, anna):
         one.add({"query": "?", "response": "!"})
         one.save()
-    assert [turn["user_info"] for turn in Transcript.read(path).turns()] == ["brief", "", "brief"]
+    assert [turn["user_info"] for turn in Conversation.read(path).turns()] == ["brief", "", "brief"]
     assert path.read_text().count('"session"') == 1
 
 
@@ -262,7 +262,7 @@ def test_killed_at_any_moment_it_has_all_that_was_finished() -> None:
         time.sleep(0.02 + 0.017 * round)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        turns = Transcript.read(session_path("work")).turns()
+        turns = Conversation.read(session_path("work")).turns()
         mine = [turn["query"] for turn in turns[said:]]
         assert mine == [f"anna {number}" for number in range(len(mine))]
         said = len(turns)
@@ -308,22 +308,22 @@ def test_where_nothing_can_be_written_the_answer_comes_first(
 def test_what_could_not_be_written_is_written_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocked = tmp_path / "file"
     blocked.touch()
-    transcript = Transcript(blocked / "sessions" / "work.jsonl")
-    transcript.add({"query": "one?", "response": "1"})
+    conversation = Conversation(blocked / "sessions" / "work.jsonl")
+    conversation.add({"query": "one?", "response": "1"})
     with pytest.raises(CannotWrite):
-        transcript.save()
+        conversation.save()
     blocked.unlink()
-    transcript.add({"query": "two?", "response": "2"})
-    transcript.save()
-    assert len(Transcript.read(transcript.path).turns()) == 2  # type: ignore[arg-type]
+    conversation.add({"query": "two?", "response": "2"})
+    conversation.save()
+    assert len(Conversation.read(conversation.path).turns()) == 2  # type: ignore[arg-type]
 
 
 def test_a_session_removed_meanwhile_is_written_whole() -> None:
     path = kept("work", ("one?", "1"))
-    transcript = Transcript.read(path)
+    conversation = Conversation.read(path)
     path.unlink()
-    transcript.add({"query": "two?", "response": "2"})
-    transcript.save()
+    conversation.add({"query": "two?", "response": "2"})
+    conversation.save()
     assert [turn.query for turn in dialog_of("work").turns] == ["one?", "two?"]
 
 
@@ -337,27 +337,31 @@ def test_what_does_not_fit_is_dropped_from_the_prompt_and_said_but_not_from_the_
 
 def test_the_turns_that_were_cleared_or_replaced_are_not_in_the_prompt() -> None:
     kept("work", ("one?", "1"), ("two?", "2"))
-    transcript = Transcript.read(session_path("work"))
-    transcript.add({"query": "two?", "response": "II"}, again=True)
-    assert dialog_of_conversation(transcript, "three?").turns == (Turn("one?", "1"), Turn("two?", "II"), Turn("three?"))
-    assert dialog_of_conversation(transcript, "two?", again=True).turns == (Turn("one?", "1"), Turn("two?"))
-    transcript.clear()
-    transcript.add({"query": "four?", "response": "4"})
-    transcript.save()
+    conversation = Conversation.read(session_path("work"))
+    conversation.add({"query": "two?", "response": "II"}, again=True)
+    assert dialog_of_conversation(conversation, "three?").turns == (
+        Turn("one?", "1"),
+        Turn("two?", "II"),
+        Turn("three?"),
+    )
+    assert dialog_of_conversation(conversation, "two?", again=True).turns == (Turn("one?", "1"), Turn("two?"))
+    conversation.clear()
+    conversation.add({"query": "four?", "response": "4"})
+    conversation.save()
     assert dialog_of("work").turns == (Turn("four?", "4"),)
-    assert [turn["forgotten"] for turn in Transcript.read(session_path("work")).turns()] == [True, True, False]
+    assert [turn["forgotten"] for turn in Conversation.read(session_path("work")).turns()] == [True, True, False]
 
 
 def test_sessions_are_listed_shown_and_exported_with_preferences_where_they_changed(
     say: Callable[..., str], refuses: Callable[..., str], tmp_path: Path
 ) -> None:
     path = kept("work", ("one?", "1"), pref="@concise")
-    transcript = Transcript.read(path)
-    transcript.set("be kind", "two\nlines", "two lines")
-    transcript.add({"query": "two\nor three?", "response": "2\n", "finish_reason": "interrupted"})
-    transcript.clear()
-    transcript.add({"query": "four?", "response": "4", "model": "n.gguf"})
-    transcript.save()
+    conversation = Conversation.read(path)
+    conversation.set("be kind", "two\nlines", "two lines")
+    conversation.add({"query": "two\nor three?", "response": "2\n", "finish_reason": "interrupted"})
+    conversation.clear()
+    conversation.add({"query": "four?", "response": "4", "model": "n.gguf"})
+    conversation.save()
     text = say("sessions", "show", "work")
     assert text == (
         "User Info: @concise\n\n> one?\n1\n\nSystem Info: be kind\n\nUser Info: two\nlines\n\n> two\nor three?\n"
@@ -421,7 +425,7 @@ def test_ctrl_c_and_a_closed_pipe_keep_what_was_said(slow: Path) -> None:
             said += process.stdout.read()
         process.stdout.close()
         assert process.wait(timeout=30) == (130 if end == "signal" else 0)
-        turn = Transcript.read(session_path("work")).turns()[-1]
+        turn = Conversation.read(session_path("work")).turns()[-1]
         assert (turn["query"], turn["finish_reason"]) == ("tea?", "interrupted")
         assert turn["response"].encode().startswith(said.removesuffix(b"\n"))
         assert len(dialog_of("work").turns) == number

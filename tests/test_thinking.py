@@ -17,7 +17,7 @@ from metaalign_edge_commands.terminal.repl import Repl
 from metaalign_edge_commands.terminal.screen import Screen
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.interrupt import Interrupt
-from metaalign_edge_runtime.stores.sessions import Transcript
+from metaalign_edge_runtime.stores.sessions import Conversation
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 MARKS = ("<think>", "</think>")
@@ -146,7 +146,7 @@ def test_reasoning_is_no_part_of_the_conversation(thinker: Path) -> None:
     with Model(file, settings) as model, Scheduler(
         model, edge.choose_template("auto", file), settings, RenderOptions(), Interrupt()
     ) as chat:  # fmt: skip
-        repl = Repl(chat, Transcript(), Screen(quiet=True), False)
+        repl = Repl(chat, Conversation(), Screen(quiet=True), False)
         for query in ("tea?", "and coffee?"):
             repl.ask(query)
         assert [response for _, response in repl.transcript.pairs()] == ["lazy dog", "lazy dog"]

@@ -13,7 +13,7 @@ import metaalign_edge as edge
 from metaalign_edge import Answer, Dialog, Request, Scheduler
 from metaalign_edge_runtime.errors import CONTROLS, EdgeError, UsageError, nearest, one_line, say, shortened
 from metaalign_edge_runtime.stores import files, profiles, session_text, sessions
-from metaalign_edge_runtime.stores.sessions import Transcript
+from metaalign_edge_runtime.stores.sessions import Conversation
 
 from . import report
 from .columns import Columns, answer_together
@@ -22,7 +22,7 @@ from .reply import Reply
 from .screen import Aside, Screen
 
 
-def dialog_of(transcript: Transcript, query: str, again: bool = False) -> Dialog:
+def dialog_of(transcript: Conversation, query: str, again: bool = False) -> Dialog:
     """Return a conversation with a query that follows, or with `again` takes the place of the last one."""
     tiers, past = transcript.meta_prompt, transcript.pairs()
     return Dialog.of(tiers["system_info"], tiers["user_info"], past[: len(past) - again], query)
@@ -41,7 +41,7 @@ class Repl:
     """A conversation at a terminal. The head of the prompt may change at any time; the turns stay."""
 
     def __init__(
-        self, chat: Scheduler, transcript: Transcript, screen: Screen, strict: bool, markdown: bool = False
+        self, chat: Scheduler, transcript: Conversation, screen: Screen, strict: bool, markdown: bool = False
     ) -> None:
         self.chat, self.transcript, self.screen, self.strict = chat, transcript, screen, strict
         self.markdown, self.seed = markdown, chat.settings.seed
@@ -248,7 +248,7 @@ class Repl:
         path = sessions.session_path(text)
         if path.exists():
             raise UsageError(f"there is a session {text}: choose another name, or `metaalign-edge sessions rm {text}`")
-        kept = Transcript(path)
+        kept = Conversation(path)
         kept.lines = self.transcript.lines
         kept.save()
         self.transcript = kept
@@ -259,7 +259,7 @@ class Repl:
         path = sessions.existing_session(text)
         if self.transcript.path is None and self.transcript.turns():
             raise UsageError("this conversation is not kept anywhere: /save it first, or /clear it")
-        self.transcript, self.aside = Transcript.read(path), None
+        self.transcript, self.aside = Conversation.read(path), None
         say(session_text.describe_session(self.transcript))
 
     def clear(self, _: str) -> None:

@@ -10,7 +10,7 @@ from metaalign_edge_runtime import structured
 from metaalign_edge_runtime.errors import SchemaViolation, TierViolation, in_bytes
 from metaalign_edge_runtime.llama import library
 from metaalign_edge_runtime.stores import session_text
-from metaalign_edge_runtime.stores.sessions import Transcript
+from metaalign_edge_runtime.stores.sessions import Conversation
 from metaalign_edge_runtime.structured import Schema
 
 from .screen import Screen
@@ -107,7 +107,7 @@ def shown_strengths(settings: Settings) -> str:
     return f"system {settings.system_strength:g}, pref {pref}"
 
 
-def introduce(transcript: Transcript, model: str, screen: Screen, talking: bool) -> None:
+def introduce(transcript: Conversation, model: str, screen: Screen, talking: bool) -> None:
     """Say which session goes on, and whether another model answered last."""
     if transcript.path is None:
         return

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import counted, shortened
-from .sessions import STAMP, Transcript
+from .sessions import STAMP, Conversation
 
 LABEL = 24  # characters of a preference that are shown where there is little room
 
@@ -18,10 +18,10 @@ def label_of(wishes: Sequence[str]) -> str:
     return shortened("+".join(wishes), LABEL)
 
 
-def told(transcript: Transcript) -> Iterator[tuple[str, str]]:
+def told(conversation: Conversation) -> Iterator[tuple[str, str]]:
     """Yield what stands in a conversation in order, each text with its tier; the meta-prompt wherever it changes."""
     shown = {"system_info": "", "user_info": ""}
-    turns = transcript.turns()
+    turns = conversation.turns()
     for place, turn in enumerate(turns):
         if place and turns[place - 1]["forgotten"] and not turn["forgotten"]:
             yield "forgotten", "What was said up to here was forgotten."
@@ -34,35 +34,35 @@ def told(transcript: Transcript) -> Iterator[tuple[str, str]]:
         yield "Response", (turn["response"].strip("\n") + cut).strip()
 
 
-def as_markdown(transcript: Transcript) -> str:
+def as_markdown(conversation: Conversation) -> str:
     """Return a conversation as Markdown: what the model was told is quoted, what it answered stands as it is."""
-    parts = [f"# {transcript.name or 'Conversation'}"]
-    for tier, text in told(transcript):
+    parts = [f"# {conversation.name or 'Conversation'}"]
+    for tier, text in told(conversation):
         quoted = f"**{tier}:** {text}".replace("\n", "\n> ")
         parts.append({"Response": text, "forgotten": f"---\n\n*{text}*"}.get(tier, f"> {quoted}"))
     return "\n\n".join(parts) + "\n"
 
 
-def as_text(transcript: Transcript) -> str:
+def as_text(conversation: Conversation) -> str:
     """Return a conversation as it looks at a terminal."""
     parts = []
-    for tier, text in told(transcript):
+    for tier, text in told(conversation):
         head = {"Response": "", "User Query": "\n> ", "forgotten": "\n"}.get(tier, f"\n{tier}: ")
         parts.append(head + text + "\n")
     return "".join(parts).removeprefix("\n")
 
 
-def as_document(transcript: Transcript) -> dict[str, Any]:
+def as_document(conversation: Conversation) -> dict[str, Any]:
     """Return a conversation as `--json` prints it: each turn with the meta-prompt that it was given under."""
-    turns = [{name: value for name, value in turn.items() if name != "kind"} for turn in transcript.turns()]
-    return {"session": transcript.name, "created": transcript.lines[0].get("at"), "turns": turns}
+    turns = [{name: value for name, value in turn.items() if name != "kind"} for turn in conversation.turns()]
+    return {"session": conversation.name, "created": conversation.lines[0].get("at"), "turns": turns}
 
 
-def exported(transcript: Transcript, form: str) -> str:
+def exported(conversation: Conversation, form: str) -> str:
     """Return a conversation as `md` or `json`."""
     if form == "md":
-        return as_markdown(transcript)
-    return json.dumps(as_document(transcript), ensure_ascii=False, indent=2) + "\n"
+        return as_markdown(conversation)
+    return json.dumps(as_document(conversation), ensure_ascii=False, indent=2) + "\n"
 
 
 def on_clock(when: float) -> str:
@@ -80,11 +80,11 @@ def local_time(stamp: str) -> str:
         return stamp
 
 
-def describe_session(transcript: Transcript) -> str:
+def describe_session(conversation: Conversation) -> str:
     """Sum up a session in one line."""
-    turns = transcript.pairs()
+    turns = conversation.pairs()
     return (
-        f"session {transcript.name}: {counted(len(turns), 'turn')} so far"
+        f"session {conversation.name}: {counted(len(turns), 'turn')} so far"
         if turns
-        else f"session {transcript.name} begins"
+        else f"session {conversation.name} begins"
     )

@@ -73,7 +73,7 @@ def session_line(text: bytes) -> Line:
     return line
 
 
-class Transcript:
+class Conversation:
     """What was said in a conversation, as lines of JSON; with a path, they are a session, kept in that file.
 
     After a header there is a `meta_prompt` line wherever System Info or User Info changed, a `turn` line for each
@@ -88,7 +88,7 @@ class Transcript:
             self._add("session", version=SESSION_VERSION, toolkit=f"metaalign-edge {__version__}")
 
     @classmethod
-    def read(cls, path: Path) -> Transcript:
+    def read(cls, path: Path) -> Conversation:
         """Read a session; where there is no file it has yet to begin. A last line that was torn off does not count.
 
         Raises:
