@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from dataclasses import replace
@@ -13,7 +12,7 @@ import typer
 
 import metaalign_edge as edge
 from metaalign_edge import Model, Scheduler
-from metaalign_edge_runtime.errors import EdgeError, Interrupted
+from metaalign_edge_runtime.errors import EdgeError
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.stores import files
 
@@ -39,8 +38,7 @@ from .terminal import report
 from .terminal.progress import answers_bar
 from .terminal.screen import Screen
 
-WINDOW = 8  # rows for each sequence that are read ahead, so that neighbours begin alike
-
+WINDOW = 8  # rows that are read ahead for each that is answered at a time
 
 BatchArgument = Annotated[
     str,
@@ -81,41 +79,29 @@ def batch(
 
         echo '{"query": "What is tea?", "pref": "@json"}' | metaalign-edge batch -
     """
-    screen, standing = talk.screen(), meta_prompt.dialog()
+    screen, defaults = talk.screen(), meta_prompt.dialog()
     file = loaded.file(screen)
     settings = gathered(loaded, sampling, strengths, talk)
     plan = edge.plan_for(file, settings, answers=parallel)
     settings = settings.planned(plan)
-    chosen, interrupt, options = edge.choose_template(rendered.template, file), Interrupt(), rendered.options()
-    deciding = replace(settings, seed=settings.seed if sampling.seed is not None else -1).deciding()
+    chosen, options = edge.choose_template(rendered.template, file), rendered.options()
+    deciding = (settings if sampling.seed is not None else replace(settings, seed=-1)).deciding()
     run = files.digest([edge.__version__, file.identity, chosen.identity, *options, *deciding])[:16]
     unknown: set[str] = set()
-    with contextlib.ExitStack() as stack:
-        lines, name = stack.enter_context(open_rows(source))
-        ledger = stack.enter_context(open_ledger(output, source, run, force))
-        work = Batch(read_rows(lines, standing, settings.seed, unknown), ledger, screen, name, settings.schema)
-        jobs = work.jobs(WINDOW * parallel)
-        if (first := next(jobs, None)) is not None:  # otherwise there is nothing to load a model for
-            stack.enter_context(interrupt)
-            model = stack.enter_context(Model(file, settings, interrupt, plan))
-            report.explain(model, chosen, settings, screen)
-            kept = kept_states(no_cache, fills=False)
-            size = edge.least_context(file, settings)
-            made = Scheduler(model, chosen, settings, options, interrupt, parallel, size, kept)
-            session, before = (
-                stack.enter_context(made),
-                functools.partial(report.warn, screen=screen, strict=rendered.strict_tiers),
-            )
-            hidden = Screen(quiet=True) if ledger is None and screen.terminal else screen  # the rows are seen there
-            tell = stack.enter_context(answers_bar(hidden, file.path.name, 0, None))
-            try:
-                for job, answer in session.run(itertools.chain([first], jobs), before):
-                    work.settle(job, answer)
-                    tell(1)
-            except Interrupted:
-                again = "; the same command goes on from there" if ledger else ""
-                screen.note(f"interrupted: {work.before + work.answered:,} rows are answered{again}")
-                raise
+    with open_rows(source) as (lines, name), open_ledger(output, source, run, force) as ledger:
+        work = Batch(read_rows(lines, defaults, settings.seed, unknown), ledger, screen, name, settings.schema)
+        requests = work.requests(WINDOW * parallel)
+        if first := next(requests, None):  # otherwise no model has to be loaded
+            with Interrupt() as interrupt, Model(file, settings, interrupt, plan) as model:
+                report.explain(model, chosen, settings, screen)
+                size, states = edge.least_context(file, settings), kept_states(no_cache, fills=False)
+                bar = Screen(quiet=True) if ledger is None and screen.terminal else screen  # the rows show progress
+                with (
+                    Scheduler(model, chosen, settings, options, interrupt, parallel, size, states) as scheduler,
+                    answers_bar(bar, file.path.name, 0, None) as tell,
+                ):
+                    warn = functools.partial(report.warn, screen=screen, strict=rendered.strict_tiers)
+                    work.answer(scheduler, itertools.chain([first], requests), warn, tell)
         if unknown:
             screen.note(f"metaalign-edge: warning: fields that mean nothing here: {', '.join(sorted(unknown))}")
         if ledger:

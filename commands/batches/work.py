@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from metaalign_edge import Answer, Request
-from metaalign_edge_runtime.errors import EdgeError, SchemaViolation, UsageError, one_line, say
+from metaalign_edge import Answer, Prompt, Request, Scheduler
+from metaalign_edge_runtime.errors import EdgeError, Interrupted, SchemaViolation, UsageError, one_line, say
 from metaalign_edge_runtime.stores.ledger import Ledger
 from metaalign_edge_runtime.structured import Schema
 
@@ -21,7 +21,7 @@ from .rows import Row
 
 
 class InOrder:
-    """Rows for stdout: each is written as soon as all before it have been."""
+    """Finished rows on stdout: each is written as soon as all before it have been."""
 
     def __init__(self, screen: Screen) -> None:
         self._screen, self._next, self._waiting = screen, 0, dict[int, str]()
@@ -35,64 +35,92 @@ class InOrder:
 
 
 class Batch:
-    """Rows on their way to a file or to stdout, and how many of them have come to what end."""
+    """Rows on their way to a file (`ledger`) or to stdout, and the count of those that were answered or failed.
+
+    Args:
+        source: the name of the input in messages.
+        schema: of the rows that have none of their own.
+    """
 
     def __init__(
-        self, rows: Iterator[Row], ledger: Ledger | None, screen: Screen, name: str, schema: Schema | None = None
+        self, rows: Iterator[Row], ledger: Ledger | None, screen: Screen, source: str, schema: Schema | None
     ) -> None:
-        self._rows, self._ledger, self._screen, self._name, self._schema = rows, ledger, screen, name, schema
+        self._rows, self._ledger, self._screen, self._source, self._schema = rows, ledger, screen, source, schema
         self._stdout = InOrder(screen)
-        self._open: dict[int, Row] = {}
-        self.total = self.before = self.answered = self.failed = 0
+        self._asked: dict[int, Row] = {}  # by index, while their answers are written
+        self.total = self.before = self.answered = self.failed = 0  # before: by an earlier call
 
-    def jobs(self, window: int) -> Iterator[Request]:
-        """Yield what has to be asked; of so many rows at a time, those that begin alike one after the other."""
+    def requests(self, window: int) -> Iterator[Request]:
+        """Yield the requests of the rows that have no answer yet.
+
+        Args:
+            window: rows that are read ahead, and sorted so that those with the same meta-prompt follow each other.
+        """
         while rows := list(itertools.islice(self._rows, window)):
-            jobs = []
+            requests = []
             for row in rows:
                 self.total += 1
-                if row.job is None:
-                    self._settle(row, {}, f"line {row.line}: {row.error}")
-                elif self._ledger and self._ledger.has(row.index, row.asked):
+                if row.request is None:
+                    self._finish(row, {}, f"line {row.line}: {row.error}")
+                elif self._ledger and self._ledger.has(row.index, row.digest):
                     self.before += 1
                 else:
-                    self._open[row.index] = row
-                    jobs.append(row.job)
-            yield from sorted(jobs, key=lambda job: (job.dialog.system_info, job.dialog.user_info, job.tag))
+                    self._asked[row.index] = row
+                    requests.append(row.request)
+            yield from sorted(
+                requests, key=lambda request: (request.dialog.system_info, request.dialog.user_info, request.tag)
+            )
 
-    def settle(self, job: Request, answer: Answer | EdgeError) -> None:
-        """Write down how a job ended.
+    def answer(
+        self,
+        scheduler: Scheduler,
+        requests: Iterable[Request],
+        warn: Callable[[Prompt], None],
+        tell: Callable[[int], None],
+    ) -> None:
+        """Answer the requests and write down each as it ends. `warn` sees each prompt first; `tell` counts answers.
 
         Raises:
-            CannotWrite: it cannot be written. OutputClosed: nobody reads stdout any more.
+            Interrupted: Ctrl-C; what was finished is kept. CannotWrite: the disk is full. OutputClosed: nobody reads
+                stdout any more.
         """
-        row = self._open.pop(job.tag)
+        try:
+            for request, answer in scheduler.run(requests, warn):
+                self._settle(request, answer)
+                tell(1)
+        except Interrupted:
+            again = "; the same command goes on from there" if self._ledger else ""
+            self._screen.note(f"interrupted: {self.before + self.answered:,} rows are answered{again}")
+            raise
+
+    def _settle(self, request: Request, answer: Answer | EdgeError) -> None:
+        row = self._asked.pop(request.tag)
         if isinstance(answer, EdgeError):
-            self._settle(row, {}, f"line {row.line}: {one_line(answer)}")
+            self._finish(row, {}, f"line {row.line}: {one_line(answer)}")
             return
         try:
-            report.check_answer(answer, job.schema or self._schema, self._screen, f"the answer to line {row.line}")
-        except SchemaViolation as violation:  # the row says what was answered, too
-            self._settle(row, asdict(answer), one_line(violation))
+            report.check_answer(answer, request.schema or self._schema, self._screen, f"the answer to line {row.line}")
+        except SchemaViolation as violation:  # the row keeps the answer besides the error
+            self._finish(row, asdict(answer), one_line(violation))
         else:
-            self._settle(row, asdict(answer), None)
+            self._finish(row, asdict(answer), None)
 
-    def _settle(self, row: Row, answer: dict[str, Any], error: str | None) -> None:
+    def _finish(self, row: Row, answer: dict[str, Any], error: str | None) -> None:
         document = {"index": row.index, "id": row.id, "error": error, **answer}
         if error is None:
             self.answered += 1
         else:
             self.failed += 1
-            say(f"metaalign-edge: {self._name}, {error}")
+            say(f"metaalign-edge: {self._source}, {error}")
         if self._ledger:
-            self._ledger.add(document, row.asked)
+            self._ledger.add(document, row.digest)
         else:
             self._stdout.add(document)
 
 
 @contextlib.contextmanager
 def open_ledger(output: Path | None, source: str, run: str, force: bool) -> Iterator[Ledger | None]:
-    """Open what `batch` writes to, if it is a file.
+    """Open the file that `batch` writes; yield None if it writes to stdout.
 
     Raises:
         UsageError: it is the input, or holds another run's rows. CannotWrite: it cannot be written.
