@@ -1,4 +1,4 @@
-"""What a batch has finished: rows of JSON Lines on the disk, whatever happens next."""
+"""The finished rows of a batch: JSON Lines, on the disk as soon as they are added."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from .jsonl import open_named
 
 
 class Ledger(Closing):
-    """What a batch has finished: rows appended to a file as they end, and put in order when all are there.
+    """The finished rows of a batch: appended to a file as they end, and put in order when all are there.
 
     Raises:
         UsageError: the file holds something else, or another process writes it. CannotWrite: it cannot be written.
     """
 
     def __init__(self, path: Path, run: str, force: bool) -> None:
-        """Open the file, and read what an earlier call of the same run left. run: what that is told from others by."""
+        """Open the file and read the rows of earlier calls.
+
+        Args:
+            run: a digest of the model and options: rows of another run are refused.
+            force: remove what the file holds.
+        """
         self.path, self.run = path, run
-        self._places: dict[int, tuple[int, str]] = {}  # row index: its byte offset, the digest of its question
+        self._places: dict[int, tuple[int, str]] = {}  # row index: byte offset, digest of what the row asks for
         try:
             self._file = open_named(path, "-o")
         except OSError as error:
@@ -46,7 +51,7 @@ class Ledger(Closing):
         for start, line in self._file.read():
             try:
                 row = json.loads(line)
-                index, run, asked = row["index"], row["run"], row["asked"]
+                index, run, digest = row["index"], row["run"], row["asked"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise UsageError(f"{self.path} holds something else than a batch's rows: --force replaces it") from None
             if run != self.run:
@@ -54,25 +59,25 @@ class Ledger(Closing):
                     f"{self.path} holds the rows of another run (its model or options differ): --force replaces it"
                 )
             if row["error"] is None:
-                self._places[index] = (start, asked)
+                self._places[index] = (start, digest)
 
-    def has(self, index: int, asked: str) -> bool:
-        """Tell whether a row has been answered, and what was asked is the same."""
-        return self._places.get(index, (0, ""))[1] == asked
+    def has(self, index: int, digest: str) -> bool:
+        """Tell whether a row has been answered that asked for the same."""
+        return self._places.get(index, (0, ""))[1] == digest
 
-    def add(self, row: Mapping[str, Any], asked: str) -> None:
+    def add(self, row: Mapping[str, Any], digest: str) -> None:
         """Write down a finished row; it is on the disk when this returns.
 
         Raises:
             CannotWrite: the disk is full.
         """
-        document = {**row, "run": self.run, "asked": asked}
+        document = {**row, "run": self.run, "asked": digest}
         try:
             start = self._file.append(json.dumps(document, ensure_ascii=False))
         except OSError as error:
             again = "the same command goes on from here"
             raise CannotWrite(f"cannot write {self.path}: {error.strerror}; {again}") from None
-        self._places[row["index"]] = (start, asked)
+        self._places[row["index"]] = (start, digest)
 
     def finish(self, count: int) -> None:
         """Put the first `count` rows in order, in a new file that takes the place of this one.
@@ -89,7 +94,7 @@ class Ledger(Closing):
                     ordered.flush()
                     os.fsync(ordered.fileno())
                 shutil.copymode(self.path, part)
-                if os.name == "nt":  # where what is open cannot be replaced
+                if os.name == "nt":  # Windows cannot replace an open file
                     self._file.close()
         except OSError as error:
             raise CannotWrite(f"cannot write {self.path}: {error.strerror}") from None

@@ -10,16 +10,16 @@ from typing import Any
 from ..errors import counted, shortened
 from .sessions import STAMP, Conversation
 
-LABEL = 24  # characters of a preference that are shown where there is little room
+LABEL = 24  # the most characters of a preference's short form
 
 
-def label_of(wishes: Sequence[str]) -> str:
-    """Return a short form of preferences: the names of profiles, or a text's beginning."""
-    return shortened("+".join(wishes), LABEL)
+def label_of(preferences: Sequence[str]) -> str:
+    """Return a short form of preferences: the names of profiles, or the beginning of a text."""
+    return shortened("+".join(preferences), LABEL)
 
 
-def told(conversation: Conversation) -> Iterator[tuple[str, str]]:
-    """Yield what stands in a conversation in order, each text with its tier; the meta-prompt wherever it changes."""
+def tiers_and_texts(conversation: Conversation) -> Iterator[tuple[str, str]]:
+    """Yield the tier and text of every query and response in order, and of the meta-prompt wherever it changes."""
     shown = {"system_info": "", "user_info": ""}
     turns = conversation.turns()
     for place, turn in enumerate(turns):
@@ -35,9 +35,9 @@ def told(conversation: Conversation) -> Iterator[tuple[str, str]]:
 
 
 def as_markdown(conversation: Conversation) -> str:
-    """Return a conversation as Markdown: what the model was told is quoted, what it answered stands as it is."""
+    """Return a conversation as Markdown: what the model was told as a quotation, its responses as they are."""
     parts = [f"# {conversation.name or 'Conversation'}"]
-    for tier, text in told(conversation):
+    for tier, text in tiers_and_texts(conversation):
         quoted = f"**{tier}:** {text}".replace("\n", "\n> ")
         parts.append({"Response": text, "forgotten": f"---\n\n*{text}*"}.get(tier, f"> {quoted}"))
     return "\n\n".join(parts) + "\n"
@@ -46,14 +46,14 @@ def as_markdown(conversation: Conversation) -> str:
 def as_text(conversation: Conversation) -> str:
     """Return a conversation as it looks at a terminal."""
     parts = []
-    for tier, text in told(conversation):
+    for tier, text in tiers_and_texts(conversation):
         head = {"Response": "", "User Query": "\n> ", "forgotten": "\n"}.get(tier, f"\n{tier}: ")
         parts.append(head + text + "\n")
     return "".join(parts).removeprefix("\n")
 
 
 def as_document(conversation: Conversation) -> dict[str, Any]:
-    """Return a conversation as `--json` prints it: each turn with the meta-prompt that it was given under."""
+    """Return a conversation as `--json` prints it: each turn with its meta-prompt."""
     turns = [{name: value for name, value in turn.items() if name != "kind"} for turn in conversation.turns()]
     return {"session": conversation.name, "created": conversation.lines[0].get("at"), "turns": turns}
 
@@ -66,12 +66,12 @@ def exported(conversation: Conversation, form: str) -> str:
 
 
 def on_clock(when: float) -> str:
-    """Return a time, in seconds since 1970, as a clock here shows it."""
+    """Return a time (seconds since 1970) in local time."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
 
 
 def local_time(stamp: str) -> str:
-    """Return a session's time as a clock here shows it; what is no time, as it is."""
+    """Return a time of a session's file in local time; a text that is no time, as it is."""
     import calendar
 
     try:

@@ -1,4 +1,4 @@
-"""Sessions on disk: a conversation as JSON Lines, each turn on the disk before the next one is asked for."""
+"""Conversations, and sessions: a session is a conversation that is kept on disk, as JSON Lines."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ..errors import CannotWrite, NotFound, UsageError, nearest, one_line
 from . import files
 from .jsonl import JsonLines
 
-STAMP = "%Y-%m-%dT%H:%M:%SZ"  # of times in a session's file
-SESSION_VERSION = 1  # of the lines of a session's file
-LINE_TEXTS = {"meta_prompt": ("system_info", "user_info"), "turn": ("query", "response")}  # that such a line must have
+STAMP = "%Y-%m-%dT%H:%M:%SZ"  # the format of times in a session's file
+SESSION_VERSION = 1  # of the format of a session's file
+LINE_TEXTS = {"meta_prompt": ("system_info", "user_info"), "turn": ("query", "response")}  # the texts each kind needs
 Line = dict[str, Any]
 
 
 def session_path(name: str) -> Path:
-    """Return where the session of this name lies, or will.
+    """Return the path of the session of this name, which need not exist.
 
     Raises:
-        UsageError: it is no name.
+        UsageError: no session can have that name.
     """
     return files.data_folder() / "sessions" / f"{files.file_name(name, 'session')}.jsonl"
 
 
 def session_paths() -> list[Path]:
-    """List the sessions, the one that was used last first."""
+    """List the paths of the sessions, the one that was used last first."""
     used = {}
     for path in (files.data_folder() / "sessions").glob("*.jsonl"):
         with contextlib.suppress(OSError):
@@ -40,15 +40,15 @@ def session_paths() -> list[Path]:
 
 
 def session_names() -> list[str]:
-    """List the sessions, the one that was used last first."""
+    """List the names of the sessions, the one that was used last first."""
     return [path.stem for path in session_paths()]
 
 
 def existing_session(name: str) -> Path:
-    """Return where the session of this name lies.
+    """Return the path of the session of this name.
 
     Raises:
-        UsageError: it is no name. NotFound: there is none.
+        UsageError: no session can have that name. NotFound: there is no such session.
     """
     path, names = session_path(name), session_names()
     if not path.is_file():
@@ -61,7 +61,7 @@ def session_line(text: bytes) -> Line:
     """Read a line of a session.
 
     Raises:
-        ValueError: it is none; says why.
+        ValueError: it is no such line; says why.
     """
     line = json.loads(text)
     if not isinstance(line, dict):
@@ -74,25 +74,25 @@ def session_line(text: bytes) -> Line:
 
 
 class Conversation:
-    """What was said in a conversation, as lines of JSON; with a path, they are a session, kept in that file.
+    """The lines of a conversation: its meta-prompts, queries and answers. With a path it is a session.
 
     After a header there is a `meta_prompt` line wherever System Info or User Info changed, a `turn` line for each
-    answer, and a `clear` line where the turns before were to be forgotten; an answer that was given anew says what it
-    `replaces`. Other lines and fields are left alone. A file is only appended to, whole lines at a time.
+    answer, and a `clear` line where the user cleared the conversation. An answer that was given anew names the turn
+    that it `replaces`. Lines and fields of other names are kept and not read. The file is only appended to.
     """
 
     def __init__(self, path: Path | None = None, lines: Iterable[Line] = ()) -> None:
         self.path, self.lines = path, list(lines)
-        self._saved = len(self.lines)  # of them, those that are on the disk
+        self._saved = len(self.lines)  # how many of them are on the disk
         if not self.lines:
             self._add("session", version=SESSION_VERSION, toolkit=f"metaalign-edge {__version__}")
 
     @classmethod
     def read(cls, path: Path) -> Conversation:
-        """Read a session; where there is no file it has yet to begin. A last line that was torn off does not count.
+        """Read a session; without a file it is empty. A torn last line does not count.
 
         Raises:
-            UsageError: a line is spoilt, or the file is a newer program's. NotFound: it cannot be read.
+            UsageError: a line is spoilt, or a newer program wrote the file. NotFound: it cannot be read.
         """
         try:
             *whole, torn = path.read_bytes().split(b"\n")
@@ -125,12 +125,12 @@ class Conversation:
 
     @property
     def meta_prompt(self) -> Line:
-        """The latest line that says what System Info and User Info are."""
+        """The latest `meta_prompt` line: System Info and User Info as they are now."""
         return self._in_force(self.lines)
 
     @property
     def label(self) -> str:
-        """A short form of the preference in force."""
+        """A short form of the current preference."""
         return str(self.meta_prompt.get("label", ""))
 
     @staticmethod
@@ -139,7 +139,7 @@ class Conversation:
         return next((line for line in reversed(lines) if line.get("kind") == "meta_prompt"), nothing)
 
     def turns(self) -> list[Line]:
-        """Return the turns that stand, each with the meta-prompt it was given under and whether it is `forgotten`."""
+        """Return the turns that were not replaced, each with its meta-prompt; `forgotten` are those that were cleared."""
         found: dict[str, Line] = {}
         tiers = self._in_force(())
         for place, line in enumerate(self.lines):
@@ -154,38 +154,38 @@ class Conversation:
         return list(found.values())
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Return the queries and responses that stand and are not forgotten."""
+        """Return the queries and responses that the next prompt contains."""
         return [(turn["query"], turn["response"]) for turn in self.turns() if not turn["forgotten"]]
 
     def set(self, system_info: str, user_info: str, label: str) -> None:
-        """Note the meta-prompt, where it changes."""
+        """Add a `meta_prompt` line if the meta-prompt changes."""
         latest = self.meta_prompt
         if (latest["system_info"], latest["user_info"]) != (system_info, user_info):
             self._add("meta_prompt", system_info=system_info, user_info=user_info, label=label)
 
     def add(self, answer: Mapping[str, Any], again: bool = False) -> None:
-        """Note an answer and its figures; `again` in the place of the last turn."""
+        """Add an answer with its figures; `again`: it replaces the last turn."""
         figures = {name: value for name, value in answer.items() if name not in LINE_TEXTS["meta_prompt"]}
         replaces = {"replaces": self.turns()[-1]["id"]} if again else {}
         self._add("turn", id=os.urandom(6).hex(), **replaces, **figures)
 
     def clear(self) -> None:
-        """Note that the turns so far are to be forgotten."""
+        """Leave the turns so far out of the next prompts."""
         self._add("clear")
 
     def _add(self, kind: str, **fields: Any) -> None:
         self.lines.append({"kind": kind, "at": time.strftime(STAMP, time.gmtime()), **fields})
 
     def save(self) -> None:
-        """Bring what is new to the disk, if this is a session. What fails is tried again the next time.
+        """Write the new lines to the disk, if this is a session. Lines that could not be written are tried again.
 
         Raises:
             CannotWrite: the disk is full, or cannot be written.
         """
-        if self.path is None or self._saved == len(self.lines) or len(self.lines) == 1:  # a header alone says nothing
+        if self.path is None or self._saved == len(self.lines) or len(self.lines) == 1:  # nothing to keep but a header
             return
         try:
-            with files.locked(self.path.parent):  # one lock for all: nothing is left of a session that is removed
+            with files.locked(self.path.parent):  # of the folder: `sessions rm` removes no session while it is written
                 self.path.parent.mkdir(mode=0o700, exist_ok=True)
                 with contextlib.closing(JsonLines(self.path, 0o600)) as file:
                     self._append(file)
