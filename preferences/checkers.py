@@ -16,11 +16,11 @@ __all__ = ["CHECKERS", "prose"]
 
 _STRAIGHT = str.maketrans("’‘ʼ´", "''''")  # the expressions below know only one apostrophe
 _QUOTES = {'"': '"', "“": "”", "«": "»", "„": "“”", "‘": "’", "'": "'", "‹": "›", "”": "”", "»": "«", "「": "」"}
-_TITLE = ("title", "heading")  # what JSON may call it
+_TITLE = ("title", "heading")  # keys under which JSON has a title
 _EASY = """sometimes something everything everybody everywhere different beautiful wonderful important butterfly
     butterflies caterpillar chocolate dinosaur dinosaurs grandmother""".split()  # long words that children know
 _ASIDE = """a an the is are was what who how why when where which do does did i me my you your we it of to in on for
-    about tell can could would should please explain give know""".split()  # what a question has beside its topic
+    about tell can could would should please explain give know""".split()  # words of a question that do not name its topic
 _MACROS = {
     "<start>": r"(?:^|[.!?…:;] )[^\w\n]{0,6}",  # of a sentence or a line
     "<aside>": r"\A(?:\W*(?:(?:[\w'-]+ ){0,3}[\w'-]+[,!:]+\s|(?:[\w'-]+ )?[\w'-]+\.\s)){0,3}\W*",  # Anna, arr! …
@@ -236,7 +236,7 @@ def letter_case(response: str, case: str) -> bool:
     return bool(letters) and all(c.isupper() if case == "upper" else c.islower() for c in letters)
 
 
-def layout(response: str, layout: str) -> bool:
+def has_layout(response: str, layout: str) -> bool:
     """Tell whether the response is shaped as `bullets`, `numbered`, `json`, `table` or `plain` (none of them).
 
     A list is what its first marker says; a dash alone is none. JSON stands alone, at most in a fence, and is not empty.
@@ -254,7 +254,7 @@ def layout(response: str, layout: str) -> bool:
     return bool(read.flat) and not (marks or table) and read.data is None and _json("\n".join(read.code)) is None
 
 
-def tone(response: str, tone: str) -> bool:
+def has_tone(response: str, tone: str) -> bool:
     """Tell a `pirate`'s words, a `friendly` word or sign, or a `formal` text: no contraction, no slang, no `!!`."""
     text = _read(response).text
     if tone != "formal":
@@ -389,19 +389,19 @@ def echoes(response: str, query: str, present: bool) -> bool:
     After a lead (`You asked`), what it is about is enough. A question of less than four words counts only after a lead,
     in quotation marks, or with its question mark. A heading that asks counts, too.
     """
-    read, asked = _read(response), _words(query.casefold())
+    read, question = _read(response), _words(query.casefold())
     text = " ".join([*(_plain(_bare(line)) for line, head in read.marked[:2] if head and "?" in line), read.text])
     lead, first = _SAID["lead"].match(text), _words(_SHAPE["stop"].split(text.casefold())[0])
     rest = text[lead.end() :] if lead else text
-    said = _words(rest.casefold())[: len(asked) + 6]
-    found = any(said[at : at + len(asked)] == asked for at in range(7))
+    said = _words(rest.casefold())[: len(question) + 6]
+    found = any(said[at : at + len(question)] == question for at in range(7))
     if lead:
-        about = set(asked).difference(_ASIDE)
-        found = (found if asked else query.strip() in text) or 0 < 0.8 * len(about) <= len(about.intersection(said))
-    elif len(asked) < 4:
-        found = found and bool(asked) and (text[0] in _QUOTES or (first == asked and "?" in text))
-    elif first[:1] == asked[:1]:
-        found = found or sum(word in first for word in asked) >= 0.8 * len(asked)
+        about = set(question).difference(_ASIDE)
+        found = (found if question else query.strip() in text) or 0 < 0.8 * len(about) <= len(about.intersection(said))
+    elif len(question) < 4:
+        found = found and bool(question) and (text[0] in _QUOTES or (first == question and "?" in text))
+    elif first[:1] == question[:1]:
+        found = found or sum(word in first for word in question) >= 0.8 * len(question)
     return bool(text) and found == present
 
 
@@ -441,10 +441,13 @@ def _whether(name: str, meaning: str, found: Callable[[_Reading], object]) -> Ca
     return check
 
 
+# suites name these two, and their parameters, by one word
+has_layout.__name__, has_tone.__name__ = "layout", "tone"
+
 CHECKERS: dict[str, Callable[..., bool]] = {
     function.__name__: function
     for function in (
-        sentences, letter_case, layout, tone, begins, ends, reading_level, units, title, mentions, stance, code_block,
+        sentences, letter_case, has_layout, has_tone, begins, ends, reading_level, units, title, mentions, stance, code_block,
         quoted, lines, certainty, person, persona, says, opening, closing, echoes, names, priority,
         _whether("emoji", "an emoji; a text symbol (✓, ★, ©) is none", lambda read: _SHAPE["emoji"].search(read.flat)),
         _whether("hashtag", "a #Word; a heading has a space", lambda read: _SHAPE["hashtag"].search(read.flat)),
