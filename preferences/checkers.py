@@ -20,7 +20,7 @@ _TITLE = ("title", "heading")  # keys under which JSON has a title
 _EASY = """sometimes something everything everybody everywhere different beautiful wonderful important butterfly
     butterflies caterpillar chocolate dinosaur dinosaurs grandmother""".split()  # long words that children know
 _ASIDE = """a an the is are was what who how why when where which do does did i me my you your we it of to in on for
-    about tell can could would should please explain give know""".split()  # words of a question that do not name its topic
+    about tell can could would should please explain give know""".split()  # no topic of a question
 _MACROS = {
     "<start>": r"(?:^|[.!?…:;] )[^\w\n]{0,6}",  # of a sentence or a line
     "<aside>": r"\A(?:\W*(?:(?:[\w'-]+ ){0,3}[\w'-]+[,!:]+\s|(?:[\w'-]+ )?[\w'-]+\.\s)){0,3}\W*",  # Anna, arr! …
@@ -447,8 +447,8 @@ has_layout.__name__, has_tone.__name__ = "layout", "tone"
 CHECKERS: dict[str, Callable[..., bool]] = {
     function.__name__: function
     for function in (
-        sentences, letter_case, has_layout, has_tone, begins, ends, reading_level, units, title, mentions, stance, code_block,
-        quoted, lines, certainty, person, persona, says, opening, closing, echoes, names, priority,
+        sentences, letter_case, has_layout, has_tone, begins, ends, reading_level, units, title, mentions, stance,
+        code_block, quoted, lines, certainty, person, persona, says, opening, closing, echoes, names, priority,
         _whether("emoji", "an emoji; a text symbol (✓, ★, ©) is none", lambda read: _SHAPE["emoji"].search(read.flat)),
         _whether("hashtag", "a #Word; a heading has a space", lambda read: _SHAPE["hashtag"].search(read.flat)),
         _whether("exclamation", "a `!` in the running text", lambda read: _SHAPE["shout"].search(read.text)),

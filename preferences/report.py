@@ -9,10 +9,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 from . import families
+from .dialogs import Check
 from .statistics import Difference, Rate, difference, rate
 from .suite import SECTIONS, Judged, summary
 
@@ -26,7 +28,8 @@ Tree = Mapping[str, Any]
 Summary = Callable[[Sequence[Judged]], Tree]
 
 SIGNIFICANT = 0.05
-_EXAMPLES = 3  # of each section
+_EXAMPLES = 3  # shown of each section
+_TEMPLATE = Path(__file__).parent / "report.html.jinja"
 _NOT_TEXT = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])  # controls have no place in a page
 
 # the section that a leaf is the rate of, or what else the leaf says
@@ -455,15 +458,16 @@ def _example(one: Judged) -> Example:
     return Example(case.id, system_info, user_info, earlier, question, answer, tuple(failed))
 
 
-def _signature(check: Any) -> str:
+def _signature(check: Check) -> str:
     """Return a check as a call."""
     return f"{check.checker}({', '.join(f'{name}={value!r}' for name, value in check.parameters.items())})"
 
 
-def write_page(source: str, page: Page) -> str:
-    """Render the report's template; whatever the model said is escaped."""
+def write_page(page: Page) -> str:
+    """Render the report's template as HTML. All texts are escaped, the model's answers among them."""
     from jinja2 import Environment, StrictUndefined
 
+    source = _TEMPLATE.read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "chance": chance}
     fields = {name: getattr(page, name) for name in Page.__dataclass_fields__}

@@ -503,7 +503,7 @@ def test_bars_have_the_length_of_their_figures() -> None:
         title="t", model="m", other="", date="d", command="c", facts=(), groups=tuple(groups), charts=(section,),
         verdicts={}, examples=(), errors=(),
     )  # fmt: skip
-    found = Reader(report.write_page(TEMPLATE.read_text(), page))
+    found = Reader(report.write_page(page))
     assert [value for tag, name, value in found.attributes if (tag, name) == ("rect", "width")] == ["270.0", "270.0"]
     low, high = section.labels[0][1][0].low, section.labels[0][1][0].high
     (whisker, *_) = [value for tag, name, value in found.attributes if (tag, name) == ("path", "d")]

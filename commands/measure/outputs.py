@@ -1,4 +1,4 @@
-"""The page and the chart that a measurement can write."""
+"""The page and the chart that `eval` and `bench` can write."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import importlib.util
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import metaalign_edge as edge
 from metaalign_edge_preferences import report as pages
+from metaalign_edge_preferences.findings import Findings, Sweep
 from metaalign_edge_runtime.errors import UsageError
 from metaalign_edge_runtime.stores import files
 
 
 def check_outputs(report: Path | None, chart: Path | None) -> None:
-    """Make sure, before the hours of answers, that what shall be written can be.
+    """Check that the report and the chart can be written, before a model answers for hours.
 
     Raises:
-        UsageError: the chart is of no known kind, or needs matplotlib. CannotWrite: no file can be made there.
+        UsageError: the chart is neither .png nor .svg, or matplotlib is missing. CannotWrite: a file cannot be written.
     """
     if chart and chart.suffix.lower() not in (".png", ".svg"):
         raise UsageError(f"--chart writes .png or .svg, not {chart.name}")
@@ -28,8 +28,8 @@ def check_outputs(report: Path | None, chart: Path | None) -> None:
         files.write_whole(path, None)
 
 
-def write_outputs(found: Any, report: Path | None, chart: Path | None) -> None:
-    """Write the report and the chart of a run's findings.
+def write_outputs(found: Findings | Sweep, report: Path | None, chart: Path | None) -> None:
+    """Write the report and the chart of what `eval` found.
 
     Raises:
         CannotWrite: one cannot be written.
@@ -41,7 +41,6 @@ def write_outputs(found: Any, report: Path | None, chart: Path | None) -> None:
     command, program = shlex.join(["metaalign-edge", *sys.argv[1:]]), f"metaalign-edge {edge.__version__}"
     page = found.page(command, time.strftime("%Y-%m-%d"), program)
     if report:
-        source = files.read_text(files.part_folder("preferences") / "report.html.jinja", "the template")
-        files.write_whole(report, pages.write_page(source, page).encode("utf-8", "replace"))
+        files.write_whole(report, pages.write_page(page).encode("utf-8", "replace"))
     if chart:
         files.write_whole(chart, pages.draw(page.charts, page.title, chart.suffix[1:].lower()))

@@ -139,7 +139,7 @@ class Conversation:
         return next((line for line in reversed(lines) if line.get("kind") == "meta_prompt"), nothing)
 
     def turns(self) -> list[Line]:
-        """Return the turns that were not replaced, each with its meta-prompt; `forgotten` are those that were cleared."""
+        """Return the turns that were not replaced, each with its meta-prompt; `forgotten`: it was cleared."""
         found: dict[str, Line] = {}
         tiers = self._in_force(())
         for place, line in enumerate(self.lines):
