@@ -1,8 +1,8 @@
 """Preferences as data: kinds, families, values, wordings, and which of them training may see.
 
-A TOML file is a kind (length, format, tone, …); it holds families; a family is one thing that can be preferred, and its
-values exclude each other, so each is the opposite of the others. A value is put into words by frames and phrases
-(wordings.toml). What training may see of them is fixed here, so that training and evaluation agree:
+A TOML file is a kind (length, format, tone, …) and holds families. A family is one thing that can be preferred; its
+values exclude each other, so each is the opposite of the others. A value is put into words by a sentence frame
+(wordings.toml) around a phrase. Four splits say which wordings training may show, so that evaluation agrees:
 
     seen          both the frame and the phrase, and their combination, may be trained on
     combination   frame and phrase are seen, this combination of them is not
@@ -49,7 +49,7 @@ FORMS = ("do", "manner", "thing", "say", "terse")
 
 _FOLDER = Path(__file__).parent
 _SHARED = ("wordings.toml", "neutral.toml", "profiles.toml", "slots.toml")  # every other TOML file here is a kind
-_RESERVED = 8  # one combination of frame and phrase in so many is kept for evaluation
+_RESERVED = 8  # one in eight combinations of frame and phrase is kept for evaluation
 
 Phrases = Mapping[str, tuple[str, ...]]  # form -> phrases
 
@@ -63,7 +63,7 @@ class Value:
     parameters: Mapping[str, Any] = field(hash=False)  # for the family's checker; "{name}" is filled per dialog
     seen: Phrases = field(hash=False)
     held_out: Phrases = field(hash=False)
-    excludes: tuple[str, ...]  # other families, or values of theirs, that cannot be obeyed at the same time
+    excludes: tuple[str, ...]  # families, and values of other families, that cannot be obeyed at the same time
 
     @property
     def key(self) -> str:
@@ -75,17 +75,17 @@ class Value:
 class Family:
     """One thing that can be preferred. Its values exclude each other."""
 
-    kind: str  # the file it stands in
+    kind: str  # the name of its file
     name: str
-    asks: str  # one line for people
+    asks: str  # what it is about, in one line
     checker: str  # a name in CHECKERS
     values: tuple[Value, ...]
-    subjects: tuple[str, ...]  # the kinds of question whose answer it changes; empty: all
-    transfer: bool  # whether it can be asked of a topic that was never trained together with it
-    tiers: tuple[str, ...]  # where it may stand: system, user
+    subjects: tuple[str, ...]  # the kinds of question whose answers it changes; empty: all
+    transfer: bool  # whether some topics are kept apart from it in training, to test whether it carries over
+    tiers: tuple[str, ...]  # that may ask for it: system, user
     conflicts: bool  # whether two of its values contradict each other
-    weight: int  # how often training draws it, next to the others
-    rewords: bool  # whether it asks for other content words, so that facts need not survive it
+    weight: int  # how often training draws it, relative to the others
+    rewords: bool  # whether obeying it changes the content words of an answer, so that its facts are not searched for
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Wording:
 
     @property
     def implicit(self) -> bool:
-        """Tell whether the wording says something about the person and leaves the preference to be understood."""
+        """Tell whether the wording describes the person and leaves the preference to be inferred."""
         return self.form == "say" and not self.slots
 
 
@@ -135,7 +135,7 @@ def express(value: Value, split: str, rng: Random, slots: Mapping[str, str] | No
     forms = [form for form in FORMS if phrases.get(form)]
     if not forms or split not in SPLITS:
         raise ValueError(f"{value.key} has no wording of the split {split!r}")
-    # sentences and terse phrases stand alone: they have no combinations to hold out
+    # sentences and terse phrases have no frame, so no combinations to hold out
     if split == "combination":
         forms = [form for form in forms if form in ("do", "manner", "thing")] or forms
     while True:
@@ -146,7 +146,7 @@ def express(value: Value, split: str, rng: Random, slots: Mapping[str, str] | No
             break
     wanted = [slot for slot in read("slots.toml") if "{" + slot + "}" in core]
     filled = {slot: (slots or {}).get(slot) or draw_slot(slot, rng, split) for slot in wanted}
-    for slot, text in filled.items():  # not str.format: a phrase is anybody's text
+    for slot, text in filled.items():  # not str.format: a phrase may contain other braces
         core = core.replace("{" + slot + "}", text)
     text = core + rng.choice(rules["endings"][{"say": "said", "terse": "bare"}.get(form, "full")])
     as_written = rng.random() < (0.6 if form == "terse" else 0.2)
@@ -154,7 +154,7 @@ def express(value: Value, split: str, rng: Random, slots: Mapping[str, str] | No
 
 
 def draw_slot(slot: str, rng: Random, split: str = "seen") -> str:
-    """Draw a name or a word to be copied: a known or an invented one, or one that is never trained on."""
+    """Draw the text of a slot: a listed or an invented one; for the split `word`, one that training never shows."""
     table = read("slots.toml")[slot]
     if split == "word":
         return str(rng.choice(table["held_out"]))
@@ -165,12 +165,12 @@ def draw_slot(slot: str, rng: Random, split: str = "seen") -> str:
 
 
 def neutral_lines(tier: str) -> list[str]:
-    """Return lines for the tier `system` or `user` that ask for nothing."""
+    """Return lines for the tier `system` or `user` that express no preference."""
     return list(read("neutral.toml")[tier])
 
 
 def adheres(value: Value, response: str, slots: Mapping[str, str] | None = None, **extra: Any) -> bool:
-    """Decide whether a response obeys a value; `slots` fill the parameters, `extra` adds what the question brings."""
+    """Decide whether a response obeys a value. `extra` are parameters that depend on the question."""
     return CHECKERS[families()[value.family].checker](response, **fill(value, slots), **extra)
 
 
@@ -192,7 +192,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def _core(rng: Random, rules: dict[str, Any], form: str, frames: Sequence[str], phrase: str) -> str:
-    """Fill a frame; an order in the negative takes a plain opening, and no frame that wants an infinitive."""
+    """Fill a frame. A negative order ("don't …") takes a plain opening, and no frame that needs an infinitive."""
     negative = form == "do" and phrase.startswith(tuple(rules["negations"]))
     frame = rng.choice([one for one in frames if not (negative and one.endswith(tuple(rules["infinitives"])))])
     opening = rng.choice(rules["plain_openings" if negative else "openings"])
@@ -202,7 +202,7 @@ def _core(rng: Random, rules: dict[str, Any], form: str, frames: Sequence[str], 
 
 
 def _is_reserved(core: str) -> bool:
-    """Tell whether a combination is kept from training, by a digest that is the same on every machine."""
+    """Tell whether a combination is kept for evaluation, by a digest that is the same on every machine."""
     return zlib.crc32(core.casefold().encode()) % _RESERVED == 5
 
 

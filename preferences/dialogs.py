@@ -1,7 +1,7 @@
-"""Compose dialogs: meta-prompts in words, questions, and what a program can check of the answer.
+"""Compose dialogs: meta-prompts in words, questions, and the checks that a program can make of the answer.
 
-Training adds responses to them (tune/responses.py); `eval` asks a model for them (suite.py). A dialog is a pure
-function of its plan and of the random numbers.
+Training adds written responses (tune/responses.py); `eval` asks a model for its own (suite.py). A dialog is a pure
+function of its plan and the random numbers.
 """
 
 from __future__ import annotations
@@ -35,35 +35,35 @@ __all__ = [
 ]
 
 SUBJECTS = ("topic", "opinion", "request", "unknown", "smalltalk")
-TURNS = 6  # at most
+TURNS = 6  # the most questions of a dialog
 
-_HELD_OUT_PAIRS = 12  # one pair of topic and value in so many is kept from training
-_HELD_OUT_UNKNOWN = 8  # so is one unknown noun or question in so many
-_TRIES = 300  # draws before whatever can be obeyed is taken
-# as usual, and where a dialog is to be hard: how often each kind of subject; none to three preferences; a contradiction
-_KINDS = ((64, 13, 8, 11, 4), (56, 17, 12, 11, 4))
-_COUNTS = ((11, 41, 29, 19), (7, 32, 32, 29))
-_CONFLICTS = (0.2, 0.5)
-_LENGTHS = (60, 15, 9, 7, 5, 4)  # dialogs of one to six turns
+_HELD_OUT_PAIRS = 12  # one in twelve pairs of topic and value is kept from training
+_HELD_OUT_UNKNOWN = 8  # so is one in eight unknown nouns and questions
+_TRIES = 300  # draws of a subject that suits the plan; then any that can be obeyed is taken
+# how often training draws what; the first entry is for usual dialogs, the second for hard ones (Plan.hard)
+_KINDS = ((64, 13, 8, 11, 4), (56, 17, 12, 11, 4))  # weights of SUBJECTS
+_COUNTS = ((11, 41, 29, 19), (7, 32, 32, 29))  # weights of no, one, two and three preferences
+_CONFLICTS = (0.2, 0.5)  # the share of dialogs whose tiers contradict each other
+_LENGTHS = (60, 15, 9, 7, 5, 4)  # weights of one to six turns, usual or hard
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a question can be about, with what a right answer says of it."""
+    """The subject of a question, with the sentences of a right answer."""
 
     kind: str  # one of SUBJECTS
     name: str
     ask: tuple[str, ...]  # noun phrases of a topic, else whole questions
     facts: tuple[str, ...]  # sentences, the most important first
-    by_value: Mapping[str, Any] = field(default_factory=dict, hash=False)  # "audience.child" -> its first fact, …
+    by_value: Mapping[str, Any] = field(default_factory=dict, hash=False)  # "audience.child" -> its facts under it, …
 
     @property
     def nouns(self) -> list[str]:
-        """Return what a topic is called."""
+        """Return the names of a topic; none for another kind."""
         return list(self.ask) if self.kind == "topic" else []
 
     def says(self) -> list[str]:
-        """Return every sentence that a right answer may be made of."""
+        """Return every sentence that a right answer may contain."""
         said = [*self.facts]
         for content in self.by_value.values():
             said += [content] if isinstance(content, str) else content["answer"]
@@ -74,7 +74,7 @@ class Subject:
 class Check:
     """One thing that a program can verify of a response."""
 
-    key: str  # the preference, family.value
+    key: str  # of the preference, family.value
     checker: str
     parameters: Mapping[str, Any] = field(hash=False)
 
@@ -85,13 +85,13 @@ class Check:
 
 @dataclass(frozen=True)
 class MetaPrompt:
-    """System Info and User Info in words, and which preferences they hold."""
+    """System Info and User Info in words, and the preferences that they contain."""
 
     system_info: str = ""
     user_info: str = ""
     system: tuple[Wording, ...] = ()
     user: tuple[Wording, ...] = ()
-    losing: tuple[Wording, ...] = ()  # stand in User Info, overridden by System Info
+    losing: tuple[Wording, ...] = ()  # of User Info, overridden by System Info
 
     @property
     def wordings(self) -> tuple[Wording, ...]:
@@ -100,7 +100,7 @@ class MetaPrompt:
 
     @property
     def force(self) -> dict[str, Wording]:
-        """Return what is in force, by value key, backgrounds included."""
+        """Return the wordings in force by the key of their value, backgrounds included: all but the losing ones."""
         return {w.value.key: w for w in self.wordings if w not in self.losing}
 
 
@@ -127,12 +127,12 @@ class Scene:
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """Return what an obedient answer to the last question satisfies."""
+        """Return the checks that an obedient answer to the last question satisfies."""
         return checks(self.last, self.prompt.force)
 
     @property
     def losing(self) -> tuple[Check, ...]:
-        """Return what User Info asked for in vain."""
+        """Return the checks of what User Info asks for and System Info overrides."""
         lost = {w.value.key: w for w in self.prompt.losing}
         background = {key: w for key, w in self.prompt.force.items() if key.startswith("background.")}
         return tuple(check for check in checks(self.last, background | lost) if check.key in lost)
@@ -140,11 +140,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a dialog shall be like. Unset fields are drawn at random, as training draws them."""
+    """What is decided of a dialog in advance. Unset fields are drawn at random, as training draws them."""
 
     kind: str | None = None  # one of SUBJECTS
     values: tuple[str, ...] | None = None  # keys of the values in force
-    tiers: tuple[str, ...] | None = None  # where they stand
+    tiers: tuple[str, ...] | None = None  # of those values, one for each
     losing: str | None = None  # a value in User Info that System Info overrides
     turns: int | None = None
     split: str = "seen"  # of the wordings, of names and words, and of unknown subjects
@@ -156,7 +156,7 @@ class Plan:
     hard: bool = False  # more contradictions, more preferences at once, and questions that look like either
 
 
-# --- what there is to ask ---------------------------------------------------------------------------------------------
+# --- subjects ---------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -175,7 +175,7 @@ def subjects(kind: str) -> tuple[Subject, ...]:
 
 @cache
 def held_out_pair(topic: str, key: str) -> bool:
-    """Tell whether a topic and a value are kept apart in training, to see whether the value carries over."""
+    """Tell whether a topic and a value never meet in training, to test whether the value carries over to it."""
     return families()[_family_of(key)].transfer and _digest(f"{topic}/{key}") % _HELD_OUT_PAIRS == 0
 
 
@@ -202,22 +202,22 @@ def _request(table: Mapping[str, Any]) -> Subject:
 
 @cache
 def _can_go_unnamed(subject: Subject) -> bool:
-    """Tell whether a topic's sentences name it nowhere but at their beginning."""
+    """Tell whether a topic's sentences name it only as their first words, which can be left out."""
     begin = subject.name[0].upper() + subject.name[1:] + " "
     rest = " ".join(said.removeprefix(begin) for said in subject.says())
     return CHECKERS["names"](rest, topic=subject.nouns, present=False)
 
 
-# --- what can be checked ----------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def checks(question: Question, force: Mapping[str, Wording]) -> tuple[Check, ...]:
-    """Return what a program can verify of an answer that obeys all of `force`."""
+    """Return the checks of an answer that obeys all of `force`."""
     subject, found = question.subject, []
     for key, wording in force.items():
         family = families()[wording.value.family]
         if family.subjects and subject.kind not in family.subjects:
-            continue  # it changes nothing here
+            continue  # it does not change this answer
         parameters = fill(wording.value, wording.slots)
         if family.checker == "stance":
             parameters = {"side": _side(subject, force)}
@@ -230,7 +230,7 @@ def checks(question: Question, force: Mapping[str, Wording]) -> tuple[Check, ...
 
 
 def _side(subject: Subject, force: Mapping[str, Wording]) -> str:
-    """Return which side of an opinion suits the user: `yes`, `no`, or `open` where nothing is known or wanted."""
+    """Return the side of an opinion that suits the user: `yes`, `no`, or `open` where none is known or wanted."""
     mine = [subject.by_value[key]["side"] for key in force if key in subject.by_value]
     return mine[0] if mine and "stance.open" not in force else "open"
 
@@ -239,7 +239,7 @@ def _side(subject: Subject, force: Mapping[str, Wording]) -> str:
 
 
 def compose(rng: Random, plan: Plan) -> Scene:
-    """Compose a dialog that fits the plan; what the plan leaves open is drawn."""
+    """Compose a dialog that fits the plan; fields that the plan leaves open are drawn."""
     kind = plan.kind or rng.choices(SUBJECTS, _KINDS[plan.hard])[0]
     prompt = _draw_prompt(rng, plan, kind)
     subject = _draw_subject(rng, kind, plan, prompt)
@@ -248,26 +248,26 @@ def compose(rng: Random, plan: Plan) -> Scene:
     # earlier questions: under this meta-prompt, or under one that has been replaced since
     other = _draw_prompt(rng, Plan(), "topic") if changed else prompt
     since = rng.randrange(1, count) if changed and count > 1 and plan.changed is None else count - 1 if changed else 0
-    asked: list[Question] = []
+    questions: list[Question] = []
     for number in range(count):
         last = number == count - 1
         mine = prompt if number >= since else other
         now = subject if last else _draw_subject(rng, rng.choice(("topic", "topic", "topic", kind)), Plan(), mine)
-        previous = asked[-1].subject if asked else None
-        free = not last or (plan.subject is None and kind == "topic")  # the plan may want something else here
+        previous = questions[-1].subject if questions else None
+        free = not last or (plan.subject is None and kind == "topic")  # to stay with the previous subject
         if previous and previous.kind == "topic" and free and rng.random() < 0.2 and _suits(previous, mine.force):
             query, now = rng.choice(read("questions/forms.toml")["again"]), previous
         else:
             query = _query(rng, now, plan, later=number > 0)
-        asked.append(Question(query, now, mine))
-    return Scene(prompt, tuple(asked))
+        questions.append(Question(query, now, mine))
+    return Scene(prompt, tuple(questions))
 
 
 def flip(rng: Random, scene: Scene) -> Scene | None:
-    """Ask the same under a meta-prompt that prefers otherwise; None where no such meta-prompt was found.
+    """Ask the same questions under a meta-prompt that wants another answer; None where no such meta-prompt was found.
 
-    In a conflict the tiers swap their wishes; else one preference that matters turns into its opposite, or goes, or,
-    where there was none, comes.
+    In a conflict the tiers swap their preferences. Otherwise one preference that changes the answer becomes its
+    opposite or is dropped; where none changes it, the preferences are drawn anew.
     """
     subject, prompt = scene.last.subject, scene.prompt
     lost = prompt.losing[0].value.key if prompt.losing else None
@@ -291,18 +291,18 @@ def flip(rng: Random, scene: Scene) -> Scene | None:
         else:
             mine = [(key, rng.choice(("system", "user", "user"))) for key in _draw_values(rng, False, subject.kind)[:1]]
         keys = [key for key, _ in mine]
-        alone = "stance.personal" in (*keys, losing) and not now  # whose side should be taken?
+        alone = "stance.personal" in (*keys, losing) and not now  # the user's side, of nobody known
         if alone or not compatible([*keys, losing] if losing else keys):
             continue
         found = _write_prompt(rng, mine, losing, now, "seen")
-        asked = tuple(replace(q, prompt=found) if q.prompt is prompt else q for q in scene.questions)
-        if all(q.subject.kind != "topic" or _suits(q.subject, found.force) for q in asked if q.prompt is found):
-            return Scene(found, asked)
+        questions = tuple(replace(q, prompt=found) if q.prompt is prompt else q for q in scene.questions)
+        if all(q.subject.kind != "topic" or _suits(q.subject, found.force) for q in questions if q.prompt is found):
+            return Scene(found, questions)
     return None
 
 
 def _matters(key: str, subject: Subject) -> bool:
-    """Tell whether a value changes what may be said about a subject."""
+    """Tell whether a value changes the right answer about a subject."""
     family = families()[_family_of(key)]
     if family.name == "units" and "units.metric" not in subject.by_value:
         return False
@@ -314,7 +314,7 @@ def _family_of(key: str) -> str:
 
 
 def _draw_prompt(rng: Random, plan: Plan, kind: str) -> MetaPrompt:
-    """Draw preferences for both tiers; what is in force can be obeyed all at once."""
+    """Draw preferences for both tiers; all that are in force can be obeyed at once."""
     while True:
         keys = plan.values if plan.values is not None else _draw_values(rng, plan.hard, kind)
         if compatible(keys + ((plan.losing,) if plan.losing else ())):
@@ -334,8 +334,8 @@ def _draw_prompt(rng: Random, plan: Plan, kind: str) -> MetaPrompt:
 def _write_prompt(
     rng: Random, placed: Sequence[tuple[str, str]], losing: str | None, background: str, split: str
 ) -> MetaPrompt:
-    """Put values (key, tier), one that loses, and a background into words."""
-    slots = {slot: draw_slot(slot, rng, split) for slot in read("slots.toml")}  # both tiers speak of one word
+    """Put values, each with its tier, a losing value and a background into words."""
+    slots = {slot: draw_slot(slot, rng, split) for slot in read("slots.toml")}  # both tiers get the same
     system: list[Wording] = []
     user: list[Wording] = []
     for key, tier in placed:
@@ -345,7 +345,7 @@ def _write_prompt(
     lost = [express(values()[losing], split, rng, slots)] if losing else []
     user += lost
     if background:
-        split = "seen" if split == "combination" else split  # its sentences have no combinations
+        split = "seen" if split == "combination" else split  # a background has no frames to combine
         user.append(express(values()[f"background.{background}"], split, rng))
     rng.shuffle(system)
     rng.shuffle(user)
@@ -354,7 +354,7 @@ def _write_prompt(
 
 
 def _draw_values(rng: Random, hard: bool, kind: str) -> tuple[str, ...]:
-    """Draw none to three values of different families, rather those that matter for the kind of question."""
+    """Draw none to three values of different families; those that change answers of this kind, more often."""
     drawn = [family for family in families().values() if family.name != "background"]
     shares = dict(zip(SUBJECTS, _KINDS[hard], strict=True))
     weights = [
@@ -370,7 +370,7 @@ def _draw_values(rng: Random, hard: bool, kind: str) -> tuple[str, ...]:
 
 
 def _draw_background(rng: Random, kind: str, keys: Sequence[str | None]) -> str:
-    """Draw who the user is, or nobody; whoever wants their own side taken says who they are."""
+    """Draw who the user is, or "" for nothing; always somebody where the user's own side is to be taken."""
     often = 1.0 if "stance.personal" in keys else 0.7 if kind == "opinion" else 0.04 if keys else 0.08
     return str(rng.choice(families()["background"].values).name) if rng.random() < often else ""
 
@@ -383,7 +383,7 @@ def _opposite(rng: Random, key: str) -> str | None:
 
 
 def compatible(keys: Sequence[str]) -> bool:
-    """Tell whether all values can be obeyed at once."""
+    """Tell whether values can all be obeyed at once."""
     return not any(
         other != key and (other in values()[key].excludes or _family_of(other) in values()[key].excludes)
         for key in keys
@@ -397,7 +397,7 @@ def _draw_subject(rng: Random, kind: str, plan: Plan, prompt: MetaPrompt) -> Sub
         return next(subject for subject in found if subject.name == plan.subject)
     force = prompt.force
     if kind == "opinion" and (plan.background or rng.random() < 0.85):
-        # mostly questions on which the background has a say, when there is one
+        # mostly questions on which the background decides, if there is one
         found = tuple(s for s in found if any(key in s.by_value for key in force)) or found
     measured = any(key.startswith("units.") for key in force) and (plan.values or rng.random() < 0.75)
     if kind == "topic" and measured:
@@ -410,7 +410,7 @@ def _draw_subject(rng: Random, kind: str, plan: Plan, prompt: MetaPrompt) -> Sub
 
 
 def _suits(subject: Subject, force: Mapping[str, Wording]) -> bool:
-    """Tell whether training may show a topic under a meta-prompt."""
+    """Tell whether training may show a topic under these preferences."""
     return _may_meet(subject, force) and not _apart(subject, force)
 
 
@@ -419,7 +419,7 @@ def _apart(subject: Subject, force: Mapping[str, Wording]) -> bool:
 
 
 def _may_meet(subject: Subject, force: Mapping[str, Wording]) -> bool:
-    """Tell whether a right answer about this subject can obey all that is in force."""
+    """Tell whether a right answer about this subject can obey all of `force`."""
     if subject.kind == "topic" and "taboo.unnamed" in force and not _can_go_unnamed(subject):
         return False
     avoided = force.get("word.avoid")
@@ -444,7 +444,7 @@ def _query(rng: Random, subject: Subject, plan: Plan, later: bool) -> str:
         text = rng.choice(ask)
     if subject.kind == "unknown" and plan.hard and rng.random() < 0.3:
         text = rng.choice([q for q in unknown["decoys"] if not _unseen(q)])
-    # people type as they like
+    # imitate careless typing
     style = rng.random()
     if style < 0.12:
         text = text.lower()
@@ -476,21 +476,21 @@ def _fill(rng: Random, forms: Mapping[str, Any], noun: str, plan: Plan, later: b
 
 
 def _join(rng: Random, wordings: Sequence[Wording], tier: str) -> str:
-    """Write a tier: its wordings, sometimes a line that asks for nothing, on lines of their own or in one."""
+    """Write a tier: its wordings, and sometimes a line without a preference, on a line each or all on one."""
     texts = [w.text for w in wordings]
     if rng.random() < ((0.5 if tier == "system" else 0.12) if not texts else (0.3 if tier == "system" else 0.04)):
         texts.insert(0, rng.choice(neutral_lines(tier)))
     if rng.random() < 0.6:
         return "\n".join(texts)
     if len(wordings) > 1 and rng.random() < 0.4:
-        # "Be brief and answer in capitals": a line that asks for nothing stays a sentence of its own
-        asked = [texts[-len(wordings)].rstrip(".!"), *map(small, texts[1 - len(wordings) :])]
-        texts[-len(wordings) :] = [" and ".join(t.rstrip(".!") for t in asked[:-1]) + " and " + asked[-1]]
+        # "Be brief and answer in capitals": a line without a preference stays a sentence of its own
+        clauses = [texts[-len(wordings)].rstrip(".!"), *map(small, texts[1 - len(wordings) :])]
+        texts[-len(wordings) :] = [" and ".join(t.rstrip(".!") for t in clauses[:-1]) + " and " + clauses[-1]]
     return " ".join(t if t[-1] in ".!?" or t is texts[-1] else t + "." for t in texts)
 
 
 def small(text: str) -> str:
-    """Return the text with a small first letter, but leave "I" and abbreviations alone."""
+    """Return the text with a small first letter, unless it begins with "I" or an abbreviation."""
     keep = text.startswith(("I ", "I'")) or (text[:2].isalpha() and text[:2].isupper())
     return text if keep else text[0].lower() + text[1:]
 

@@ -1,4 +1,4 @@
-"""A run of `eval` without the model: the suite that it asks, the verdicts on the answers, and what they come to."""
+"""`eval` without the model: which suite is asked, the verdicts on the answers, and the results for people and JSON."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _IFEVAL = {"prompt": "IFEval: every instruction", "part": "IFEval: some instruct
 
 @dataclass(frozen=True)
 class Suite:
-    """What `eval` asks."""
+    """The cases that `eval` asks."""
 
     name: str  # builtin, or a file
     kind: str  # builtin, own or ifeval
@@ -51,7 +51,7 @@ class Suite:
 
     @cached_property
     def all_cases(self) -> list[Case]:
-        """Return the cases and, to see what a preference changes, their questions once more without a meta-prompt."""
+        """Return the cases and, for some sections, their questions once more without a meta-prompt (Case.plain)."""
         plain = {case.queries[-1]: case.plain for case in self.cases if case.section in COMPARED}
         return [*self.cases, *plain.values()]
 
@@ -61,17 +61,17 @@ class Suite:
         return f"{self.name}, seed {self.seed}" + (f", size {self.size}" if self.size else "")
 
     def spread(self, judged: list[Judged]) -> list[Judged]:
-        """Return what the rates are counted from."""
+        """Return the judged answers that rates are counted from: IFEval counts each instruction, too."""
         return judged if self.kind != "ifeval" else ifeval.judged_by_instruction(judged)
 
     @property
     def summary(self) -> Callable[[Sequence[Judged]], dict[str, Any]]:
-        """Return what makes rates of judged answers."""
+        """Return the function that turns judged answers into rates."""
         return ifeval.summary if self.kind == "ifeval" else results
 
 
 def find_suite(name: str, seed: int, size: int | None, tier: str) -> Suite:
-    """Compose the built-in suite, or read a file: of one's own, or of IFEval's, whose instructions go to `tier`.
+    """Compose the built-in suite, or read a file: the user's own, or IFEval's, whose instructions go to `tier`.
 
     Raises:
         UsageError: the file is no suite, or IFEval's checkers are not installed. NotFound: it cannot be read.
@@ -99,7 +99,7 @@ def find_suite(name: str, seed: int, size: int | None, tier: str) -> Suite:
 
 @dataclass(frozen=True)
 class Run:
-    """How one model was asked, and what it answered."""
+    """A model, the way it was asked, and its answers."""
 
     name: str
     path: str
@@ -112,9 +112,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model's answers prove."""
+    """A model's judged answers, and the rates that they come to."""
 
-    counted: list[Judged]  # what the rates are of
+    counted: list[Judged]  # from which the rates are counted
     errors: list[dict[str, str]]  # cases without an answer or a verdict: they count as missed
     unfinished: int  # answers that were cut off at -n
     truncated: int  # answers to dialogs whose oldest turns did not fit
@@ -147,12 +147,12 @@ def judge(suite: Suite, answers: Answers) -> Outcome:
 
 
 def sound(one: Judged, errors: list[dict[str, str]]) -> Judged:
-    """Return a judged answer whose checkers can judge it; where one fails, the case without its answer."""
+    """Return a judged answer if its checkers can judge it. If one raises, note that in `errors` and return a miss."""
     for check in (*one.case.checks, *one.case.losing):
         try:
             check.holds(one.response)
             check.holds(one.yardstick)
-        except Exception as error:  # a checker may be anybody's pattern, an answer anything
+        except Exception as error:  # the user's own pattern may raise anything
             said = " ".join(str(error).split())
             reason = f"the checker {check.checker} of {check.key} failed: {type(error).__name__}: {said}"
             errors.append({"id": one.case.id, "reason": reason})
@@ -166,7 +166,7 @@ def sound(one: Judged, errors: list[dict[str, str]]) -> Judged:
 
 
 class Findings:
-    """The results of one model, or of two and how the first differs from the second."""
+    """The results of one model, or of two and their differences."""
 
     def __init__(self, suite: Suite, runs: Sequence[Run]) -> None:
         """Judge the answers."""
@@ -179,13 +179,13 @@ class Findings:
 
     @property
     def names(self) -> list[str]:
-        """Return what the models are called: their files' names, or whatever first tells them apart."""
+        """Return the models' names: those of their files, or with paths or templates if that tells them apart."""
         names, paths = [run.name for run in self.runs], [run.path for run in self.runs]
         templates = [f"{run.name} ({run.template})" for run in self.runs]
         return next((ways for ways in (names, paths, templates) if len({*ways}) == len(ways)), names)
 
     def document(self) -> dict[str, Any]:
-        """Make what `--json` prints."""
+        """Return the document that `--json` prints."""
         first, *other = map(self._document, self.runs, self.outcomes)
         if other:
             differences = document(branches(self.differences))
@@ -217,7 +217,7 @@ class Findings:
         return groups(first, second[0] if second else None, self.differences)
 
     def text(self, lay_out: Callable[[list[str], list[list[str]]], Iterable[str]]) -> str:
-        """Return the results for people; `lay_out` makes lines of a table's headings and rows."""
+        """Return the results as text; `lay_out` turns a table's headings and rows into lines."""
         suite, names = self.suite, self.names
         heads, rows = table(self.groups(), len(names) > 1)
         lines = [f"{' against '.join(names)}: {suite.drawn}, {len(suite.cases):,} cases", "", *lay_out(heads, rows)]
@@ -268,7 +268,7 @@ class Findings:
 
 
 class Sweep:
-    """The results of one model whose tier `tier` pulls at several strengths, and how each differs from that of 1."""
+    """The results of one model at several strengths of one tier, and how each differs from those at strength 1."""
 
     def __init__(self, suite: Suite, runs: Sequence[Run], tier: str, strengths: Sequence[float]) -> None:
         """Judge the answers; `runs` are in the order of `strengths`."""
@@ -283,7 +283,7 @@ class Sweep:
         ]
 
     def document(self) -> dict[str, Any]:
-        """Make what `--json` prints."""
+        """Return the document that `--json` prints."""
         first = self.points[0].document()
         shared = ("model", "n", "suite", "seed", "size", "template", "max_tokens", "temperature")
         found = []
@@ -293,7 +293,7 @@ class Sweep:
         return {**{name: first[name] for name in shared}, "tier": self.tier, "strengths": found}
 
     def grid(self) -> tuple[list[str], list[list[str]]]:
-        """Return the headings and the rows of a table: rates by strength, starred where they differ from those at 1."""
+        """Return a table's headings and rows: rates by strength, starred if they differ from those at 1."""
         heads = ["", *(f"{strength:g}" for strength in self.strengths), "n", "what"]
         rows: list[list[str]] = []
         found = [dict(leaves(point.outcomes[0].tree)) for point in self.points]
@@ -308,7 +308,7 @@ class Sweep:
         return heads, rows
 
     def text(self, lay_out: Callable[[list[str], list[list[str]]], Iterable[str]]) -> str:
-        """Return the results for people; `lay_out` makes lines of a table's headings and rows."""
+        """Return the results as text; `lay_out` turns a table's headings and rows into lines."""
         one = self.points[0]
         lines = [f"{one.names[0]}, {self.tier} strength: {one.suite.drawn}, {len(one.suite.cases):,} cases", ""]
         lines += [*lay_out(*self.grid()), "", "*: p < 0.05 against a strength of 1, over the same cases (McNemar)"]

@@ -1,8 +1,8 @@
 """IFEval's prompts and checkers as a suite: its instructions stand in System Info, in User Info, or in the query alone.
 
 The rows are Google's ("Instruction-Following Evaluation for Large Language Models", arXiv 2311.07911), the checkers
-those of `lm-eval`; that the instruction moves to System Info is System-IFEval's idea. Nothing is downloaded: two kinds
-of instruction need the sentence tokenizer of NLTK's data and are left out where that is not installed.
+those of `lm-eval`; to move the instruction to System Info is System-IFEval's idea. Nothing is downloaded: two kinds of
+instruction need the sentence tokenizer of NLTK's data, and are left out where that is not installed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def missing() -> bool:
 def read_ifeval(path: Path, tier: str = "system") -> tuple[list[Case], list[str]]:
     """Read IFEval's rows; return the cases, and the kinds of instruction that cannot be checked here.
 
-    A case whose every instruction can be checked has the section `prompt`, another `part`; one without any is left out.
+    Cases of the section `prompt` have only instructions that can be checked, those of `part` some. Others are left out.
 
     Raises:
         UsageError: a line is no row of IFEval's. NotFound: the file cannot be read.
@@ -116,18 +116,18 @@ def _case(row: Any, tier: str) -> tuple[Case, list[str]]:
 
 
 def _instruction(key: str, name: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return an instruction in words, and its arguments; those that the row leaves out are drawn by its key."""
+    """Return an instruction in words, and its arguments. Those that the row leaves out are drawn, seeded by its key."""
     kind = _registry().get(name)
     if kind is None:
         raise ValueError(f"no instruction is called {name!r}")
     instruction = kind(name)
-    before = random.getstate()  # lm-eval draws from Python's own generator
+    before = random.getstate()  # lm-eval draws with Python's global generator
     random.seed(f"{key}/{name}")
     try:
         kept = {argument: value for argument, value in given.items() if value}  # as lm-eval reads a row
         description = str(instruction.build_description(**kept))
         return description, {**(instruction.get_instruction_args() or {}), **kept}
-    except Exception as error:  # whatever a checker makes of foreign arguments
+    except Exception as error:  # foreign arguments may raise anything
         raise ValueError(f"{name} does not take the arguments {given} ({error})") from None
     finally:
         random.setstate(before)
@@ -144,7 +144,7 @@ def follows(response: str, instruction: str, arguments: dict[str, Any], prompt: 
 
 @cache
 def _can_check(name: str) -> bool:
-    """Tell whether a kind of instruction can be checked: some need data of NLTK's."""
+    """Tell whether a kind of instruction can be checked here: some need NLTK's data."""
     instruction = _registry()[name](name)
     keys = instruction.get_instruction_args_keys()
     try:
@@ -157,7 +157,7 @@ def _can_check(name: str) -> bool:
 
 @cache
 def _registry() -> dict[str, Any]:
-    """Import lm-eval's instructions, offline, and make them a checker."""
+    """Import lm-eval's instructions without a download, and register them as the checker `ifeval`."""
     import langdetect
     import nltk
 
@@ -171,7 +171,7 @@ def _registry() -> dict[str, Any]:
 
 @contextmanager
 def _no_download(nltk: Any) -> Iterator[None]:
-    """Keep lm-eval from fetching NLTK's data as it is imported, and from saying on stdout that it did."""
+    """Keep lm-eval from downloading NLTK's data while it is imported, and from printing that it did."""
     download, nltk.download = nltk.download, lambda *_, **__: False
     try:
         with redirect_stdout(StringIO()):
@@ -181,7 +181,7 @@ def _no_download(nltk: Any) -> Iterator[None]:
 
 
 def judged_by_instruction(judged: Iterable[Judged]) -> list[Judged]:
-    """Return judged prompts, and after each one every instruction of it on its own, in the section `instruction`."""
+    """Return the judged prompts, each followed by its instructions one by one, in the section `instruction`."""
     found = []
     for one in judged:
         found.append(one)

@@ -1,6 +1,6 @@
-"""What `eval` says of a model: rates as rows, charts, examples of what was missed, a page, and two models side by side.
+"""The results of `eval` as table rows, charts, examples of misses and a page; one model, or two side by side.
 
-A tree of results has names for branches and a `Rate` at each leaf (suite.summary, ifeval.summary).
+Results are a tree: names lead to branches, and each leaf is a `Rate` (suite.summary, ifeval.summary).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ __all__ = [
     "document", "draw", "examples", "groups", "leaves", "percent", "results", "table", "verdicts", "write_page",
 ]  # fmt: skip
 
-Place = tuple[str, ...]
+Place = tuple[str, ...]  # the names that lead to a leaf
 Tree = Mapping[str, Any]
 Summary = Callable[[Sequence[Judged]], Tree]
 
 SIGNIFICANT = 0.05
-_EXAMPLES = 3  # shown of each section
+_EXAMPLES = 3  # of each section
 _TEMPLATE = Path(__file__).parent / "report.html.jinja"
-_NOT_TEXT = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])  # controls have no place in a page
+_NOT_TEXT = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])  # control characters
 
-# the section that a leaf is the rate of, or what else the leaf says
+# what each leaf is the rate of
 _MEANING: dict[Place, str] = {
     ("adherence", "seen"): SECTIONS["seen"],
     ("adherence", "held_out", "combination"): SECTIONS["combination"],
@@ -91,10 +91,10 @@ _CURVES: dict[str, dict[str, Place]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A rate as reports show it, and that of a second model where there is one."""
+    """A rate as reports show it, with the second model's if there is one."""
 
     path: Place  # in the tree
-    alone: bool  # its group has no other
+    alone: bool  # whether its group has no other row
     group: str
     name: str  # within its group; the group's own where it is alone in the tree
     meaning: str
@@ -123,7 +123,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Chart:
-    """Horizontal bars from zero, one a label, or two where two models are compared."""
+    """Horizontal bars from zero: for each label one, or two where two models are compared."""
 
     title: str
     caption: str
@@ -140,11 +140,11 @@ class Chart:
 
 @dataclass(frozen=True)
 class Curves:
-    """Shares, in per cent, over a number: a line for each label, a point of it for each of `places`."""
+    """Lines of shares in per cent, one for each label, with a point at each of `places`."""
 
     title: str
     caption: str
-    places: tuple[float, ...]
+    places: tuple[float, ...]  # on the horizontal axis
     lines: tuple[tuple[str, tuple[Bar, ...]], ...]
 
 
@@ -174,7 +174,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Page:
-    """What the report's template needs."""
+    """The variables of the report's template."""
 
     title: str
     model: str
@@ -184,7 +184,7 @@ class Page:
     facts: tuple[tuple[str, str], ...]
     groups: tuple[Group, ...]
     charts: tuple[Chart | Curves, ...]
-    verdicts: Mapping[str, Sequence[str]]  # families that are worse, better, not distinguishable
+    verdicts: Mapping[str, Sequence[str]]  # the families that are worse, better, not distinguishable
     examples: tuple[Examples, ...]
     errors: tuple[Mapping[str, str], ...]
     grid: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None  # headings and rows, in place of groups
@@ -213,7 +213,7 @@ def leaves(tree: Tree, path: Place = ()) -> Iterator[tuple[Place, Rate]]:
 
 
 def document(tree: Tree) -> dict[str, Any]:
-    """Return a tree of rates or differences as JSON has it."""
+    """Return a tree of rates or differences as a JSON document."""
     return {
         name: {key: round(value, 4) for key, value in asdict(branch).items()}
         if isinstance(branch, (Rate, Difference))
@@ -225,7 +225,8 @@ def document(tree: Tree) -> dict[str, Any]:
 def compare(first: Sequence[Judged], second: Sequence[Judged], of: Summary) -> dict[Place, Difference]:
     """Return how two models differ, rate by rate, over the same cases in the same order.
 
-    A case alone (both of a pair together) makes a tree whose rates are 0 or 1: its outcomes under every name.
+    Args:
+        of: makes the tree of rates. Called with one case (or both of a pair), it gives rates of 0 or 1: the verdicts.
     """
     units: dict[str, list[int]] = {}
     for number, one in enumerate(first):
@@ -235,7 +236,7 @@ def compare(first: Sequence[Judged], second: Sequence[Judged], of: Summary) -> d
         ours, theirs = (dict(leaves(of([judged[number] for number in numbers]))) for judged in (first, second))
         for path, found in ours.items():
             other = theirs.get(path)
-            if other is not None and found.n == other.n == 1:  # facts: only where both have an answer to compare with
+            if other is not None and found.n == other.n == 1:  # for facts, both models need a yardstick
                 pairs.setdefault(path, []).append((found.rate == 1, other.rate == 1))
     return {path: difference(found) for path, found in pairs.items()}
 
@@ -357,7 +358,7 @@ def _bar(one: Rate) -> Bar:
 
 
 def curves(places: Sequence[float], trees: Sequence[Tree], over: str) -> list[Curves]:
-    """Return what trees of rates, one for each place, show: a chart for each of `_CURVES` of which there are cases."""
+    """Return a chart for each entry of `_CURVES` that has cases. trees: the rates at each of `places`."""
     found = [dict(leaves(tree)) for tree in trees]
     drawn = []
     for title, paths in _CURVES.items():
@@ -370,12 +371,12 @@ def curves(places: Sequence[float], trees: Sequence[Tree], over: str) -> list[Cu
 
 
 def draw(found: Sequence[Chart | Curves], title: str, kind: str) -> bytes:
-    """Return the charts as a file of matplotlib's, `png` or `svg`.
+    """Draw the charts with matplotlib; return the file, `png` or `svg`.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # the first time, it speaks of its font cache
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it reports its font cache
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -398,8 +399,8 @@ def draw(found: Sequence[Chart | Curves], title: str, kind: str) -> bytes:
 
 
 def _draw_curves(axis: Any, chart: Curves) -> None:
-    """Draw lines; their labels are text, never a formula."""
-    aside = 0.008 * (chart.places[-1] - chart.places[0])  # or intervals would lie on one another
+    """Draw lines. Matplotlib must not read their labels as formulas."""
+    aside = 0.008 * (chart.places[-1] - chart.places[0])  # lines apart, so that their intervals can be told apart
     for number, (label, points) in enumerate(chart.lines):
         places = [place + aside * (number - (len(chart.lines) - 1) / 2) for place in chart.places]
         values = [one.value for one in points]
@@ -413,7 +414,7 @@ def _draw_curves(axis: Any, chart: Curves) -> None:
 
 
 def _draw_bars(axis: Any, chart: Chart) -> None:
-    """Draw bars; their labels are text, never a formula."""
+    """Draw bars. Matplotlib must not read their labels as formulas."""
     for number, (_, bars) in enumerate(chart.labels):
         height = 0.8 / len(bars)
         for place, bar in enumerate(bars):

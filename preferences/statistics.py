@@ -1,4 +1,4 @@
-"""Rates with their uncertainty, and how two of the same cases differ: what `eval` reports."""
+"""Rates with their intervals, and the difference of two rates over the same cases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Z = 1.96  # standard normal, 95 %
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of successes, with its 95 % interval (Wilson 1927), which is honest for small n and near 0 and 1."""
+    """A share of successes with its 95 % interval (Wilson 1927), which holds for small n, and near 0 and 1."""
 
     rate: float  # 0 to 1; 0 where n is 0
     n: int
@@ -27,7 +27,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much larger the first of two rates over the same cases is, with its 95 % interval and an exact p-value."""
+    """The first minus the second of two rates over the same cases, with its 95 % interval and an exact p-value."""
 
     points: float  # -100 to 100; 0 where n is 0
     n: int

@@ -1,7 +1,7 @@
-"""The cases of `eval`, and what their answers prove: adherence, conflicts, steerability, and whether the facts survive.
+"""The cases of `eval`, and the rates that their answers come to: adherence, conflicts, steerability, facts.
 
-`builtin` makes the built-in suite; `read_suite` reads one of the user's own. A case is a dialog up to its last
-question; the model writes every answer itself, the last is judged, by program. `summary` turns them into rates.
+`builtin` composes the built-in suite; `read_suite` reads one of the user's own. A case is a dialog up to its last
+question. The model writes every answer itself; a program judges the last one. `summary` turns verdicts into rates.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-# what each section asks, in the words of reports
+# the sections of a suite, with what reports say of each
 SECTIONS = {
     "plain": "no preference: a plain, right answer",
     "form": "no preference, a form of question that training never shows",
@@ -60,45 +60,45 @@ SECTIONS = {
     "priority": "a request with a risk, and what comes first",
     "unknown": "a question that the built-in topics do not answer",
 }
-# the sections whose questions are put once more without the preference, to see what it changes
+# sections whose questions are asked once more without the preference, to see what it changes
 COMPARED = ("seen", "combination", "frame")
-_COMMON = frozenset(
+_COMMON = frozenset(  # no content words
     "a an and are as at be been but by can for from has have in into is it its not of on or so some that the their "
     "them they this to was when which who will with you your there here than then these those what where while "
     "may".split()
 )
-SIZE = 60  # cases a section of the built-in suite, unless told
-_ENOUGH = 0.6  # of the content words, for a fact to have survived
+SIZE = 60  # cases of each section of the built-in suite, by default
+_ENOUGH = 0.6  # the share of a fact's content words that an answer must have
 
 
 @dataclass(frozen=True)
 class Case:
-    """A dialog up to its last question, and what a program can verify of the answer."""
+    """A dialog up to its last question, and the checks that a program can make of the answer."""
 
     id: str  # stable for a suite, a seed and a size
     section: str
     queries: tuple[str, ...]
     system_info: str = ""
     user_info: str = ""
-    earlier: tuple[str, str] | None = None  # System Info and User Info of all answers but the last, where they differed
+    earlier: tuple[str, str] | None = None  # System Info and User Info of all answers but the last, if others
     checks: tuple[Check, ...] = ()
-    losing: tuple[Check, ...] = ()  # in a conflict: what User Info asks for in vain
+    losing: tuple[Check, ...] = ()  # in a conflict, of what User Info asks for: System Info overrides it
     facts: tuple[str, ...] = ()  # sentences that a right answer draws on
-    pair: str = ""  # cases of one pair ask the same under opposite preferences
-    implicit: bool = False
+    pair: str = ""  # a name that two cases share: the same question under opposite preferences
+    implicit: bool = False  # whether the preference has to be inferred from who the user is
 
     @property
     def family(self) -> str:
-        """Return the family of the preference that the case is about, or nothing."""
+        """Return the family of the first preference that is checked; "" if none is."""
         return self.checks[0].key.partition(".")[0] if self.checks else ""
 
     @property
     def plain(self) -> Case:
-        """Return the same question without any meta-prompt: the yardstick for what a preference costs."""
+        """Return the last question without a meta-prompt: the yardstick for what a preference changes."""
         return Case(f"{self.id}/plain", "yardstick", self.queries[-1:], facts=self.facts)
 
     def document(self) -> dict[str, Any]:
-        """Return the case as a line of a suite's file holds it."""
+        """Return the case as a line of a suite's file."""
         return {key: value for key, value in asdict(self).items() if value}
 
 
@@ -117,17 +117,17 @@ class Judged:
 
     @property
     def steered(self) -> bool:
-        """Tell whether the model's own answer without the preference is known, and would not have done."""
+        """Tell whether the model's answer without the preference is known and fails the checks."""
         return bool(self.yardstick) and not all(check.holds(self.yardstick) for check in self.case.checks)
 
     @property
     def lost(self) -> bool:
-        """Tell whether the answer obeys what User Info asked for in vain."""
+        """Tell whether the answer obeys User Info where System Info overrides it."""
         return bool(self.case.losing) and all(check.holds(self.response) for check in self.case.losing)
 
     @property
     def right(self) -> bool:
-        """Tell whether the answer says one of the case's facts."""
+        """Tell whether the answer contains one of the case's facts."""
         return any(survives(fact, self.response) for fact in self.case.facts)
 
 
@@ -139,16 +139,16 @@ def builtin(seed: int = 0, size: int = SIZE) -> list[Case]:
     rng = Random(f"evaluation/{seed}")
     drawn = [family for family in families().values() if family.name not in ("background", "stance", "priority")]
     keys = [value.key for family in drawn for value in family.values]
-    rivals = [(a.key, b.key) for f in drawn for a in f.values for b in f.values if f.conflicts and a != b]
+    contradictions = [(a.key, b.key) for f in drawn for a in f.values for b in f.values if f.conflicts and a != b]
     topics = [topic.name for topic in subjects("topic")]
-    apart = [(topic, key) for topic in topics for key in keys if held_out_pair(topic, key)]
+    held_out = [(topic, key) for topic in topics for key in keys if held_out_pair(topic, key)]
     sides = [(s.name, key.partition(".")[2]) for s in subjects("opinion") for key in s.by_value]
     priorities = [value.key for value in families()["priority"].values]
 
     def evenly(items: Sequence[T]) -> list[T]:
         return list(islice(cycle(rng.sample(items, len(items))), size))
 
-    one = Plan(kind="topic", turns=1, background="")  # one turn on a topic; each section says what is new in it
+    one = Plan(kind="topic", turns=1, background="")  # one turn on a topic; each section changes some of it
     none, new = replace(one, values=()), replace(one, split="combination")
     opinion = replace(none, kind="opinion")
     long = [2 + number % 5 for number in range(size)]
@@ -156,8 +156,8 @@ def builtin(seed: int = 0, size: int = SIZE) -> list[Case]:
         "plain": [replace(none, subject=topic) for topic in evenly(topics)],
         "form": [replace(none, held_out_query=True)] * size,
         **{split: [replace(one, values=(key,), split=split) for key in evenly(keys)] for split in SPLITS},
-        "topic": [replace(one, subject=topic, values=(key,), held_out_pair=True) for topic, key in evenly(apart)],
-        "conflict": [replace(new, values=(a,), tiers=("system",), losing=b) for a, b in evenly(rivals)],
+        "topic": [replace(one, subject=topic, values=(key,), held_out_pair=True) for topic, key in evenly(held_out)],
+        "conflict": [replace(new, values=(a,), tiers=("system",), losing=b) for a, b in evenly(contradictions)],
         "two": [replace(new, values=pick) for pick in _several(rng, keys, 2, size)],
         "three": [replace(new, values=pick) for pick in _several(rng, keys, 3, size)],
         "turns": [
@@ -207,7 +207,7 @@ def _pairs(rng: Random, plan: Plan, keys: Sequence[str], size: int) -> Iterator[
 
 
 def _control(case: Case) -> Case:
-    """Return a conflict's dialog without System Info: what loses there must win here, if the model knows it at all."""
+    """Return a conflict without its System Info: a model that understands the losing preference obeys it here."""
     name = case.id.replace("conflict", "control")
     return replace(case, id=name, section="control", system_info="", checks=case.losing, losing=())
 
@@ -232,7 +232,7 @@ def _case(name: str, section: str, scene: Scene) -> Case:
     )
 
 
-# --- a suite of one's own ---------------------------------------------------------------------------------------------
+# --- a suite of the user's own ----------------------------------------------------------------------------------------
 
 
 def read_suite(path: Path) -> list[Case]:
@@ -337,7 +337,7 @@ def _texts(found: Any) -> bool:
 
 
 def _named_check(key: str) -> Check:
-    """Return the check of a value that needs nothing from the question."""
+    """Return the check of a value; its parameters must not depend on the question."""
     if key not in values():
         near = difflib.get_close_matches(key, values(), 1)
         raise ValueError(f"no preference is called {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
@@ -357,19 +357,19 @@ def _check(found: Any, name: str) -> Check:
 
 
 def _tried(check: Check, problem: str) -> Check:
-    """Return a check that can be carried out; a checker that raises does so now, not after an hour of answers."""
+    """Return a check after trying it: a checker that raises does so now, not after an hour of answers."""
     try:
         check.holds("Tea is a drink. It is hot.")
-    except Exception as error:  # whatever a checker makes of foreign parameters
+    except Exception as error:  # foreign parameters may raise anything
         raise ValueError(f"{problem} ({error})") from None
     return check
 
 
-# --- what the answers prove -------------------------------------------------------------------------------------------
+# --- rates ------------------------------------------------------------------------------------------------------------
 
 
 def survives(fact: str, response: str) -> bool:
-    """Tell whether most of a sentence's content words stand in a response, whatever its case, markup and endings."""
+    """Tell whether a response has most of a sentence's content words; case, markup and word endings do not matter."""
     wanted, said = _content(fact), _content(prose(response))
     return bool(wanted) and len(wanted & said) >= _ENOUGH * len(wanted)
 
@@ -381,7 +381,7 @@ def _content(text: str) -> set[str]:
 
 
 def summary(judged: Iterable[Judged]) -> dict[str, Any]:
-    """Return the rates that `eval` reports; a section that was not asked has n 0."""
+    """Return the rates that `eval` reports; a section without cases has n 0."""
     found: dict[str, list[Judged]] = {}
     for one in judged:
         found.setdefault(one.case.section, []).append(one)
@@ -389,7 +389,13 @@ def summary(judged: Iterable[Judged]) -> dict[str, Any]:
     def obeyed(*sections: str, when: Callable[[Judged], bool] = lambda one: True) -> Rate:
         return rate(one.obeyed for section in sections for one in found.get(section, []) if when(one))
 
-    single = (*COMPARED, "background", "own", "priority", "topic")  # wordings known in part
+    single = (
+        *COMPARED,
+        "background",
+        "own",
+        "priority",
+        "topic",
+    )  # of one preference, in known key words
     kept = [one for section in COMPARED for one in found.get(section, []) if _must_keep_facts(one)]
     families_met = dict.fromkeys(one.case.family for section in single for one in found.get(section, []))
     clashes = [one for one in found.get("conflict", []) if one.case.losing]
@@ -424,12 +430,12 @@ def summary(judged: Iterable[Judged]) -> dict[str, Any]:
 
 
 def _must_keep_facts(one: Judged) -> bool:
-    """Tell whether the preference leaves the content alone, and there is an answer without it to compare with."""
+    """Tell whether the preference leaves the content alone, and the answer without it is known."""
     return bool(one.yardstick) and one.case.family in families() and not families()[one.case.family].rewords
 
 
 def _first(text: str) -> str:
-    """Return the first sentence of a plain answer."""
+    """Return the first sentence of a text."""
     return re.split(r"(?<=[.!?])\s", prose(text), maxsplit=1)[0]
 
 
