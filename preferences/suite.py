@@ -389,13 +389,7 @@ def summary(judged: Iterable[Judged]) -> dict[str, Any]:
     def obeyed(*sections: str, when: Callable[[Judged], bool] = lambda one: True) -> Rate:
         return rate(one.obeyed for section in sections for one in found.get(section, []) if when(one))
 
-    single = (
-        *COMPARED,
-        "background",
-        "own",
-        "priority",
-        "topic",
-    )  # of one preference, in known key words
+    single = (*COMPARED, "background", "own", "priority", "topic")  # one preference, in known key words
     kept = [one for section in COMPARED for one in found.get(section, []) if _must_keep_facts(one)]
     families_met = dict.fromkeys(one.case.family for section in single for one in found.get(section, []))
     clashes = [one for one in found.get("conflict", []) if one.case.losing]

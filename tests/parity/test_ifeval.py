@@ -172,9 +172,10 @@ def test_importing_the_checkers_asks_nobody(punkt: Path) -> None:
         "import socket, sys\n"
         "def refuse(*_): raise SystemExit('the network!')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "import metaalign_edge as e\n"
-        "e.preferences('ifeval')._registry()\n"
-        "print(e.preferences('ifeval')._can_check('length_constraints:number_sentences'))\n"
+        "import metaalign_edge\n"
+        "from metaalign_edge_preferences import ifeval\n"
+        "ifeval._registry()\n"
+        "print(ifeval._can_check('length_constraints:number_sentences'))\n"
     )
     for data, said in ((punkt, "True\n"), (punkt / "none", "False\n")):
         environment = {**os.environ, "NLTK_DATA": str(data)}
