@@ -137,10 +137,8 @@ def eval(
     models = []  # all of them are found before the suite is composed
     for choice in choices:
         file = loaded._replace(model=choice.model).file(screen)
-        chosen, plan = (
-            edge.choose_template(choice.template, file),
-            edge.plan_for(file, choice.settings, answers=parallel),
-        )
+        plan = edge.plan_for(file, choice.settings, answers=parallel)
+        chosen = edge.choose_template(choice.template, file)
         models.append((file, chosen, choice.settings.planned(plan), plan, written.answers_of(choice)))
     cases = suite.read()
     opened: dict[Path, Answers] = {}

@@ -103,14 +103,15 @@ def ask_model(
     answers.start()
     try:
         if left:
-            with interrupt, Model(candidate.file, candidate.settings, interrupt, candidate.plan) as model:
-                report.explain(model, candidate.chosen, candidate.settings, screen)
-                slots, size = min(parallel, len(left)), edge.least_context(candidate.file, candidate.settings)
+            file, chosen, settings = candidate.file, candidate.chosen, candidate.settings
+            with interrupt, Model(file, settings, interrupt, candidate.plan) as model:
+                report.explain(model, chosen, settings, screen)
+                slots, size = min(parallel, len(left)), edge.least_context(file, settings)
                 with (
-                    Scheduler(model, candidate.chosen, candidate.settings, options, interrupt, slots, size) as session,
+                    Scheduler(model, chosen, settings, options, interrupt, slots, size) as scheduler,
                     answers_bar(screen, name, done, total) as tell,
                 ):
-                    ask_cases(session, cases, left, answers, tell)
+                    ask_cases(scheduler, cases, left, answers, tell)
     except Interrupted:
         kept = f"{answers.count(cases):,} of {total:,} answers, {answers.where}"
         screen.note(f"interrupted: {kept}" + ("" if answers.lost else "; the same command goes on from there"))
@@ -122,7 +123,7 @@ def ask_model(
 
 
 def ask_cases(
-    session: Scheduler, cases: Sequence[Case], left: Sequence[int], answers: Answers, tell: Callable[[int], None]
+    scheduler: Scheduler, cases: Sequence[Case], left: Sequence[int], answers: Answers, tell: Callable[[int], None]
 ) -> None:
     """Ask the cases whose numbers are `left`, long dialogs first.
 
@@ -141,7 +142,7 @@ def ask_cases(
             waiting.appendleft(number)
         tell(len(case.queries) - turn if failed else 1)
 
-    def jobs() -> Iterator[Request]:
+    def requests() -> Iterator[Request]:
         while waiting:
             number = waiting.popleft()
             responses = answers.responses(number)
@@ -150,12 +151,12 @@ def ask_cases(
             except UsageError as error:
                 settle(number, len(responses), error)
                 continue
-            seed = random.Random(f"{session.settings.seed}/{number}/{len(responses)}").getrandbits(32)
+            seed = random.Random(f"{scheduler.settings.seed}/{number}/{len(responses)}").getrandbits(32)
             yield Request(dialog, seed, number)
 
     while waiting:  # the last answer of a round may have been an early turn's
-        for job, answer in session.run(jobs()):
-            settle(job.tag, len(job.dialog.turns) - 1, answer)
+        for request, answer in scheduler.run(requests()):
+            settle(request.tag, len(request.dialog.turns) - 1, answer)
 
 
 def answer_record(answer: Answer | EdgeError) -> dict[str, Any]:
