@@ -113,10 +113,7 @@ def convert(
     screen = Screen(quiet, verbose)
     import metaalign_edge_convert as converter
 
-    try:
-        outtype = converter.canonical(outtype or ("f32" if lora_only else "q8_0"))
-    except converter.ConvertError as error:
-        raise UsageError(str(error)) from None
+    outtype = converter.canonical(outtype or ("f32" if lora_only else "q8_0"))
     types = (output_type, embedding_type, tuple(tensor_type or ()))
     options = converter.Options(imatrix, leave_output, *types, pure)
     if lora_only and (len(lora or []) != 1 or dry_run or options):
@@ -169,7 +166,7 @@ def stem_of(source: str) -> str:
     stem, _, kind = name.rpartition("-")
     try:
         converter.canonical(kind)
-    except converter.ConvertError:
+    except UsageError:
         return name
     return stem or name
 

@@ -16,7 +16,6 @@ from .adapter import write_adapter
 from .architectures import ARCHITECTURES
 from .checkpoint import Checkpoint, open_checkpoint
 from .encode import OUTTYPES as _OUTTYPES
-from .errors import CannotWrite, ConvertError, OutputExists, SourceNotFound
 from .lora import Adapter, open_adapter
 from .merge import merge
 from .output import check_output
@@ -30,14 +29,10 @@ __all__ = [
     "ARCHITECTURES",
     "OUTTYPES",
     "Adapter",
-    "CannotWrite",
     "Checkpoint",
     "Conversion",
-    "ConvertError",
     "Options",
-    "OutputExists",
     "Plan",
-    "SourceNotFound",
     "canonical",
     "check_output",
     "merge",

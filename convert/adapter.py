@@ -17,6 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.gguf_writer import GGUFWriter
 
+from metaalign_edge_runtime.errors import CannotWrite, LoadError, some
 from metaalign_edge_runtime.llama.memory import peak_mb
 
 from .architectures import Transform
@@ -24,7 +25,6 @@ from .checkpoint import Checkpoint, Output
 from .container import ALIGNMENT
 from .describe import write_head
 from .encode import OUTTYPES, choose_type, encode
-from .errors import CannotWrite, ConvertError, some
 from .ggml import encoded_size
 from .lora import Adapter, Pair
 from .lora_settings import SETTINGS
@@ -55,11 +55,11 @@ def write_adapter(
 
     outtype: one of OUTTYPES. force: replace an existing file.
 
-    Raises OutputExists, CannotWrite, or ConvertError for what only merging can express; nothing is left behind then.
+    Raises UsageError, CannotWrite, or LoadError for what only merging can express; nothing is left behind then.
     """
     begun = time.perf_counter()
     if outtype not in OUTTYPES:
-        raise ConvertError(f"outtype {outtype!r} is not one of {', '.join(OUTTYPES)}")
+        raise LoadError(f"outtype {outtype!r} is not one of {', '.join(OUTTYPES)}")
     check_output(output, force)
     if output.exists() and output.resolve().parent == adapter.folder.root and output.suffix != ".gguf":
         raise CannotWrite(f"{output}: one of the adapter's own files; name another output")
@@ -95,23 +95,21 @@ def _check_expressible(checkpoint: Checkpoint, adapter: Adapter) -> None:
     """Refuse what llama.cpp could not do, or would do wrongly, with an adapter."""
     pairs = adapter.pairs
     if adapter.scale != 1:
-        raise ConvertError(
-            f"{adapter.name}: a scale belongs to the run (llama.cpp's --lora-scaled), not into the adapter"
-        )
+        raise LoadError(f"{adapter.name}: a scale belongs to the run (llama.cpp's --lora-scaled), not into the adapter")
     if replaced := [*adapter.whole, *adapter.rows]:
-        raise ConvertError(f"{adapter.name} replaces {some(replaced)} or rows of it, which no adapter can; {INSTEAD}")
+        raise LoadError(f"{adapter.name} replaces {some(replaced)} or rows of it, which no adapter can; {INSTEAD}")
     if any(pair.magnitude is not None for pair in pairs.values()):
-        raise ConvertError(f"{adapter.name}: llama.cpp's adapters know no DoRA; {INSTEAD}")
+        raise LoadError(f"{adapter.name}: llama.cpp's adapters know no DoRA; {INSTEAD}")
     if any(pair.bias is not None for pair in pairs.values()):
-        raise ConvertError(f"{adapter.name}: llama.cpp's adapters know no lora_bias; {INSTEAD}")
+        raise LoadError(f"{adapter.name}: llama.cpp's adapters know no lora_bias; {INSTEAD}")
     tied = [name for name in (checkpoint.embedding, checkpoint.head) if name in pairs and checkpoint.tied]
     if tied:
-        raise ConvertError(
+        raise LoadError(
             f"{adapter.name} changes {some(tied)}, but the base model ties head and embedding, which llama.cpp cannot "
             f"tell apart in an adapter; {INSTEAD}"
         )
     if not np.float32(adapter.strength):
-        raise ConvertError(f"{SETTINGS}: lora_alpha is {adapter.alpha:g}, which llama.cpp would take for a scale of 1")
+        raise LoadError(f"{SETTINGS}: lora_alpha is {adapter.alpha:g}, which llama.cpp would take for a scale of 1")
 
 
 def _plan(checkpoint: Checkpoint, adapter: Adapter, wanted: Type) -> Iterator[Half]:

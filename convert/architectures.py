@@ -15,8 +15,9 @@ from typing import Any
 
 import gguf
 
+from metaalign_edge_runtime.errors import LoadError, some
+
 from .config import Config
-from .errors import ConvertError, some
 from .shards import Array
 from .vocabulary import PLAIN, VocabularyRules
 
@@ -127,14 +128,14 @@ def register(piece: Architecture) -> Architecture:
 def find(values: Mapping[str, Any]) -> tuple[Architecture, Config, tuple[str, ...]]:
     """Find the piece for a config.json and lay the file over its class's defaults.
 
-    Returns them with what the guards want the user to know. Raises ConvertError.
+    Returns them with what the guards want the user to know. Raises LoadError.
     """
     classes = values.get("architectures")
     if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
-        raise ConvertError("config.json: no architectures in it, so nobody can say what model this is")
+        raise LoadError("config.json: no architectures in it, so nobody can say what model this is")
     name = classes[0]
     if name not in ARCHITECTURES:
-        raise ConvertError(_unsupported(name, values))
+        raise LoadError(_unsupported(name, values))
     piece = ARCHITECTURES[name]
     text = values.get("text_config")  # where a model that also sees keeps what concerns its text
     config = Config({**values, **(text if isinstance(text, dict) else {})}, piece.classes[name])
@@ -170,7 +171,7 @@ def refuse_quantized(config: Config) -> None:
     found = config.get("quantization_config")
     if found is not None:
         method = found.get("quant_method", "quantised") if isinstance(found, dict) else found
-        raise ConvertError(
+        raise LoadError(
             f"config.json: the weights are quantised already ({method}); convert the original checkpoint, "
             "in float16, bfloat16 or float32, that they were made from"
         )
@@ -181,7 +182,7 @@ def refuse_experts(config: Config) -> None:
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         count = config.get(name)
         if isinstance(count, int) and count > 1:
-            raise ConvertError(f"config.json: {name} is {count}; mixtures of experts are not supported yet")
+            raise LoadError(f"config.json: {name} is {count}; mixtures of experts are not supported yet")
 
 
 def refuse_activation(*allowed: str, key: str = "hidden_act") -> Guard:
@@ -190,7 +191,7 @@ def refuse_activation(*allowed: str, key: str = "hidden_act") -> Guard:
     def guard(config: Config) -> None:
         found = config.get(key)
         if found not in allowed:
-            raise ConvertError(
+            raise LoadError(
                 f"config.json: {key} is {found!r}, but llama.cpp computes {allowed[0]} for this architecture"
             )
 
@@ -203,9 +204,9 @@ def refuse_window(config: Config) -> None:
     if window is None or config.get("use_sliding_window") is False:
         return
     if type(window) is not int or window < 1:
-        raise ConvertError(f"config.json: sliding_window is {window!r}, not a whole number")
+        raise LoadError(f"config.json: sliding_window is {window!r}, not a whole number")
     if window < context:
-        raise ConvertError(
+        raise LoadError(
             f"config.json: sliding_window {window} in a context of {context}; llama.cpp ignores it here, so answers "
             f"would change beyond {window} tokens: set max_position_embeddings to {window}, or sliding_window to null"
         )
@@ -220,7 +221,7 @@ def refuse_set(*names: str) -> Guard:
     def guard(config: Config) -> None:
         for name in names:
             if config.get(name):
-                raise ConvertError(
+                raise LoadError(
                     f"config.json: {name} is {config.get(name)}, which llama.cpp cannot compute for this architecture"
                 )
 
@@ -231,7 +232,7 @@ def refuse_other_head_size(config: Config) -> None:
     """Refuse heads whose sizes do not add up to the hidden size, where llama.cpp takes that for granted."""
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
     if heads * config.head_dim != hidden:
-        raise ConvertError(
+        raise LoadError(
             f"config.json: {heads} heads of {config.head_dim} are not hidden_size {hidden}, which llama.cpp takes for "
             "granted in this architecture"
         )
@@ -245,13 +246,13 @@ def refuse_rope(*kinds: str, share: bool = False, layered: bool = False) -> Guar
         if rope.kind == "dynamic" and "dynamic" in kinds:
             return "RoPE of type 'dynamic' stretches beyond max_position_embeddings, which llama.cpp does not"
         if rope.kind not in kinds:
-            raise ConvertError(
+            raise LoadError(
                 f"config.json: RoPE of type {rope.kind!r} has no place in this architecture (known: {', '.join(kinds)})"
             )
         if rope.share != 1 and not share:
-            raise ConvertError(f"config.json: partial_rotary_factor {rope.share!r}, but here whole heads are turned")
+            raise LoadError(f"config.json: partial_rotary_factor {rope.share!r}, but here whole heads are turned")
         if config.local_rope is not None and not layered:
-            raise ConvertError("config.json: RoPE that differs from layer to layer has no place in this architecture")
+            raise LoadError("config.json: RoPE that differs from layer to layer has no place in this architecture")
         return None
 
     return guard
@@ -273,7 +274,7 @@ def refuse_layers(period: int) -> Guard:
         wanted = ["sliding_attention" if slides else "full_attention" for slides in sliding(config, period)]
         every = next((config.get(key) for key in PERIODS if config.get(key) is not None), period)
         if (found is not None and found != wanted) or every != period:
-            raise ConvertError(
+            raise LoadError(
                 f"config.json: layers of full and sliding attention in an order that llama.cpp does not compute here "
                 f"(every layer number divisible by {period} is full, the others slide)"
             )
@@ -286,7 +287,7 @@ def refuse_theta(theta: float) -> Guard:
 
     def guard(config: Config) -> None:
         if config.rope.theta != theta:
-            raise ConvertError(
+            raise LoadError(
                 f"config.json: rope_theta is {config.rope.theta:g}, but llama.cpp takes {theta:g} for granted in this "
                 "architecture"
             )
@@ -297,7 +298,7 @@ def refuse_theta(theta: float) -> Guard:
 def refuse_untied(config: Config) -> None:
     """Refuse an output head of its own, where llama.cpp has no place for it."""
     if not config.flag("tie_word_embeddings"):
-        raise ConvertError(
+        raise LoadError(
             "config.json: tie_word_embeddings is false, but llama.cpp takes the output head of this architecture from "
             "the embedding"
         )
@@ -306,7 +307,7 @@ def refuse_untied(config: Config) -> None:
 def refuse_tied(config: Config) -> None:
     """Refuse an output head taken from the embedding, where llama.cpp wants one of its own."""
     if config.flag("tie_word_embeddings"):
-        raise ConvertError(
+        raise LoadError(
             "config.json: tie_word_embeddings is true, but llama.cpp wants an output head of its own in this "
             "architecture: save the model with the head untied"
         )

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from metaalign_edge_runtime.errors import LoadError
+
 from .architectures import FILE_TYPE, Computed, Key, Make, Pair, Rule, Transform
 from .config import Config
-from .errors import ConvertError
 from .shards import Array
 
 When = Callable[[Config], bool]
@@ -24,7 +25,7 @@ def sizes(config: Config) -> dict[str, int]:
     """Return the sizes that the shapes below are written in."""
     heads, kv_heads = config.integer("num_attention_heads"), kv_head_count(config)
     if heads % kv_heads:
-        raise ConvertError(f"config.json: {heads} heads cannot share {kv_heads} key-value heads evenly")
+        raise LoadError(f"config.json: {heads} heads cannot share {kv_heads} key-value heads evenly")
     return {
         "layers": config.integer("num_hidden_layers", high=1024),
         "vocab": config.integer("vocab_size", high=2**24),
@@ -130,7 +131,7 @@ def rope_frequencies(config: Config) -> Iterable[tuple[str, Array]]:
     low, high = rope.parameters["low_freq_factor"], rope.parameters["high_freq_factor"]
     context = rope.parameters["original_max_position_embeddings"]
     if low == high:
-        raise ConvertError("config.json: low_freq_factor equals high_freq_factor, which leaves nothing to blend")
+        raise LoadError("config.json: low_freq_factor equals high_freq_factor, which leaves nothing to blend")
     one = np.float32(1)
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
     frequency = one / (np.float64(rope.theta) ** exponents.astype(np.float64)).astype(np.float32)

@@ -9,7 +9,8 @@ from typing import Any
 
 from gguf import TokenType
 
-from .errors import ConvertError, some
+from metaalign_edge_runtime.errors import LoadError, some
+
 from .tokens import (
     Added,
     Token,
@@ -31,26 +32,26 @@ UNSUPPORTED = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
 
 
 def check_model(tokenizer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the model out of a parsed tokenizer.json if it is BPE. Raises ConvertError."""
+    """Return the model out of a parsed tokenizer.json if it is BPE. Raises LoadError."""
     model = tokenizer.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), (dict, list)):
-        raise ConvertError(f"{SOURCE}: no model with a vocab in it; download the file again")
+        raise LoadError(f"{SOURCE}: no model with a vocab in it; download the file again")
     kind = model.get("type", "BPE")  # older files leave it out
     if kind != "BPE" or not isinstance(model["vocab"], dict):
-        raise ConvertError(
+        raise LoadError(
             f"{SOURCE}: a {kind} vocabulary, but llama.cpp has only byte-level and SentencePiece's BPE for this "
             "architecture; its own convert_hf_to_gguf.py may know more"
         )
     for key in UNSUPPORTED:
         if model.get(key):
-            raise ConvertError(f"{SOURCE}: {key} {model[key]!r} has no counterpart in llama.cpp")
+            raise LoadError(f"{SOURCE}: {key} {model[key]!r} has no counterpart in llama.cpp")
     return model
 
 
 def refuse_broken(vocab: Mapping[str, Any]) -> None:
-    """Refuse a byte-level vocabulary that has lost its pre-tokenizer. Raises ConvertError."""
+    """Refuse a byte-level vocabulary that has lost its pre-tokenizer. Raises LoadError."""
     if sum(token.startswith("Ġ") for token in vocab) > BYTE_LEVEL_SHARE * len(vocab):
-        raise ConvertError(
+        raise LoadError(
             f"{SOURCE}: a byte-level vocabulary without its byte-level pre-tokenizer, as some versions of "
             "transformers wrongly save it; take tokenizer.json from the base model"
         )
@@ -59,7 +60,7 @@ def refuse_broken(vocab: Mapping[str, Any]) -> None:
 def read_byte_level(
     tokenizer: Mapping[str, Any], settings: Mapping[str, Any], named: set[str]
 ) -> tuple[Tokens, list[str], list[str]]:
-    """Return the tokens of byte-level BPE, its merges, and what the user should know. Raises ConvertError.
+    """Return the tokens of byte-level BPE, its merges, and what the user should know. Raises LoadError.
 
     named: texts that the checkpoint calls special tokens.
     """
@@ -68,11 +69,11 @@ def read_byte_level(
     pairs = []
     for number, (left, right) in enumerate(_merges(model, ids)):
         if "\n" in left + right:  # llama.cpp aborts on one
-            raise ConvertError(f"{SOURCE}: merge {number} holds a line break, which is not byte-level BPE")
+            raise LoadError(f"{SOURCE}: merge {number} holds a line break, which is not byte-level BPE")
         pairs.append(f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}")
     kinds = [step.get("type") for step in _steps(tokenizer.get("normalizer"), "normalizers")]
     if any(kind != "NFC" for kind in kinds):
-        raise ConvertError(f"{SOURCE}: the normalizer {kinds[0]!r} has no counterpart in llama.cpp")
+        raise LoadError(f"{SOURCE}: the normalizer {kinds[0]!r} has no counterpart in llama.cpp")
     notes = ["llama.cpp does not compose Unicode (NFC): decomposed text becomes other tokens"] if kinds else []
     tokens = Tokens(SOURCE, by_id, ids, frozenset(marked | {entry.text for entry in added}))
     return tokens, pairs, notes + _greedy(tokenizer)
@@ -84,7 +85,7 @@ def read_sentencepiece_style(
     """Return the tokens of SentencePiece's BPE, whether a space comes before the text, and what the user should know.
 
     The file has merges where tokenizer.model has scores. A piece's score is the place of the first merge that makes it,
-    negated: what is merged first scores highest. Raises ConvertError.
+    negated: what is merged first scores highest. Raises LoadError.
     """
     model = check_model(tokenizer)
     prefix, notes = _spaces(tokenizer)
@@ -125,7 +126,7 @@ def _by_id(
     by_id: dict[int, Token] = {}
     for text, number in ids.items():
         if number in by_id:
-            raise ConvertError(f"{SOURCE}: the tokens {by_id[number].text!r} and {text!r} have the same id {number}")
+            raise LoadError(f"{SOURCE}: the tokens {by_id[number].text!r} and {text!r} have the same id {number}")
         if text in texts or text in special:
             control = text in special or (by_looks and looks_special(text))
             by_id[number] = Added(text, number, control).token(control)
@@ -138,14 +139,14 @@ def _merges(model: Mapping[str, Any], ids: Mapping[str, int]) -> Iterator[tuple[
     """Yield the merges as pairs; both spellings of tokenizer.json are read."""
     entries = model.get("merges")
     if not isinstance(entries, list) or not entries:
-        raise ConvertError(f"{SOURCE}: no merges in it")
+        raise LoadError(f"{SOURCE}: no merges in it")
     for number, entry in enumerate(entries):
         pair = entry.split(" ") if isinstance(entry, str) else entry
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
-            raise ConvertError(f"{SOURCE}: merge {number} is {entry!r}, not a pair")
+            raise LoadError(f"{SOURCE}: merge {number} is {entry!r}, not a pair")
         left, right = pair
         if left not in ids or right not in ids or left + right not in ids:
-            raise ConvertError(f"{SOURCE}: merge {number}, {left!r} + {right!r}, uses a token that is not there")
+            raise LoadError(f"{SOURCE}: merge {number}, {left!r} + {right!r}, uses a token that is not there")
         yield left, right
 
 
@@ -158,7 +159,7 @@ def _spaces(tokenizer: Mapping[str, Any]) -> tuple[bool, list[str]]:
         elif step.get("type") in UNICODE_FORMS:
             notes.append(f"llama.cpp does not normalise Unicode ({step['type']}): such text becomes other tokens")
         elif step != SPACE:
-            raise ConvertError(f"{SOURCE}: the normalizer {step.get('type')!r} has no counterpart in llama.cpp")
+            raise LoadError(f"{SOURCE}: the normalizer {step.get('type')!r} has no counterpart in llama.cpp")
     for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
         if step.get("type") == "Metaspace" and step.get("replacement", "▁") == "▁":
             scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
@@ -168,7 +169,7 @@ def _spaces(tokenizer: Mapping[str, Any]) -> tuple[bool, list[str]]:
                     "llama.cpp puts a space before text that follows a special token, too, not only before the first"
                 )
         elif step.get("type") != "Split" or step.get("pattern") != {"String": " "}:
-            raise ConvertError(
+            raise LoadError(
                 f"{SOURCE}: the pre-tokenizer {step.get('type')!r} has no counterpart in llama.cpp's SentencePiece "
                 "tokenizer"
             )
@@ -180,7 +181,7 @@ def _steps(step: Any, inner: str) -> list[Mapping[str, Any]]:
     if step is None:
         return []
     if not isinstance(step, dict):
-        raise ConvertError(f"{SOURCE}: {step!r} is no step of a tokenizer")
+        raise LoadError(f"{SOURCE}: {step!r} is no step of a tokenizer")
     if step.get("type") == "Sequence" and isinstance(step.get(inner), list):
         return [one for part in step[inner] for one in _steps(part, inner)]
     return [step]

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from string import ascii_letters, digits
 from typing import Any
 
-from .errors import ConvertError
+from metaalign_edge_runtime.errors import LoadError
+
 from .folder import Folder
 
 ORIGINAL = "original"  # the name under which a replaced template is kept
@@ -28,7 +29,7 @@ def read_templates(folder: Folder) -> dict[str, str]:
             found[_plain(path.stem)] = folder.text(f"additional_chat_templates/{path.name}") or ""
     for name, template in found.items():
         if "\0" in template:
-            raise ConvertError(f"the chat template {name!r} holds a NUL character, which GGUF cannot")
+            raise LoadError(f"the chat template {name!r} holds a NUL character, which GGUF cannot")
     return {name: template for name, template in found.items() if template}
 
 
@@ -41,7 +42,7 @@ def _named(value: Any, source: str) -> dict[str, str]:
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
         value = {entry.get("name"): entry.get("template") for entry in value}
     if not isinstance(value, Mapping) or not all(isinstance(part, str) for pair in value.items() for part in pair):
-        raise ConvertError(f"{source}: its chat_template is neither a text nor a list of named texts")
+        raise LoadError(f"{source}: its chat_template is neither a text nor a list of named texts")
     return {_plain(name): template for name, template in value.items()}
 
 

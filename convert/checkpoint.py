@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from metaalign_edge_runtime.errors import LoadError, NotFound, some
+
 from . import pieces as pieces  # fills the registry
 from .architectures import Architecture, Rule, Transform, find
 from .chat import read_templates
 from .config import Config
-from .errors import ConvertError, SourceNotFound, some
 from .folder import Folder
 from .patch import Patch
 from .shards import STORED_AS, Tensor, list_tensors
@@ -115,22 +116,22 @@ def canonical(name: str) -> str:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open the checkpoint in the folder ``path`` and check everything but the weights themselves.
 
-    Raises SourceNotFound if there is none, ConvertError if it cannot be converted.
+    Raises NotFound if there is none, LoadError if it cannot be converted.
     """
     try:
         return _open(path)
     except RecursionError:
-        raise ConvertError(f"{path}: a file in it is nested too deeply to be genuine") from None
+        raise LoadError(f"{path}: a file in it is nested too deeply to be genuine") from None
 
 
 def _open(path: Path) -> Checkpoint:
     folder = Folder(path)
     if not folder.has("config.json"):
         if folder.has("adapter_config.json"):
-            raise ConvertError(f"{path}: a LoRA adapter, not a model: convert its base model, with --lora {path}")
-        raise SourceNotFound(f"{path}: no config.json in the folder, so it holds no Hugging Face checkpoint")
+            raise LoadError(f"{path}: a LoRA adapter, not a model: convert its base model, with --lora {path}")
+        raise NotFound(f"{path}: no config.json in the folder, so it holds no Hugging Face checkpoint")
     if folder.has("hf_quant_config.json"):
-        raise ConvertError("hf_quant_config.json: the weights are quantised already; convert the original checkpoint")
+        raise LoadError("hf_quant_config.json: the weights are quantised already; convert the original checkpoint")
     raw = folder.json("config.json")
     piece, config, notes = find(raw)
     for pair in (pair for key in (piece.first, *piece.keys) for pair in key.pairs(config)):
@@ -149,22 +150,22 @@ def _open(path: Path) -> Checkpoint:
 
 def _check_range(key: str, value: object) -> None:
     if isinstance(value, float) and not 1e-38 < value < 3e38:
-        raise ConvertError(f"config.json: {key} would be {value}, which float32 cannot hold")
+        raise LoadError(f"config.json: {key} would be {value}, which float32 cannot hold")
 
 
 def _map(
     tensors: dict[str, Tensor], expected: dict[str, tuple[Rule, tuple[int, ...]]], config: Config
 ) -> tuple[list[tuple[Tensor, Rule]], Tensor | None]:
-    """Match what is there with what must be there, exactly. Raises ConvertError naming what is amiss."""
+    """Match what is there with what must be there, exactly. Raises LoadError naming what is amiss."""
     named = (replace(tensor, name=canonical(tensor.name)) for tensor in tensors.values())
     kept = {tensor.name: tensor for tensor in named if not tensor.name.endswith(IGNORED)}
     tied_head = kept.pop(HEAD, None) if HEAD not in expected else None
     missing = [name for name in expected if name not in kept]
     if missing:
-        raise ConvertError(f"the checkpoint lacks {some(missing)}; download it again")
+        raise LoadError(f"the checkpoint lacks {some(missing)}; download it again")
     surplus = [name for name in kept if name not in expected]
     if surplus:
-        raise ConvertError(f"{some(surplus)}: no place for this in the architecture {config.get('architectures')[0]}")
+        raise LoadError(f"{some(surplus)}: no place for this in the architecture {config.get('architectures')[0]}")
     mapped = []
     for name, tensor in kept.items():
         rule, shape = expected[name]
@@ -177,11 +178,11 @@ def _map(
 
 def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
-        raise ConvertError(
+        raise LoadError(
             f"{tensor.shard}: {tensor.name} has the shape {list(tensor.shape)}, but config.json asks for {list(shape)}"
         )
     if tensor.dtype not in STORED_AS:
-        raise ConvertError(
+        raise LoadError(
             f"{tensor.shard}: {tensor.name} is stored as {tensor.dtype}; convert the original checkpoint, in float16, "
             "bfloat16 or float32"
         )

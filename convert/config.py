@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import ConvertError, some
+from metaalign_edge_runtime.errors import LoadError, some
 
 # The parameters that each kind of RoPE scaling takes; those with a question mark may be absent, a star is a list.
 ROPE_KINDS: dict[str, tuple[str, ...]] = {
@@ -61,14 +61,14 @@ class Config:
         """Return a yes or no; absent is no."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
-            raise ConvertError(f"config.json: {name} is {value!r}, not true or false")
+            raise LoadError(f"config.json: {name} is {value!r}, not true or false")
         return bool(value)
 
     def integer(self, *names: str, high: int = 2**31 - 1) -> int:
         """Return the first of ``names`` that is there, a whole number from 1 to ``high``."""
         name, value = self._first(names)
         if type(value) is not int or not 1 <= value <= high:
-            raise ConvertError(f"config.json: {name} is {value!r}, not a whole number from 1 to {high:,}")
+            raise LoadError(f"config.json: {name} is {value!r}, not a whole number from 1 to {high:,}")
         return value
 
     def number(self, *names: str) -> float:
@@ -79,7 +79,7 @@ class Config:
         for name in names:
             if self.get(name) is not None:
                 return name, self._values[name]
-        raise ConvertError(f"config.json: {' or '.join(names)} is missing")
+        raise LoadError(f"config.json: {' or '.join(names)} is missing")
 
     @property
     def head_dim(self) -> int:
@@ -89,10 +89,10 @@ class Config:
         else:
             hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
             if hidden % heads:
-                raise ConvertError(f"config.json: hidden_size {hidden} cannot be shared among {heads} heads")
+                raise LoadError(f"config.json: hidden_size {hidden} cannot be shared among {heads} heads")
             size = hidden // heads
         if size % 2:
-            raise ConvertError(f"config.json: heads of size {size}, but RoPE turns pairs; head_dim must be even")
+            raise LoadError(f"config.json: heads of size {size}, but RoPE turns pairs; head_dim must be even")
         return size
 
     @property
@@ -117,10 +117,10 @@ class Config:
     def _rope_given(self) -> dict[str, Any]:
         given = self.get("rope_parameters") or self.get("rope_scaling") or {}
         if not isinstance(given, dict):
-            raise ConvertError(f"config.json: {given!r} is no set of RoPE parameters")
+            raise LoadError(f"config.json: {given!r} is no set of RoPE parameters")
         nested = {key for key, value in given.items() if isinstance(value, dict)}
         if nested and not nested == given.keys() == {"full_attention", "sliding_attention"}:
-            raise ConvertError(f"config.json: RoPE for {some(sorted(given))}; known are full and sliding attention")
+            raise LoadError(f"config.json: RoPE for {some(sorted(given))}; known are full and sliding attention")
         return given
 
     def _rope(self, given: dict[str, Any]) -> Rope:
@@ -128,14 +128,14 @@ class Config:
         kind = values.get("rope_type") or values.get("type") or "default"
         kind = ROPE_ALIASES.get(kind, kind) if isinstance(kind, str) else kind
         if not isinstance(kind, str) or kind not in ROPE_KINDS:
-            raise ConvertError(
+            raise LoadError(
                 f"config.json: RoPE of type {kind!r} is not known; llama.cpp would ignore it and answer wrongly "
                 f"(known: {', '.join(ROPE_KINDS)})"
             )
         wanted = {key.rstrip("?*"): key[-1] for key in ROPE_KINDS[kind]}
         unknown = sorted(key for key in given if key not in wanted and key not in ROPE_COMMON)
         if unknown:
-            raise ConvertError(f"config.json: RoPE of type {kind!r} with {some(unknown)} cannot be written as GGUF")
+            raise LoadError(f"config.json: RoPE of type {kind!r} with {some(unknown)} cannot be written as GGUF")
         parameters, lists = {}, {}
         for key, mark in wanted.items():
             name = f"{key} (RoPE {kind!r})"
@@ -152,12 +152,12 @@ class Config:
 def positives(name: str, values: Any) -> list[float]:
     """Return ``values`` if it is a list of finite numbers above 0."""
     if not isinstance(values, list):
-        raise ConvertError(f"config.json: {name} is {values!r}, not a list of numbers")
+        raise LoadError(f"config.json: {name} is {values!r}, not a list of numbers")
     return [positive(name, value) for value in values]
 
 
 def positive(name: str, value: Any) -> float:
     """Return ``value`` if it is a finite number above 0, as it is: a whole number stays one."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-30 < value < 1e30:
-        raise ConvertError(f"config.json: {name} is {value!r}, not a number above 0")
+        raise LoadError(f"config.json: {name} is {value!r}, not a number above 0")
     return value

@@ -18,7 +18,8 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Value
 from gguf.gguf_writer import GGUFWriter
 
-from .errors import ConvertError, SourceNotFound
+from metaalign_edge_runtime.errors import LoadError, NotFound
+
 from .ggml import encoded_size
 
 ALIGNMENT = 32  # bytes; every tensor begins at a multiple
@@ -114,14 +115,14 @@ def padded(size: int) -> int:
 
 
 def read_head(path: Path) -> Head:
-    """Read and check the head of a GGUF file. Raises SourceNotFound or ConvertError."""
+    """Read and check the head of a GGUF file. Raises NotFound or LoadError."""
     try:
         with path.open("rb") as file:
             return _Reader(file, path.name).head()
     except FileNotFoundError:
-        raise SourceNotFound(f"{path}: no such file") from None
+        raise NotFound(f"{path}: no such file") from None
     except OSError as error:
-        raise ConvertError(f"{path}: cannot be read ({error.strerror})") from None
+        raise LoadError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 class _Reader:
@@ -133,35 +134,35 @@ class _Reader:
 
     def head(self) -> Head:
         if self._bytes(4) != MAGIC:
-            raise ConvertError(f"{self._name}: not a GGUF file")
+            raise LoadError(f"{self._name}: not a GGUF file")
         (version,) = self._unpack("<I")
         if version not in (2, 3):
-            raise ConvertError(f"{self._name}: GGUF version {version}; 2 and 3 can be read, big-endian files cannot")
+            raise LoadError(f"{self._name}: GGUF version {version}; 2 and 3 can be read, big-endian files cannot")
         tensors, keys = self._unpack("<QQ")
         if max(tensors, keys) > KEY_LIMIT:
-            raise ConvertError(f"{self._name}: {tensors:,} tensors and {keys:,} keys? the file is damaged")
+            raise LoadError(f"{self._name}: {tensors:,} tensors and {keys:,} keys? the file is damaged")
         metadata: dict[str, bytes] = {}
         for _ in range(keys):
             key = self._text()
             if key in metadata:
-                raise ConvertError(f"{self._name}: the key {key!r} stands twice")
+                raise LoadError(f"{self._name}: the key {key!r} stands twice")
             metadata[key] = self._value()
         found = Head(metadata, ())
         if found.number("general.alignment") not in (None, ALIGNMENT):
-            raise ConvertError(f"{self._name}: tensors aligned otherwise than to {ALIGNMENT} bytes are not supported")
+            raise LoadError(f"{self._name}: tensors aligned otherwise than to {ALIGNMENT} bytes are not supported")
         entries = [self._entry() for _ in range(tensors)]
         start = padded(self._file.tell())
         for name, shape, kind, offset in entries:
             if start + offset + encoded_size(shape, kind) > self._size:
-                raise ConvertError(f"{self._name}: ends before {name} does; download or convert it again")
+                raise LoadError(f"{self._name}: ends before {name} does; download or convert it again")
         return Head(metadata, tuple(Entry(name, shape, kind, start + at) for name, shape, kind, at in entries))
 
     def _bytes(self, count: int) -> bytes:
         if count > self._size:
-            raise ConvertError(f"{self._name}: truncated or damaged in its head; download or convert it again")
+            raise LoadError(f"{self._name}: truncated or damaged in its head; download or convert it again")
         data = self._file.read(count)
         if len(data) != count:
-            raise ConvertError(f"{self._name}: truncated or damaged in its head; download or convert it again")
+            raise LoadError(f"{self._name}: truncated or damaged in its head; download or convert it again")
         return data
 
     def _unpack(self, form: str) -> tuple[int, ...]:
@@ -172,7 +173,7 @@ class _Reader:
         try:
             return self._bytes(length).decode("utf-8")
         except UnicodeDecodeError:
-            raise ConvertError(f"{self._name}: a name in its head is not UTF-8") from None
+            raise LoadError(f"{self._name}: a name in its head is not UTF-8") from None
 
     def _value(self) -> bytes:
         """Return the next value with its type, as it stands there."""
@@ -182,7 +183,7 @@ class _Reader:
             head = self._bytes(12)
             inner, length = struct.unpack("<IQ", head)
             if length > self._size:
-                raise ConvertError(f"{self._name}: truncated or damaged in its head; download or convert it again")
+                raise LoadError(f"{self._name}: truncated or damaged in its head; download or convert it again")
             if inner == Value.STRING:
                 return b"".join((kind, head, *(self._string() for _ in range(length))))
             return kind + head + self._bytes(length * self._plain(inner))
@@ -194,20 +195,20 @@ class _Reader:
 
     def _plain(self, kind: int) -> int:
         if kind not in SIZES:
-            raise ConvertError(f"{self._name}: a value of unknown type {kind} in its head")
+            raise LoadError(f"{self._name}: a value of unknown type {kind} in its head")
         return SIZES[kind]
 
     def _entry(self) -> tuple[str, tuple[int, ...], Type, int]:
         name = self._text()
         (count,) = self._unpack("<I")
         if not 1 <= count <= 4:
-            raise ConvertError(f"{self._name}: {name} has {count} dimensions")
+            raise LoadError(f"{self._name}: {name} has {count} dimensions")
         shape = tuple(reversed(self._unpack(f"<{count}Q")))
         number, offset = self._unpack("<IQ")
         try:
             kind = Type(number)
         except ValueError:
-            raise ConvertError(f"{self._name}: {name} is of a type that is not known ({number})") from None
+            raise LoadError(f"{self._name}: {name} is of a type that is not known ({number})") from None
         if not all(0 < size < 2**31 for size in shape) or shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-            raise ConvertError(f"{self._name}: {name} has the shape {list(shape)}, which {kind.name} cannot have")
+            raise LoadError(f"{self._name}: {name} has the shape {list(shape)}, which {kind.name} cannot have")
         return name, shape, kind, offset

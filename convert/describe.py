@@ -9,11 +9,12 @@ from typing import BinaryIO
 import gguf
 from gguf.gguf_writer import GGUFWriter, WriterState
 
+from metaalign_edge_runtime.errors import LoadError
+
 from .architectures import FILE_TYPE, Value
 from .checkpoint import Checkpoint
 from .container import Packer
 from .encode import OUTTYPES
-from .errors import ConvertError
 from .metadata import read_metadata, read_sampling
 from .vocabulary import Vocabulary
 
@@ -114,7 +115,7 @@ def write_head(writer: GGUFWriter, file: BinaryIO) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
     except UnicodeEncodeError as error:
-        raise ConvertError(f"a text of the checkpoint is not valid Unicode ({error.object[:40]!r})") from None
+        raise LoadError(f"a text of the checkpoint is not valid Unicode ({error.object[:40]!r})") from None
     except (struct.error, TypeError, ValueError) as error:
-        raise ConvertError(f"a value of the checkpoint cannot be written as GGUF ({error})") from None
+        raise LoadError(f"a value of the checkpoint cannot be written as GGUF ({error})") from None
     writer.write_padding(file, file.tell())

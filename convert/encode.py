@@ -9,7 +9,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType
 
-from .errors import ConvertError
+from metaalign_edge_runtime.errors import LoadError
+
 from .ggml import from_float32, to_float32
 from .shards import STORED_AS, Array
 
@@ -44,7 +45,7 @@ def choose_type(name: str, shape: tuple[int, ...], wanted: Type) -> Type:
 def encode(name: str, rows: Array, dtype: str, kind: Type, importance: Array | None = None) -> Encoded:
     """Turn rows as stored (``dtype``: F32, F16, BF16 as uint16, or a quantised type as bytes) into those of ``kind``.
 
-    importance: see ``from_float32``. Raises ConvertError, naming the tensor ``name``, for NaN and infinity.
+    importance: see ``from_float32``. Raises LoadError, naming the tensor ``name``, for NaN and infinity.
     """
     if dtype not in STORED_AS:
         if dtype == kind.name:
@@ -52,7 +53,7 @@ def encode(name: str, rows: Array, dtype: str, kind: Type, importance: Array | N
         rows, dtype = to_float32(rows, dtype), "F32"
     largest = magnitude(rows, dtype)
     if not np.isfinite(largest):
-        raise ConvertError(f"{name} holds NaN or infinity; the checkpoint is damaged, or its training went wrong")
+        raise LoadError(f"{name} holds NaN or infinity; the checkpoint is damaged, or its training went wrong")
     if dtype == kind.name:
         return Encoded(rows, largest)
     if rows.itemsize == 2 and kind in (Type.F16, Type.BF16):

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import ConvertError, SourceNotFound
+from metaalign_edge_runtime.errors import LoadError, NotFound
 
 MB = 1_000_000
 TEXT_LIMIT = 4 * MB  # bytes; configurations and chat templates are a few thousand
@@ -22,11 +22,11 @@ class Folder:
     """
 
     def __init__(self, path: Path) -> None:
-        """Take the folder at ``path``. Raises SourceNotFound if it is no folder."""
+        """Take the folder at ``path``. Raises NotFound if it is no folder."""
         if not os.path.exists(path):
-            raise SourceNotFound(f"{path}: no such folder; give the folder that holds config.json")
+            raise NotFound(f"{path}: no such folder; give the folder that holds config.json")
         if not os.path.isdir(path):
-            raise SourceNotFound(f"{path}: not a folder; give the folder that holds config.json and the weights")
+            raise NotFound(f"{path}: not a folder; give the folder that holds config.json and the weights")
         self.root = path.resolve()
         self.name = os.path.basename(os.path.abspath(path))
         self.hub_id: str | None = None
@@ -42,25 +42,25 @@ class Folder:
         try:
             return sorted(os.listdir(self.root))
         except OSError as error:
-            raise ConvertError(f"{self.root}: cannot list the folder ({error.strerror})") from None
+            raise LoadError(f"{self.root}: cannot list the folder ({error.strerror})") from None
 
     def has(self, name: str) -> bool:
         """Say whether there is a file ``name``."""
         return os.path.exists(self.root / name)  # unlike Path's, it never raises
 
     def open(self, name: str) -> BinaryIO:
-        """Open ``name`` for reading. Raises ConvertError for a link that leads out, and for what is no file."""
+        """Open ``name`` for reading. Raises LoadError for a link that leads out, and for what is no file."""
         path = self.root / name
         try:
             target = path.resolve(strict=True)
             inside = target.is_relative_to(self.root) or (self._blobs is not None and target.parent == self._blobs)
             if not inside:
-                raise ConvertError(f"{name}: a link out of the checkpoint's folder; copy the file itself there")
+                raise LoadError(f"{name}: a link out of the checkpoint's folder; copy the file itself there")
             if not stat.S_ISREG(target.stat().st_mode):  # a pipe would make us wait for ever
-                raise ConvertError(f"{name}: not a regular file")
+                raise LoadError(f"{name}: not a regular file")
             return target.open("rb")
         except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
-            raise ConvertError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+            raise LoadError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
     def bytes(self, name: str, limit: int) -> bytes:
         """Read ``name`` whole; more than ``limit`` bytes are refused."""
@@ -68,9 +68,9 @@ class Folder:
             try:
                 data = file.read(limit + 1)
             except OSError as error:
-                raise ConvertError(f"{name}: cannot be read ({error.strerror})") from None
+                raise LoadError(f"{name}: cannot be read ({error.strerror})") from None
         if len(data) > limit:
-            raise ConvertError(f"{name}: larger than {limit // MB} MB, which no such file is; the folder looks damaged")
+            raise LoadError(f"{name}: larger than {limit // MB} MB, which no such file is; the folder looks damaged")
         return data
 
     def text(self, name: str, limit: int = TEXT_LIMIT) -> str | None:
@@ -80,7 +80,7 @@ class Folder:
         try:
             return self.bytes(name, limit).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ConvertError(f"{name}: not UTF-8 (byte {error.start}); download the file again") from None
+            raise LoadError(f"{name}: not UTF-8 (byte {error.start}); download the file again") from None
 
     def json(self, name: str, limit: int = TEXT_LIMIT) -> dict[str, Any]:
         """Read ``name`` as a JSON object, empty if there is no such file."""
@@ -105,9 +105,9 @@ def parse_json(text: str, name: str) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
     except ValueError as error:
-        raise ConvertError(f"{name}: not valid JSON ({error}); download the file again") from None
+        raise LoadError(f"{name}: not valid JSON ({error}); download the file again") from None
     except RecursionError:
-        raise ConvertError(f"{name}: nested too deeply to be genuine") from None
+        raise LoadError(f"{name}: nested too deeply to be genuine") from None
     if not isinstance(value, dict):
-        raise ConvertError(f"{name}: holds a {type(value).__name__} where a JSON object belongs")
+        raise LoadError(f"{name}: holds a {type(value).__name__} where a JSON object belongs")
     return value

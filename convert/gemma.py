@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from metaalign_edge_runtime.errors import LoadError
+
 from .architectures import (
     FILE_TYPE,
     Architecture,
@@ -42,7 +44,6 @@ from .blocks import (
     sizes,
 )
 from .config import Config
-from .errors import ConvertError
 from .vocabulary import VocabularyRules
 
 DEFAULTS = {
@@ -73,7 +74,7 @@ def refuse_scale(layers_of_27b: int) -> Guard:
         large = config.integer("num_hidden_layers", high=1024) == layers_of_27b
         wanted = hidden // heads if large else config.head_dim
         if found != wanted:
-            raise ConvertError(
+            raise LoadError(
                 f"config.json: query_pre_attn_scalar is {found}, but llama.cpp scales by {wanted} in this model"
             )
 
@@ -84,9 +85,7 @@ def refuse_exact_gelu(config: Config) -> None:
     """Refuse another activation; "gelu" stands in old files and was always computed as the tanh version."""
     found = config.get("hidden_activation") or config.get("hidden_act") or GELU
     if found not in (GELU, "gelu"):
-        raise ConvertError(
-            f"config.json: the activation {found!r}, but llama.cpp computes {GELU} for this architecture"
-        )
+        raise LoadError(f"config.json: the activation {found!r}, but llama.cpp computes {GELU} for this architecture")
 
 
 def softcap(config: Config) -> Iterable[Pair]:

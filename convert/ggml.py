@@ -17,7 +17,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from .errors import ConvertError
+from metaalign_edge_runtime.errors import LoadError
+
 from .shards import Array
 
 NAMES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
@@ -90,7 +91,7 @@ def to_float32(rows: Array, dtype: str) -> Array:
 def from_float32(numbers: Array, kind: Type, importance: Array | None = None) -> Array:
     """Return the bytes of float32 ``numbers`` in ``kind``, as an array of any type and shape.
 
-    importance: one float32 per column, for the quantised types that weigh their errors. Raises ConvertError where it
+    importance: one float32 per column, for the quantised types that weigh their errors. Raises LoadError where it
     takes ggml and there is none.
     """
     if kind is Type.F32:
@@ -113,7 +114,7 @@ def from_float32(numbers: Array, kind: Type, importance: Array | None = None) ->
 
 def _in_numpy(numbers: Array, kind: Type) -> Array:
     if kind not in IN_NUMPY:
-        raise ConvertError(f"{kind.name} takes ggml, which comes with llama-cpp-python: pip install llama-cpp-python")
+        raise LoadError(f"{kind.name} takes ggml, which comes with llama-cpp-python: pip install llama-cpp-python")
     if kind is Type.F16:
         with np.errstate(over="ignore"):
             return numbers.astype(np.float16)

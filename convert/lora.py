@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from metaalign_edge_runtime.errors import LoadError, NotFound, some
+
 from .checkpoint import Checkpoint, canonical
 from .config import Config
-from .errors import ConvertError, SourceNotFound, some
 from .folder import Folder
 from .lora_settings import INSTEAD, SETTINGS, WEIGHTS, Settings
 from .patch import same_numbers
@@ -73,12 +74,10 @@ def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Adap
 
     scale: what its change is multiplied by when it is merged.
 
-    Raises SourceNotFound if there is none, ConvertError if it is damaged, does not fit, or computes what LoRA does not.
+    Raises NotFound if there is none, LoadError if it is damaged, does not fit, or computes what LoRA does not.
     """
     if not math.isfinite(scale) or scale == 0:
-        raise ConvertError(
-            f"{path}: the scale {scale:g} is no use; give a number such as 0.5, or leave the adapter out"
-        )
+        raise LoadError(f"{path}: the scale {scale:g} is no use; give a number such as 0.5, or leave the adapter out")
     folder = _folder(path)
     settings = Settings(folder.json(SETTINGS))
     tensors = {tensor.name: tensor for tensor in sorted(read_header(folder, WEIGHTS), key=lambda tensor: tensor.start)}
@@ -95,7 +94,7 @@ def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Adap
         f"{module}.{part}" for module, found in parts.items() for part in found if f"{module}.weight" not in shapes
     ]
     if homeless:
-        raise ConvertError(f"{WEIGHTS}: {some(homeless)}: no place for this in the base model; is it another one's?")
+        raise LoadError(f"{WEIGHTS}: {some(homeless)}: no place for this in the base model; is it another one's?")
     for name, tensor in whole.items():
         _check(tensor, shapes[name])
     rows = {
@@ -108,7 +107,7 @@ def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Adap
     settings.check_contents(pairs, rows, whole, [name for name in shapes if name.endswith(".bias")])
     whole = {name: tensor for name, tensor in whole.items() if not _unchanged(checkpoint, name, folder, tensor)}
     if not pairs and not rows and not whole:
-        raise ConvertError(f"{WEIGHTS}: nothing in it changes the base model")
+        raise LoadError(f"{WEIGHTS}: nothing in it changes the base model")
     return Adapter(
         folder=folder,
         scale=scale,
@@ -131,20 +130,20 @@ def label(folder: Folder) -> str:
 def _folder(path: Path) -> Folder:
     """Open the folder and make sure that it holds an adapter in safetensors."""
     if not os.path.isdir(path):
-        raise SourceNotFound(f"{path}: no such folder; give the one that holds {SETTINGS}")
+        raise NotFound(f"{path}: no such folder; give the one that holds {SETTINGS}")
     folder = Folder(path)
     if not folder.has(SETTINGS):
         if folder.has("config.json"):
-            raise ConvertError(f"{path}: a whole model, not a LoRA adapter (no {SETTINGS})")
-        raise SourceNotFound(f"{path}: no {SETTINGS} in the folder, so it holds no LoRA adapter of PEFT's")
+            raise LoadError(f"{path}: a whole model, not a LoRA adapter (no {SETTINGS})")
+        raise NotFound(f"{path}: no {SETTINGS} in the folder, so it holds no LoRA adapter of PEFT's")
     if not folder.has(WEIGHTS):
         pickled = [name for name in folder.names() if name.startswith("adapter_model") and name.endswith(PICKLED)]
         if pickled:
-            raise ConvertError(
+            raise LoadError(
                 f"{pickled[0]}: pickled weights can run any code when read, so they never are; load the adapter with "
                 "PEFT and save it again (save_pretrained), which writes safetensors"
             )
-        raise ConvertError(f"{path}: no {WEIGHTS} in the folder; download the adapter again")
+        raise LoadError(f"{path}: no {WEIGHTS} in the folder; download the adapter again")
     return folder
 
 
@@ -154,18 +153,14 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not name.startswith(PREFIX):
-            raise ConvertError(
-                f"{WEIGHTS}: {name} does not begin with {PREFIX}, as PEFT names tensors; save it with PEFT"
-            )
+            raise LoadError(f"{WEIGHTS}: {name} does not begin with {PREFIX}, as PEFT names tensors; save it with PEFT")
         if tensor.dtype not in STORED_AS:
-            raise ConvertError(
-                f"{WEIGHTS}: {name} is stored as {tensor.dtype}; save the adapter in float32 or bfloat16"
-            )
+            raise LoadError(f"{WEIGHTS}: {name} is stored as {tensor.dtype}; save the adapter in float32 or bfloat16")
         inner = canonical(name.removeprefix(PREFIX))
         match = PART.fullmatch(inner)
         owner, key = (parts.setdefault(match[1], {}), match[2]) if match else (whole, BASE.sub("", inner))
         if key in owner:
-            raise ConvertError(f"{WEIGHTS}: {name} stands there twice, under two spellings; save the adapter again")
+            raise LoadError(f"{WEIGHTS}: {name} stands there twice, under two spellings; save the adapter again")
         owner[key] = tensor
     return parts, whole
 
@@ -173,7 +168,7 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
 def _pair(
     module: str, found: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]], settings: Settings, embedding: bool
 ) -> Pair:
-    """Put a module's matrices together. Raises ConvertError if one is missing, too many or of the wrong shape."""
+    """Put a module's matrices together. Raises LoadError if one is missing, too many or of the wrong shape."""
     shape = shapes[f"{module}.weight"]
     a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
     wanted = {a, b}
@@ -181,13 +176,11 @@ def _pair(
     wanted |= {"lora_B.bias"} if settings.lora_bias and not embedding else set()
     missing, surplus = sorted(wanted - found.keys()), sorted(found.keys() - wanted)
     if missing:
-        raise ConvertError(
-            f"{WEIGHTS}: {module} lacks {some(missing)}; save the adapter again, gathered on one machine"
-        )
+        raise LoadError(f"{WEIGHTS}: {module} lacks {some(missing)}; save the adapter again, gathered on one machine")
     if surplus:
-        raise ConvertError(f"{WEIGHTS}: {module} has {some(surplus)}, which {SETTINGS} does not announce")
+        raise LoadError(f"{WEIGHTS}: {module} has {some(surplus)}, which {SETTINGS} does not announce")
     if len(shape) != 2:
-        raise ConvertError(f"{WEIGHTS}: {module} is no matrix in the base model, so LoRA has no place there")
+        raise LoadError(f"{WEIGHTS}: {module} is no matrix in the base model, so LoRA has no place there")
     rank, alpha = settings.rank_of(module), settings.alpha_of(module)
     rows, columns = reversed(shape) if embedding else shape
     _check(found[a], (rank, columns))
@@ -197,7 +190,7 @@ def _pair(
         _check(magnitude, (rows,))
     if bias is not None:
         if f"{module}.bias" not in shapes:
-            raise ConvertError(f"{WEIGHTS}: {module} has lora_B.bias, but the base model has no bias to add it to")
+            raise LoadError(f"{WEIGHTS}: {module} has lora_B.bias, but the base model has no bias to add it to")
         _check(bias, (rows,))
     return Pair(found[a], found[b], rank, alpha, settings.strength(alpha, rank), magnitude, bias, embedding)
 
@@ -205,21 +198,21 @@ def _pair(
 def _rows(
     module: str, parts: dict[str, dict[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], settings: Settings
 ) -> Rows:
-    """Take a module's trained rows out of ``parts``. Raises ConvertError."""
+    """Take a module's trained rows out of ``parts``. Raises LoadError."""
     values, tokens = parts[module].pop(ROWS), settings.tokens_of(module)
     if parts[module]:
-        raise ConvertError(f"{WEIGHTS}: {module} has {ROWS} and LoRA's matrices too; {INSTEAD}")
+        raise LoadError(f"{WEIGHTS}: {module} has {ROWS} and LoRA's matrices too; {INSTEAD}")
     del parts[module]
     count, *columns = shapes[f"{module}.weight"]
     _check(values, (len(tokens), *columns))
     if len(set(tokens)) < len(tokens) or max(tokens, default=0) >= count:
-        raise ConvertError(f"{SETTINGS}: trainable_token_indices names a token twice, or one beyond the {count} rows")
+        raise LoadError(f"{SETTINGS}: trainable_token_indices names a token twice, or one beyond the {count} rows")
     return Rows(tokens, values)
 
 
 def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
-        raise ConvertError(
+        raise LoadError(
             f"{WEIGHTS}: {tensor.name} has the shape {list(tensor.shape)}, but the base model and {SETTINGS} "
             f"ask for {list(shape)}; is it another model's?"
         )

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
-from .errors import ConvertError, some
+from metaalign_edge_runtime.errors import LoadError, some
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -38,18 +38,18 @@ class Settings:
     """What adapter_config.json says, every value checked."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        """Check the parsed file ``values``. Raises ConvertError for what LoRA does not compute."""
+        """Check the parsed file ``values``. Raises LoadError for what LoRA does not compute."""
         self._values = values
         kind = values.get("peft_type")
         if kind is None:
-            raise ConvertError(f"{SETTINGS}: no peft_type in it, so it is none of PEFT's; {INSTEAD}")
+            raise LoadError(f"{SETTINGS}: no peft_type in it, so it is none of PEFT's; {INSTEAD}")
         if kind != "LORA":
-            raise ConvertError(f"{SETTINGS}: an adapter of type {kind!r}; only LORA is supported: {INSTEAD}")
+            raise LoadError(f"{SETTINGS}: an adapter of type {kind!r}; only LORA is supported: {INSTEAD}")
         for key, value in values.items():
             if key not in READ and key not in IDLE and value:
-                raise ConvertError(f"{SETTINGS}: {key} changes what the adapter computes, unsupported here; {INSTEAD}")
+                raise LoadError(f"{SETTINGS}: {key} changes what the adapter computes, unsupported here; {INSTEAD}")
         if (init := values.get("init_lora_weights")) not in INITS:
-            raise ConvertError(
+            raise LoadError(
                 f"{SETTINGS}: init_lora_weights is {init!r}, and such a beginning may have changed the base "
                 f"model's own weights; {INSTEAD}"
             )
@@ -82,22 +82,22 @@ class Settings:
     def check_contents(
         self, pairs: Collection[str], rows: Collection[str], whole: Collection[str], biases: Iterable[str]
     ) -> None:
-        """Make sure that everything is there that was trained; all four hold tensor names. Raises ConvertError."""
+        """Make sure that everything is there that was trained; all four hold tensor names. Raises LoadError."""
         saved = self._values.get("modules_to_save") or []
         if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
-            raise ConvertError(f"{SETTINGS}: modules_to_save is {saved!r}, not a list of names")
+            raise LoadError(f"{SETTINGS}: modules_to_save is {saved!r}, not a list of names")
         inside = [f".{name.rpartition('.')[0]}." for name in whole]
         missing = [module for module in saved if not any(f".{module}." in name for name in inside)]
         trained = self._values.get("bias", "none")
         if trained not in ("none", "all", "lora_only"):
-            raise ConvertError(f"{SETTINGS}: bias is {trained!r}, not none, all or lora_only")
+            raise LoadError(f"{SETTINGS}: bias is {trained!r}, not none, all or lora_only")
         if trained != "none":
             wanted = [name for name in biases if trained == "all" or name.replace(".bias", ".weight") in pairs]
             missing += [name for name in wanted if name not in whole]
         if self._values.get("trainable_token_indices") and not rows:
             missing.append("trainable_tokens_delta")
         if missing:
-            raise ConvertError(f"{WEIGHTS} lacks {some(missing)}, which {SETTINGS} says was trained; save it again")
+            raise LoadError(f"{WEIGHTS} lacks {some(missing)}, which {SETTINGS} says was trained; save it again")
 
     def notes(self, name: str) -> tuple[str, ...]:
         """Say what the user should know about the adapter ``name``."""
@@ -108,41 +108,41 @@ class Settings:
 
     def _rank(self, key: str, value: Any) -> int:
         if type(value) is not int or not 1 <= value < 2**16:
-            raise ConvertError(f"{SETTINGS}: {key} is {value!r}, not a whole number from 1 to 65,535")
+            raise LoadError(f"{SETTINGS}: {key} is {value!r}, not a whole number from 1 to 65,535")
         return value
 
     def _alpha(self, key: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
-            raise ConvertError(f"{SETTINGS}: {key} is {value!r}, not a number")
+            raise LoadError(f"{SETTINGS}: {key} is {value!r}, not a number")
         return float(value)
 
     def _flag(self, key: str) -> bool:
         value = self._values.get(key)
         if value not in (None, True, False) or type(value) is int:
-            raise ConvertError(f"{SETTINGS}: {key} is {value!r}, not true or false")
+            raise LoadError(f"{SETTINGS}: {key} is {value!r}, not true or false")
         return bool(value)
 
     def _tokens(self, key: str, value: Any) -> tuple[int, ...]:
         if value is None:
             return ()
         if not isinstance(value, list) or not all(type(token) is int and 0 <= token < 2**31 for token in value):
-            raise ConvertError(f"{SETTINGS}: {key} is {value!r}, not a list of token ids")
+            raise LoadError(f"{SETTINGS}: {key} is {value!r}, not a list of token ids")
         return tuple(value)
 
     def _pattern(self, key: str, check: Callable[[str, Any], T]) -> Patterns[T]:
         """Read a mapping from patterns of module names to values, in its order, for the first match counts."""
         value = self._values.get(key) or {}
         if not isinstance(value, dict):
-            raise ConvertError(f"{SETTINGS}: {key} is {value!r}, not an object")
+            raise LoadError(f"{SETTINGS}: {key} is {value!r}, not an object")
         found = []
         for pattern, item in value.items():
             costly = len(pattern) > PATTERN_LIMIT or pattern.count("(") > GROUPS or re.search(r"\)[*+?{]", pattern)
             if costly or sum(map(pattern.count, "*+?{")) > QUANTIFIERS:
-                raise ConvertError(f"{SETTINGS}: {key} has the pattern {pattern!r}, too involved; name the modules")
+                raise LoadError(f"{SETTINGS}: {key} has the pattern {pattern!r}, too involved; name the modules")
             try:
                 compiled = re.compile(rf"(.*\.)?({pattern})$")
             except re.error as error:
-                raise ConvertError(f"{SETTINGS}: {key} has the pattern {pattern!r}, which is none ({error})") from None
+                raise LoadError(f"{SETTINGS}: {key} has the pattern {pattern!r}, which is none ({error})") from None
             found.append((compiled, check(f"{key} of {pattern}", item)))
         return found
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import BinaryIO
 
+from metaalign_edge_runtime.errors import LoadError, some
+
 from .architectures import Rule
 from .chat import read_templates
 from .checkpoint import Checkpoint
 from .config import Config
-from .errors import ConvertError, some
 from .folder import Folder
 from .lora import Adapter, label
 from .lora_settings import SETTINGS
@@ -45,7 +46,7 @@ class MergedFolder(Folder):
         return folder.has(name)
 
     def open(self, name: str) -> BinaryIO:
-        """Open ``name``, wherever it lies. Raises ConvertError."""
+        """Open ``name``, wherever it lies. Raises LoadError."""
         folder, name = self._find(name)
         return folder.open(name)
 
@@ -61,7 +62,7 @@ def merge(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
     Whole tensors of an adapter replace the base model's. Where an adapter changes the embedding or the head of a model
     that ties them, the two are told apart. A tokenizer in an adapter's folder replaces the base model's.
 
-    Raises ConvertError where adapters contradict each other, and for what cannot be merged.
+    Raises LoadError where adapters contradict each other, and for what cannot be merged.
     """
     for adapter in adapters:
         _check_alone(adapter, len(adapters))
@@ -106,30 +107,30 @@ def merge(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
 def _check_alone(adapter: Adapter, count: int) -> None:
     """Refuse what has a meaning only for an adapter by itself, or none when merged."""
     if adapter.invocation:
-        raise ConvertError(
+        raise LoadError(
             f"{adapter.name}: an activated LoRA (alora_invocation_tokens) works only after its invocation, so it "
             "cannot be merged; convert it by itself with --lora-only"
         )
     if any(pair.magnitude is not None for pair in adapter.pairs.values()):
         if count > 1 or adapter.scale != 1:
-            raise ConvertError(f"{adapter.name}: a DoRA adapter sets the length of every row; merge it alone, unscaled")
+            raise LoadError(f"{adapter.name}: a DoRA adapter sets the length of every row; merge it alone, unscaled")
         if any(pair.embedding for pair in adapter.pairs.values()):
-            raise ConvertError(
+            raise LoadError(
                 f"{adapter.name}: DoRA on the embedding goes by columns, which do not stream; merge it with PEFT "
                 "(merge_and_unload), save that, and convert the saved folder"
             )
     if (replaced := [*adapter.whole, *adapter.rows]) and adapter.scale != 1:
-        raise ConvertError(f"{adapter.name}: it replaces {some(replaced)}, which has no half-way; leave the scale out")
+        raise LoadError(f"{adapter.name}: it replaces {some(replaced)}, which has no half-way; leave the scale out")
 
 
 def _whole_tensors(adapters: Sequence[Adapter]) -> dict[str, tuple[Folder, Tensor]]:
-    """Collect the tensors that stand in for the base model's. Raises ConvertError if two adapters claim one."""
+    """Collect the tensors that stand in for the base model's. Raises LoadError if two adapters claim one."""
     whole: dict[str, tuple[Folder, Tensor]] = {}
     for adapter in adapters:
         for name in (*adapter.whole, *adapter.rows):
             for other in adapters:
                 if other is not adapter and name in (*other.whole, *other.rows, *other.pairs):
-                    raise ConvertError(f"{adapter.name} replaces {name}, and {other.name} changes it; leave one out")
+                    raise LoadError(f"{adapter.name} replaces {name}, and {other.name} changes it; leave one out")
         whole |= {name: (adapter.folder, tensor) for name, tensor in adapter.whole.items()}
     return whole
 
@@ -159,7 +160,7 @@ def _count(adapter: Adapter) -> str:
 
 
 def _tokenizer(adapters: Sequence[Adapter]) -> Adapter | None:
-    """Find the adapter that brings a tokenizer. Raises ConvertError if several do and they are not the same."""
+    """Find the adapter that brings a tokenizer. Raises LoadError if several do and they are not the same."""
     bringing = [adapter for adapter in adapters if any(adapter.folder.has(name) for name in VOCABULARIES)]
     if not bringing:
         return None
@@ -167,7 +168,7 @@ def _tokenizer(adapters: Sequence[Adapter]) -> Adapter | None:
     for other in bringing[1:]:
         for name in sorted(TOKENIZER):
             if _content(first.folder, name) != _content(other.folder, name):
-                raise ConvertError(
+                raise LoadError(
                     f"{first.name} and {other.name} bring different tokenizers ({name}); remove one from its folder"
                 )
     return first
@@ -199,15 +200,15 @@ def _tells_apart(
 
 
 def _untie(checkpoint: Checkpoint, config: Config, whole: Mapping[str, tuple[Folder, Tensor]]) -> Config:
-    """Return the configuration with a head of its own. Raises ConvertError if there can be none."""
+    """Return the configuration with a head of its own. Raises LoadError if there can be none."""
     apart = config.changed(tie_word_embeddings=False)
     if checkpoint.head not in checkpoint.piece.expected(apart):
-        raise ConvertError(
+        raise LoadError(
             f"{SETTINGS}: the adapter changes head or embedding alone, but in {checkpoint.architecture} they are one"
         )
     rows = config.integer("vocab_size")
     if checkpoint.head not in whole and rows != checkpoint.config.integer("vocab_size"):
-        raise ConvertError(
+        raise LoadError(
             f"{SETTINGS}: the adapter's embedding has {rows} rows and its head was not saved; train with "
             'modules_to_save=["embed_tokens", "lm_head"]'
         )

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .errors import CannotWrite, OutputExists
+from metaalign_edge_runtime.errors import CannotWrite, UsageError
 
 try:
     import fcntl
@@ -23,7 +23,7 @@ OPEN_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os,
 
 
 def check_output(output: Path, force: bool) -> None:
-    """Refuse an output that could not be written, before any work is done. Raises OutputExists or CannotWrite."""
+    """Refuse an output that could not be written, before any work is done. Raises UsageError or CannotWrite."""
     if os.path.isdir(output):
         raise CannotWrite(f"{output}: a folder; name a file in it, such as {output / 'model.gguf'}")
     if not os.path.isdir(output.parent):
@@ -31,7 +31,7 @@ def check_output(output: Path, force: bool) -> None:
     if os.path.exists(output) and not os.path.isfile(output):
         raise CannotWrite(f"{output}: not a regular file")
     if os.path.lexists(output) and not force:
-        raise OutputExists(f"{output}: exists already; use --force to replace it")
+        raise UsageError(f"{output}: exists already; use --force to replace it")
 
 
 def check_space(output: Path, size: int) -> None:

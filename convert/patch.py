@@ -11,7 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from .errors import ConvertError
+from metaalign_edge_runtime.errors import LoadError
+
 from .folder import Folder
 from .ggml import to_float32
 from .shards import STORED_AS, Array, Files, Tensor, read_rows
@@ -56,7 +57,7 @@ class LowRank:
     magnitude: Tensor | None = None
 
     def apply(self, rows: Array, first: int) -> Array:
-        """Return the float32 ``rows`` from row ``first`` on with the adapter merged in. Raises ConvertError."""
+        """Return the float32 ``rows`` from row ``first`` on with the adapter merged in. Raises LoadError."""
         count = len(rows)
         if self.embedding:
             left = read_columns(self.folder, self.a, first, count).T
@@ -70,7 +71,7 @@ class LowRank:
         if self.magnitude is not None:
             length = np.sqrt(np.einsum("ij,ij->i", changed, changed))
             if not length.all():
-                raise ConvertError(f"{self.magnitude.name}: DoRA would divide by the length of a row that is all zeros")
+                raise LoadError(f"{self.magnitude.name}: DoRA would divide by the length of a row that is all zeros")
             changed *= (read_numbers(self.folder, self.magnitude, first, count) / length)[:, None]
         return changed
 
@@ -84,7 +85,7 @@ class Shift:
     scale: float
 
     def apply(self, rows: Array, first: int) -> Array:
-        """Return the float32 ``rows`` from ``first`` on, shifted. Raises ConvertError."""
+        """Return the float32 ``rows`` from ``first`` on, shifted. Raises LoadError."""
         shifted: Array = rows + np.float32(self.scale) * read_numbers(self.folder, self.values, first, len(rows))
         return shifted
 
@@ -98,7 +99,7 @@ class Replaced:
     places: Sequence[int]
 
     def apply(self, rows: Array, first: int) -> Array:
-        """Return the float32 ``rows`` from ``first`` on with those of them replaced. Raises ConvertError."""
+        """Return the float32 ``rows`` from ``first`` on with those of them replaced. Raises LoadError."""
         replaced: Array = rows.copy()
         for number, place in enumerate(self.places):
             if first <= place < first + len(rows):
@@ -122,13 +123,13 @@ def same_numbers(folder: Folder, tensor: Tensor, other_folder: Folder, other: Te
 
 
 def read_numbers(folder: Folder, tensor: Tensor, first: int, count: int) -> Array:
-    """Read ``count`` rows as float32. Raises ConvertError for NaN and infinity."""
+    """Read ``count`` rows as float32. Raises LoadError for NaN and infinity."""
     with Files(folder.open) as files:
         return _finite(tensor, to_float32(read_rows(files, tensor, first, count), tensor.dtype))
 
 
 def read_columns(folder: Folder, tensor: Tensor, first: int, count: int) -> Array:
-    """Read ``count`` columns of a matrix as float32, without the others. Raises ConvertError for NaN and infinity."""
+    """Read ``count`` columns of a matrix as float32, without the others. Raises LoadError for NaN and infinity."""
     rows, columns = tensor.shape
     item = STORED_AS[tensor.dtype].itemsize
     with Files(folder.open) as files:
@@ -141,5 +142,5 @@ def read_columns(folder: Folder, tensor: Tensor, first: int, count: int) -> Arra
 
 def _finite(tensor: Tensor, numbers: Array) -> Array:
     if not np.isfinite(numbers).all():
-        raise ConvertError(f"{tensor.shard}: {tensor.name} holds NaN or infinity; the training of the adapter failed")
+        raise LoadError(f"{tensor.shard}: {tensor.name} holds NaN or infinity; the training of the adapter failed")
     return numbers

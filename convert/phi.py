@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from metaalign_edge_runtime.errors import LoadError
+
 from .architectures import (
     FILE_TYPE,
     SILU,
@@ -21,7 +23,6 @@ from .architectures import (
 )
 from .blocks import BEFORE, BLOCKS, CONTEXT, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS, LAYER, NORM_EPS, ends, sizes
 from .config import Config
-from .errors import ConvertError
 from .shards import Array
 from .vocabulary import VocabularyRules
 
@@ -61,7 +62,7 @@ def refuse_other_factors(config: Config) -> None:
     """Refuse divisors that are not one for each pair that is turned."""
     for name, factors in config.rope.lists.items():
         if len(factors) != turned(config) // 2:
-            raise ConvertError(f"config.json: {len(factors)} numbers in {name}, not {turned(config) // 2}")
+            raise LoadError(f"config.json: {len(factors)} numbers in {name}, not {turned(config) // 2}")
 
 
 def window(config: Config) -> Iterable[Pair]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import ConvertError
+from metaalign_edge_runtime.errors import LoadError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # what llama.cpp's names look like
 SENTENCEPIECE_PRE = "default"  # what the key holds for SentencePiece, which splits nothing beforehand
@@ -133,7 +133,7 @@ class Signature:
 
 
 def signature(tokenizer: Mapping[str, Any]) -> Signature:
-    """Read the signature out of a parsed tokenizer.json. Raises ConvertError if it has no such shape."""
+    """Read the signature out of a parsed tokenizer.json. Raises LoadError if it has no such shape."""
     model = tokenizer.get("model")
     ignore_merges = isinstance(model, dict) and model.get("ignore_merges") is True
     return Signature(tuple(_parts(tokenizer.get("pre_tokenizer"))), ignore_merges)
@@ -143,7 +143,7 @@ def _parts(step: Any) -> list[str]:
     if step is None:
         return []
     if not isinstance(step, dict):
-        raise ConvertError("tokenizer.json: its pre_tokenizer is not an object")
+        raise LoadError("tokenizer.json: its pre_tokenizer is not an object")
     kind = step.get("type")
     if kind == "Sequence" and isinstance(step.get("pretokenizers"), list):
         return [part for inner in step["pretokenizers"] for part in _parts(inner)]

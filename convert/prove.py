@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from metaalign_edge_runtime.errors import LoadError, some
+
 from .checkpoint import Checkpoint
 from .container import Packer
 from .describe import add_vocabulary, write_head
-from .errors import ConvertError, some
 from .pretokenizers import DISTINCT, NAME, SENTENCEPIECE_PRE, TABLE
 from .vocabulary import TOKENIZER_LIMIT, Vocabulary
 
@@ -79,14 +80,14 @@ def choose_pre_tokenizer(checkpoint: Checkpoint, given: str | None) -> str:
     """Return llama.cpp's name for the checkpoint's pre-tokenizer: ``given``, or found.
 
     It is found in the table, or else by trying: of all the ways in which llama.cpp splits text, exactly one must give
-    the tokens that tokenizer.json gives, on every text. Raises ConvertError.
+    the tokens that tokenizer.json gives, on every text. Raises LoadError.
     """
     vocabulary = checkpoint.vocabulary
     if given is not None and not NAME.fullmatch(given):
-        raise ConvertError(f"pre {given!r} is no name of a pre-tokenizer, such as {TABLE[0].name}")
+        raise LoadError(f"pre {given!r} is no name of a pre-tokenizer, such as {TABLE[0].name}")
     if vocabulary.signature is None:
         if given is not None:
-            raise ConvertError(f"pre {given!r}: a SentencePiece vocabulary has no pre-tokenizer; leave it out")
+            raise LoadError(f"pre {given!r}: a SentencePiece vocabulary has no pre-tokenizer; leave it out")
         return SENTENCEPIECE_PRE
     if given is not None:
         return given
@@ -98,11 +99,11 @@ def choose_pre_tokenizer(checkpoint: Checkpoint, given: str | None) -> str:
     try:
         proof = _Proof(checkpoint)
     except ImportError as error:
-        raise ConvertError(f"{unknown}; {error.name}, which would find it by trying, is not installed") from None
+        raise LoadError(f"{unknown}; {error.name}, which would find it by trying, is not installed") from None
     equal = [name for name in DISTINCT if not proof.differences(name)]
     if len(equal) != 1:
         found = f"{some(equal, 40)} split alike on all that was tried" if equal else "none of its own splits alike"
-        raise ConvertError(f"{unknown}; {found}; {remedy}")
+        raise LoadError(f"{unknown}; {found}; {remedy}")
     return equal[0]
 
 
@@ -110,7 +111,7 @@ def prove_pre_tokenizer(checkpoint: Checkpoint, pre: str) -> str:
     """Compare llama.cpp, given the pre-tokenizer ``pre``, with the tokenizer itself.
 
     They must agree on TEXTS, on the lines of the chat template, and on the added tokens. Returns a sentence on what was
-    found; raises ConvertError if they differ where nothing known explains it.
+    found; raises LoadError if they differ where nothing known explains it.
     """
     vocabulary = checkpoint.vocabulary
     byte_level = vocabulary.signature is not None
@@ -129,7 +130,7 @@ def prove_pre_tokenizer(checkpoint: Checkpoint, pre: str) -> str:
     limits = row.approximate if row is not None and row.name == pre else ""
     if len(wrong) > (APPROXIMATELY if limits else 0):
         remedy = "name another one with --pre" if byte_level else "take the tokenizer's files from the base model"
-        raise ConvertError(
+        raise LoadError(
             f"{subject}: llama.cpp splits {len(wrong)} of {count} texts otherwise than tokenizer.json, "
             f"{wrong[0]!r} among them; {remedy}, or go without the proof (--no-check)"
         )
@@ -143,7 +144,7 @@ class _Proof:
     """What tokenizer.json makes of the texts, to be compared with what llama.cpp makes of them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Tokenize with the tokenizers library. Raises ImportError without it or llama_cpp, ConvertError."""
+        """Tokenize with the tokenizers library. Raises ImportError without it or llama_cpp, LoadError."""
         import llama_cpp  # noqa: F401
         import tokenizers
 
@@ -160,7 +161,7 @@ class _Proof:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a panic in the library is no Exception
-            raise ConvertError(f"tokenizer.json: the tokenizers library cannot use it ({error})") from None
+            raise LoadError(f"tokenizer.json: the tokenizers library cannot use it ({error})") from None
 
     def differences(self, pre: str) -> list[str]:
         """Return the texts of which llama.cpp makes other tokens, given the pre-tokenizer ``pre``."""
@@ -192,12 +193,12 @@ def _vocabulary_file(checkpoint: Checkpoint, pre: str) -> Iterator[Path]:
         try:
             write_vocabulary(path, checkpoint.architecture, checkpoint.vocabulary, pre)
         except OSError as error:
-            raise ConvertError(f"{folder}: cannot be written ({error.strerror}); try --no-check") from None
+            raise LoadError(f"{folder}: cannot be written ({error.strerror}); try --no-check") from None
         yield path
 
 
 def write_vocabulary(path: Path, architecture: str, vocabulary: Vocabulary, pre: str) -> None:
-    """Write a GGUF file of nothing but a vocabulary. Raises OSError, and ConvertError if GGUF cannot hold it."""
+    """Write a GGUF file of nothing but a vocabulary. Raises OSError, and LoadError if GGUF cannot hold it."""
     writer = Packer(None, architecture)
     add_vocabulary(writer, vocabulary, pre, {})
     with path.open("wb") as file:
@@ -205,7 +206,7 @@ def write_vocabulary(path: Path, architecture: str, vocabulary: Vocabulary, pre:
 
 
 def tokenize_with_llama(path: Path, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenize with llama.cpp, special tokens too, loading nothing but the vocabulary. Raises ConvertError."""
+    """Tokenize with llama.cpp, special tokens too, loading nothing but the vocabulary. Raises LoadError."""
     import llama_cpp
 
     log = logging.getLogger("llama-cpp-python")  # llama.cpp's log goes through here
@@ -216,7 +217,7 @@ def tokenize_with_llama(path: Path, texts: Sequence[str]) -> list[list[int]]:
         params.vocab_only = True
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not model:
-            raise ConvertError("llama.cpp cannot load the vocabulary; is the pre-tokenizer's name one that it knows?")
+            raise LoadError("llama.cpp cannot load the vocabulary; is the pre-tokenizer's name one that it knows?")
         try:
             vocabulary = llama_cpp.llama_model_get_vocab(model)
             found = []

@@ -22,9 +22,10 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType as FileType
 
+from metaalign_edge_runtime.errors import LoadError, NotFound, UsageError, some
+
 from .container import MAGIC, Entry, Head, pack_value, read_head
 from .encode import OUTTYPES
-from .errors import ConvertError, SourceNotFound, some
 from .ggml import needs_importance
 from .shards import Array
 
@@ -79,27 +80,27 @@ class Quantized:
 
 
 def canonical(outtype: str) -> str:
-    """Return the one spelling of an output type: f32, f16, bf16, q8_0, else llama.cpp's. Raises ConvertError."""
+    """Return the one spelling of an output type: f32, f16, bf16, q8_0, else llama.cpp's. Raises UsageError."""
     if outtype.lower() in OUTTYPES:
         return outtype.lower()
     name = ALIASES.get(outtype.upper(), outtype.upper())
     if name not in MIXTURES:
         known = [*OUTTYPES, *sorted(name for name in MIXTURES if name.lower() not in OUTTYPES)]
-        raise ConvertError(f"outtype {outtype!r} is not one of {', '.join(known)}")
+        raise UsageError(f"outtype {outtype!r} is not one of {', '.join(known)}")
     return name
 
 
 def quantized(path: Path, head: Head, outtype: str, options: Options) -> Quantized:
     """Say what the GGUF file ``path`` with the head ``head`` becomes. Only the head is looked at.
 
-    Raises ConvertError if llama.cpp is not installed or refuses, and where an importance matrix is missing or for
+    Raises LoadError if llama.cpp is not installed or refuses, and where an importance matrix is missing or for
     another model.
     """
     name = outtype.upper()
     matrix = read_imatrix(options.imatrix) if options.imatrix is not None else None
     types = _trial(path, name, options, matrix)
     if sorted(types) != sorted(entry.name for entry in head.entries):
-        raise ConvertError("llama.cpp's plan for the tensors cannot be read; is llama-cpp-python the pinned version?")
+        raise LoadError("llama.cpp's plan for the tensors cannot be read; is llama-cpp-python the pinned version?")
     weights = {}
     for entry in head.entries:
         kind = types[entry.name]
@@ -108,7 +109,7 @@ def quantized(path: Path, head: Head, outtype: str, options: Options) -> Quantiz
         found = _weights_for(entry, matrix)
         required = kind in WEIGHED or (kind is Type.Q2_K and name == "Q2_K_S")
         if found is None and (needs_importance(kind) or (required and entry.name not in EDGES)):
-            raise ConvertError(
+            raise LoadError(
                 f"{name} needs an importance matrix for {entry.name}: make one with llama.cpp's llama-imatrix and give "
                 "it (--imatrix)"
             )
@@ -147,7 +148,7 @@ def _weights_for(entry: Entry, matrix: Importance | None) -> Array | None:
     if found.size != experts * entry.shape[-1]:
         if entry.name == EDGES[0]:  # llama-imatrix counts tokens there
             return None
-        raise ConvertError(
+        raise LoadError(
             f"{matrix.name}: {found.size:,} values for {entry.name}, which has {experts * entry.shape[-1]:,} columns; "
             "the importance matrix is another model's"
         )
@@ -162,7 +163,7 @@ def _trial(path: Path, name: str, options: Options, matrix: Importance | None) -
     try:
         from llama_cpp import llama_cpp as llama
     except ImportError:
-        raise ConvertError(f"{name} takes llama.cpp: pip install llama-cpp-python") from None
+        raise LoadError(f"{name} takes llama.cpp: pip install llama-cpp-python") from None
     params = llama.llama_model_quantize_default_params()
     params.ftype, params.nthread, params.dry_run, params.allow_requantize = int(MIXTURES[name]), 1, True, True
     params.pure, params.quantize_output_tensor = options.pure, not options.leave_output_tensor
@@ -187,9 +188,7 @@ def _trial(path: Path, name: str, options: Options, matrix: Importance | None) -
     text = "".join(log)
     if failed:
         reasons = re.findall(r"failed to quantize: (.*)", text)
-        raise ConvertError(
-            f"llama.cpp cannot quantise this to {name}: {reasons[-1] if reasons else 'it gives no reason'}"
-        )
+        raise LoadError(f"llama.cpp cannot quantise this to {name}: {reasons[-1] if reasons else 'it gives no reason'}")
     return {tensor: _tensor_type(after or before) for tensor, before, after in TRIAL_LINE.findall(text)}
 
 
@@ -211,13 +210,13 @@ def _tensor_type(name: str) -> Type:
     try:
         return Type[name.upper()]
     except KeyError:
-        raise ConvertError(f"{name!r} is no type of a tensor, such as Q6_K or F16") from None
+        raise LoadError(f"{name!r} is no type of a tensor, such as Q6_K or F16") from None
 
 
 def _override(text: str) -> tuple[bytes, Type]:
     pattern, _, kind = text.partition("=")
     if not pattern or not kind:
-        raise ConvertError(f"tensor type {text!r}: write PATTERN=TYPE, such as attn_v=Q8_0")
+        raise LoadError(f"tensor type {text!r}: write PATTERN=TYPE, such as attn_v=Q8_0")
     return pattern.lower().encode("utf-8"), _tensor_type(kind)
 
 
@@ -225,17 +224,17 @@ def _override(text: str) -> tuple[bytes, Type]:
 
 
 def read_imatrix(path: Path) -> Importance:
-    """Read what llama-imatrix wrote, in its format of today (GGUF) or in its old one. Raises ConvertError."""
+    """Read what llama-imatrix wrote, in its format of today (GGUF) or in its old one. Raises LoadError."""
     try:
         with path.open("rb") as file:
             found = _read_new(path, file) if file.read(len(MAGIC)) == MAGIC else _read_old(path, file)
     except FileNotFoundError:
-        raise SourceNotFound(f"{path}: no such importance matrix") from None
+        raise NotFound(f"{path}: no such importance matrix") from None
     except OSError as error:
-        raise ConvertError(f"{path}: cannot be read ({error.strerror})") from None
+        raise LoadError(f"{path}: cannot be read ({error.strerror})") from None
     damaged = [name for name, values in found.weights.items() if not np.isfinite(values).all()]
     if damaged or not found.weights:
-        raise ConvertError(f"{path.name}: {'NaN or infinity for ' + some(damaged) if damaged else 'nothing in it'}")
+        raise LoadError(f"{path.name}: {'NaN or infinity for ' + some(damaged) if damaged else 'nothing in it'}")
     return found
 
 
@@ -244,7 +243,7 @@ def _read_new(path: Path, file: BinaryIO) -> Importance:
     entries = {entry.name: entry for entry in head.entries}
     chunks = head.number("imatrix.chunk_count")
     if chunks is None or "imatrix.datasets" not in head.metadata:
-        raise ConvertError(f"{path.name}: a GGUF file, but no importance matrix")
+        raise LoadError(f"{path.name}: a GGUF file, but no importance matrix")
     weights = {}
     for name in sorted(entries):
         stem = name.removesuffix(".in_sum2")
@@ -252,10 +251,10 @@ def _read_new(path: Path, file: BinaryIO) -> Importance:
             continue
         counts = entries.get(f"{stem}.counts")
         if counts is None or counts.kind is not Type.F32 or entries[name].kind is not Type.F32:
-            raise ConvertError(f"{path.name}: no counts for {stem} in it")
+            raise LoadError(f"{path.name}: no counts for {stem} in it")
         sums, seen = _numbers(file, entries[name]), np.rint(_numbers(file, counts)).reshape(-1, 1)
         if sums.size % seen.size:
-            raise ConvertError(f"{path.name}: {sums.size} sums for {stem} and {seen.size} counts")
+            raise LoadError(f"{path.name}: {sums.size} sums for {stem} and {seen.size} counts")
         sums = sums.reshape(seen.size, -1)
         ones = np.ones_like(sums)  # for experts that no text reached
         weights[stem] = np.divide(sums, seen, out=ones, where=seen > 0).reshape(-1)
@@ -264,7 +263,7 @@ def _read_new(path: Path, file: BinaryIO) -> Importance:
 
 def _numbers(file: BinaryIO, entry: Entry) -> Array:
     if entry.nbytes > IMATRIX_LIMIT:
-        raise ConvertError(f"{entry.name}: {entry.nbytes:,} bytes, which no importance matrix has")
+        raise LoadError(f"{entry.name}: {entry.nbytes:,} bytes, which no importance matrix has")
     file.seek(entry.start)
     return np.frombuffer(file.read(entry.nbytes), np.float32)
 
@@ -306,5 +305,5 @@ def _read_old(path: Path, file: BinaryIO) -> Importance:
         chunks = number() if at < len(data) else 0
         datasets = (take(number()).decode("utf-8", "replace"),) if at < len(data) else ()
     except (struct.error, UnicodeDecodeError):
-        raise ConvertError(f"{path.name}: not an importance matrix, or cut short") from None
+        raise LoadError(f"{path.name}: not an importance matrix, or cut short") from None
     return Importance(path.name, weights, datasets, chunks)

@@ -13,7 +13,8 @@ from typing import Any
 
 from gguf import TokenType
 
-from .errors import ConvertError, some
+from metaalign_edge_runtime.errors import LoadError, some
+
 from .folder import Folder
 from .tokens import Added, Token, Tokens, added_in_settings, added_in_tokenizer, check_token, ids_of, looks_special
 
@@ -142,18 +143,18 @@ def read_pieces(
 
     by_looks: take an added token that looks like a control token for one, marked or not, and a piece that is an added
     token for what the piece is; otherwise go by the marks alone. unused: how pieces begin that are not in use. Raises
-    ConvertError.
+    LoadError.
     """
     if model.kind != BPE:
         name = "Unigram" if model.kind == UNIGRAM else "word or character"
-        raise ConvertError(
+        raise LoadError(
             f"{SOURCE}: a {name} model; llama.cpp merges pieces pair by pair here, and would split text otherwise"
         )
     by_id: dict[int, Token] = {}
     for number, (piece, score, piece_type) in enumerate(model.pieces):
         text, _ = check_token(SOURCE, STAND_IN if piece == NUL else piece, number)
         if not math.isfinite(score):
-            raise ConvertError(f"{SOURCE}: token {number} ({text!r}) has the score {score}")
+            raise LoadError(f"{SOURCE}: token {number} ({text!r}) has the score {score}")
         spare = piece == NUL or (unused is not None and piece.startswith(unused))
         kind = TokenType.UNUSED if spare else KINDS[piece_type]
         by_id[number] = Token(text, kind, score)

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ConvertError, some
+from metaalign_edge_runtime.errors import LoadError, some
+
 from .folder import MB, Folder, parse_json
 
 HEADER_LIMIT = 100 * MB  # bytes, the format's own limit
@@ -59,24 +60,24 @@ class Tensor:
 def list_tensors(folder: Folder) -> dict[str, Tensor]:
     """List every tensor of the checkpoint, in the order of the shards and, inside each, of the names.
 
-    Raises ConvertError for pickled weights, a missing or foreign shard, an index that disagrees, and a bad header.
+    Raises LoadError for pickled weights, a missing or foreign shard, an index that disagrees, and a bad header.
     """
     weight_map = _weight_map(folder)
     shards = sorted(set(weight_map.values())) if weight_map else _shards_without_index(folder)
     missing = [shard for shard in shards if not folder.has(shard)]
     if missing:
-        raise ConvertError(f"{INDEX} names files that are not there: {some(missing)}; download the checkpoint again")
+        raise LoadError(f"{INDEX} names files that are not there: {some(missing)}; download the checkpoint again")
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         for tensor in read_header(folder, shard):
             if tensor.name in tensors:
-                raise ConvertError(f"{shard}: {tensor.name} is in {tensors[tensor.name].shard} too; remove one")
+                raise LoadError(f"{shard}: {tensor.name} is in {tensors[tensor.name].shard} too; remove one")
             tensors[tensor.name] = tensor
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].shard != shard:
-            raise ConvertError(f"{INDEX} says that {shard} holds {name}, but it does not; download both again")
+            raise LoadError(f"{INDEX} says that {shard} holds {name}, but it does not; download both again")
     if weight_map and (surplus := [name for name in tensors if name not in weight_map]):
-        raise ConvertError(f"{INDEX} does not list {some(surplus)}; download the checkpoint again")
+        raise LoadError(f"{INDEX} does not list {some(surplus)}; download the checkpoint again")
     return tensors
 
 
@@ -85,10 +86,10 @@ def _weight_map(folder: Folder) -> dict[str, str]:
         return {}
     weight_map = folder.json(INDEX, INDEX_LIMIT).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConvertError(f"{INDEX}: no weight_map in it; download the checkpoint again")
+        raise LoadError(f"{INDEX}: no weight_map in it; download the checkpoint again")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard):  # such as ../../somewhere/else
-            raise ConvertError(f"{INDEX}: {shard!r} for {name} is not the plain name of a .safetensors file")
+            raise LoadError(f"{INDEX}: {shard!r} for {name} is not the plain name of a .safetensors file")
     return weight_map
 
 
@@ -98,41 +99,41 @@ def _shards_without_index(folder: Folder) -> list[str]:
     if shards:
         return shards
     if any(name.startswith("adapter_model") for name in names):
-        raise ConvertError("a LoRA adapter, not a model: convert its base model, and give this folder with --lora")
+        raise LoadError("a LoRA adapter, not a model: convert its base model, and give this folder with --lora")
     pickled = [name for name in names if name.endswith(PICKLED) and name != "training_args.bin"]
     if pickled:
-        raise ConvertError(
+        raise LoadError(
             f"{pickled[0]}: pickled weights can run any code when read, so they never are; save the model again with "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), which writes safetensors"
         )
-    raise ConvertError(f"{folder.name}: no model*.safetensors in the folder; download the checkpoint again")
+    raise LoadError(f"{folder.name}: no model*.safetensors in the folder; download the checkpoint again")
 
 
 def read_header(folder: Folder, shard: str) -> list[Tensor]:
-    """Read and check the header of one file. Returns its tensors sorted by name; raises ConvertError."""
+    """Read and check the header of one file. Returns its tensors sorted by name; raises LoadError."""
     try:
         with folder.open(shard) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(HEADER_LIMIT, size - 8):
-                raise ConvertError(f"{shard}: a header of {length:,} bytes? the file is damaged or cut short")
+                raise LoadError(f"{shard}: a header of {length:,} bytes? the file is damaged or cut short")
             text = file.read(length).decode("utf-8")
     except UnicodeDecodeError:
-        raise ConvertError(f"{shard}: not a safetensors file; download it again") from None
+        raise LoadError(f"{shard}: not a safetensors file; download it again") from None
     except OSError as error:
-        raise ConvertError(f"{shard}: cannot be read ({error.strerror})") from None
+        raise LoadError(f"{shard}: cannot be read ({error.strerror})") from None
     header = parse_json(text, shard)
     header.pop("__metadata__", None)
     if len(header) > TENSOR_LIMIT:
-        raise ConvertError(f"{shard}: {len(header):,} tensors, more than any model has")
+        raise LoadError(f"{shard}: {len(header):,} tensors, more than any model has")
     spans = [_checked(shard, name, entry) for name, entry in header.items()]
     end = 0
     for tensor, first, last in sorted(spans, key=lambda span: (span[1], span[2])):
         if first != end:  # the format allows neither gaps nor overlaps
-            raise ConvertError(f"{shard}: {tensor.name} starts at byte {first:,} of the data, not at {end:,}; damaged")
+            raise LoadError(f"{shard}: {tensor.name} starts at byte {first:,} of the data, not at {end:,}; damaged")
         end = last
     if end != size - 8 - length:
-        raise ConvertError(
+        raise LoadError(
             f"{shard}: {size - 8 - length:,} bytes of data, not the {end:,} of its header; download it again"
         )
     tensors = (replace(tensor, start=8 + length + first) for tensor, first, _ in spans)
@@ -143,17 +144,17 @@ def _checked(shard: str, name: str, entry: Any) -> tuple[Tensor, int, int]:
     """Check one entry by itself: types, limits, and that shape and length agree."""
     where = f"{shard}: {name}"
     if not isinstance(entry, dict):
-        raise ConvertError(f"{where}: the header has no description of it")
+        raise LoadError(f"{where}: the header has no description of it")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise ConvertError(f"{where}: unknown type {dtype!r}")
+        raise LoadError(f"{where}: unknown type {dtype!r}")
     if not _counts(shape) or len(shape) > 4 or any(size >= 2**31 for size in shape):
-        raise ConvertError(f"{where}: {shape!r} is no shape")
+        raise LoadError(f"{where}: {shape!r} is no shape")
     if not _counts(offsets) or len(offsets) != 2:
-        raise ConvertError(f"{where}: {offsets!r} are no offsets")
+        raise LoadError(f"{where}: {offsets!r} are no offsets")
     tensor = Tensor(name, dtype, tuple(shape), shard, 0, name)
     if offsets[1] - offsets[0] != tensor.nbytes:
-        raise ConvertError(f"{where}: {offsets[1] - offsets[0]:,} bytes, but {dtype} {shape} takes {tensor.nbytes:,}")
+        raise LoadError(f"{where}: {offsets[1] - offsets[0]:,} bytes, but {dtype} {shape} takes {tensor.nbytes:,}")
     return tensor, offsets[0], offsets[1]
 
 
@@ -167,7 +168,7 @@ def reopener(folder: Folder, known: Iterable[Tensor]) -> Callable[[str], BinaryI
     def reopen(shard: str) -> BinaryIO:
         there = set(read_header(folder, shard))
         if any(replace(tensor, name=tensor.key) not in there for tensor in known if tensor.shard == shard):
-            raise ConvertError(f"{shard}: changed since it was opened; is something else writing there?")
+            raise LoadError(f"{shard}: changed since it was opened; is something else writing there?")
         return folder.open(shard)
 
     return reopen
@@ -194,10 +195,10 @@ class Files:
             file.close()
         self._files.clear()
         if changed and kind is None:
-            raise ConvertError(f"{changed[0]}: changed while it was read; is something else writing there?")
+            raise LoadError(f"{changed[0]}: changed while it was read; is something else writing there?")
 
     def read_into(self, name: str, start: int, data: Array) -> None:
-        """Fill ``data`` with the bytes from ``start``. Raises ConvertError if they cannot be read."""
+        """Fill ``data`` with the bytes from ``start``. Raises LoadError if they cannot be read."""
         with self._lock:
             try:
                 if name not in self._files:
@@ -207,9 +208,9 @@ class Files:
                 file.seek(start)
                 got = file.readinto(data)  # type: ignore[attr-defined]
             except OSError as error:
-                raise ConvertError(f"{name}: cannot be read ({error.strerror})") from None
+                raise LoadError(f"{name}: cannot be read ({error.strerror})") from None
         if got != data.nbytes:
-            raise ConvertError(f"{name}: shorter than it was a moment ago; is something else writing there?")
+            raise LoadError(f"{name}: shorter than it was a moment ago; is something else writing there?")
 
 
 def _stamp(file: BinaryIO) -> tuple[int, int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from metaalign_edge_runtime.errors import LoadError
+
 from .architectures import SILU, Architecture, refuse_rope, refuse_set, register
 from .blocks import BEFORE, LLAMA_KEYS, attention, ends, feed_forward, general, sizes
 from .config import Config
-from .errors import ConvertError
 from .llama import RULES
 
 PERIOD = 4  # llama.cpp has it built in
@@ -18,7 +19,7 @@ def refuse_other_rope_layers(config: Config) -> None:
     found = config.get("no_rope_layers")
     every = config.get("no_rope_layer_interval")
     if found != wanted if found is not None else every not in (None, PERIOD):
-        raise ConvertError(
+        raise LoadError(
             f"config.json: no_rope_layers is not every {PERIOD}th layer, which is what llama.cpp has built in"
         )
 

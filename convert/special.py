@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ConvertError
+from metaalign_edge_runtime.errors import LoadError
+
 from .tokens import added_in_tokenizer
 
 LATER_STOPS = ("eot", "eom")  # GGUF's places for end tokens beyond the first
@@ -68,7 +69,7 @@ def find_special(
     """Work out the special tokens. ``ids`` maps token texts to ids, ``control`` holds the ids of control tokens.
 
     end: a token that ends an answer whatever the files say, where the vocabulary has it. eot: the id of the end of a
-    turn, likewise. Raises ConvertError where nothing fits.
+    turn, likewise. Raises LoadError where nothing fits.
     """
     special, names = Special(eot=eot), dict(files.names)
     for role, stand_in in (("bos", "cls"), ("eos", "sep")):
@@ -86,7 +87,7 @@ def find_special(
             if names[role] in known:
                 special.ids[role] = known[names[role]]
             elif role in ("bos", "eos"):
-                raise ConvertError(f"tokenizer_config.json: {role}_token {names[role]!r} is not in the vocabulary")
+                raise LoadError(f"tokenizer_config.json: {role}_token {names[role]!r} is not in the vocabulary")
     text_config = files.config.get("text_config")
     for role in ROLES:
         value = files.config.get(f"{role}_token_id")
@@ -96,12 +97,12 @@ def find_special(
             if 0 <= value < len(tokens):
                 special.ids[role] = value
             elif role in ("bos", "eos"):
-                raise ConvertError(f"config.json: {role}_token_id {value} is no id of this vocabulary of {len(tokens)}")
+                raise LoadError(f"config.json: {role}_token_id {value} is no id of this vocabulary of {len(tokens)}")
     if end is not None and end in ids:
         special.ids["eos"] = ids[end]
     _stops(files, tokens, control, special)
     if special.adds.get("bos") and "bos" not in special.ids:
-        raise ConvertError("tokenizer_config.json: add_bos_token is set, but no file says which token that is")
+        raise LoadError("tokenizer_config.json: add_bos_token is set, but no file says which token that is")
     return special
 
 
@@ -113,17 +114,17 @@ def _stops(files: Files, tokens: list[str], control: set[int], special: Special)
     stops = [stop for stop in (value if isinstance(value, list) else [value]) if stop is not None]
     for stop in stops:
         if type(stop) is not int or not 0 <= stop < len(tokens):
-            raise ConvertError(f"{name}: eos_token_id {stop!r} is no id of this vocabulary of {len(tokens)}")
+            raise LoadError(f"{name}: eos_token_id {stop!r} is no id of this vocabulary of {len(tokens)}")
     if "eos" not in special.ids:
         if not stops:  # llama.cpp would take token 11, whatever that is
-            raise ConvertError("no file names an end token; add eos_token to tokenizer_config.json")
+            raise LoadError("no file names an end token; add eos_token to tokenizer_config.json")
         special.ids["eos"] = stops[0]
     # an ordinary word among them is the leftover default of a configuration class, not a decision
     extra = [stop for stop in dict.fromkeys(stops) if stop in control and tokens[stop] not in STOPS]
     extra = [stop for stop in extra if stop not in (special.ids["eos"], special.eot)]
     places = [place for place in LATER_STOPS if place != "eot" or special.eot is None]
     if len(extra) > len(places):
-        raise ConvertError(f"{name}: {len(extra) + 3 - len(places)} end tokens, but GGUF has room for three")
+        raise LoadError(f"{name}: {len(extra) + 3 - len(places)} end tokens, but GGUF has room for three")
     special.extra_stops = dict(zip(places, extra, strict=False))
 
 
@@ -145,7 +146,7 @@ def _what_is_added(tokenizer: Mapping[str, Any], names: dict[str, str], special:
                 if not found:
                     continue
                 if found != [names.setdefault(role, found[0])]:
-                    raise ConvertError(
+                    raise LoadError(
                         f"tokenizer.json: puts {' '.join(found)} around every text, but llama.cpp can put only the one "
                         f"{role}_token there, {names[role]}"
                     )
@@ -158,7 +159,7 @@ def _what_is_added(tokenizer: Mapping[str, Any], names: dict[str, str], special:
                 if adds and "sep" not in names and "eos" in names:
                     names["sep"] = names["eos"]
         else:
-            raise ConvertError(f"tokenizer.json: the post-processor {kind!r} has no counterpart in llama.cpp")
+            raise LoadError(f"tokenizer.json: the post-processor {kind!r} has no counterpart in llama.cpp")
 
 
 def _between(template: Any, before: list[str], after: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from gguf import TokenType
 
-from .errors import ConvertError, some
+from metaalign_edge_runtime.errors import LoadError, some
 
 NEVER_NORMAL = {"<pad>", "<mask>", "<2mass>", "[@BOS@]"}  # control tokens that some models forget to mark
 BRACKETS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))  # around texts that are plainly control tokens
@@ -56,7 +56,7 @@ class Tokens:
         """
         outside = [f"{text!r} ({number})" for text, number in self.ids.items() if number >= rows and text not in beyond]
         if outside:
-            raise ConvertError(
+            raise LoadError(
                 f"{self.source}: {some(outside)} beyond the {rows} rows of the embedding; was the model saved before "
                 "resize_token_embeddings?"
             )
@@ -68,25 +68,23 @@ class Tokens:
             number, first = next(
                 (n, seen[token.text]) for n, token in enumerate(table) if seen.setdefault(token.text, n) != n
             )
-            raise ConvertError(
-                f"{self.source}: tokens {first} and {number} would both be {table[number].text!r} in GGUF"
-            )
+            raise LoadError(f"{self.source}: tokens {first} and {number} would both be {table[number].text!r} in GGUF")
         return table
 
 
 def check_token(source: str, text: Any, number: Any) -> tuple[str, int]:
-    """Return a token's text and id, if they are a text that GGUF can hold and an id. Raises ConvertError."""
+    """Return a token's text and id, if they are a text that GGUF can hold and an id. Raises LoadError."""
     if not isinstance(text, str):
-        raise ConvertError(f"{source}: token {number!r} is {text!r}, not a text")
+        raise LoadError(f"{source}: token {number!r} is {text!r}, not a text")
     if type(number) is not int or number < 0:
-        raise ConvertError(f"{source}: token {text!r} has the id {number!r}, not a whole number from 0")
+        raise LoadError(f"{source}: token {text!r} has the id {number!r}, not a whole number from 0")
     if not text or "\0" in text:  # llama.cpp reads tokens as C strings, and aborts when two are the same
-        raise ConvertError(f"{source}: token {number} is {text!r}, which GGUF cannot hold")
+        raise LoadError(f"{source}: token {number} is {text!r}, which GGUF cannot hold")
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise ConvertError(f"{source}: token {number} ({text!r}) is not valid Unicode") from None
+            raise LoadError(f"{source}: token {number} ({text!r}) is not valid Unicode") from None
     return text, number
 
 
@@ -96,27 +94,27 @@ def looks_special(text: str) -> bool:
 
 
 def added_in_settings(settings: Mapping[str, Any]) -> list[Added]:
-    """Read the added tokens that transformers 4 listed in tokenizer_config.json. Raises ConvertError."""
+    """Read the added tokens that transformers 4 listed in tokenizer_config.json. Raises LoadError."""
     source = "tokenizer_config.json"
     decoder = settings.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
-        raise ConvertError(f"{source}: added_tokens_decoder is not an object")
+        raise LoadError(f"{source}: added_tokens_decoder is not an object")
     found = []
     for number, entry in decoder.items():
         if not isinstance(entry, dict) or not number.isdecimal() or len(number) > 10:
-            raise ConvertError(f"{source}: {number!r} in added_tokens_decoder is no token")
+            raise LoadError(f"{source}: {number!r} in added_tokens_decoder is no token")
         found.append(_added(source, entry, int(number)))
     return found
 
 
 def added_in_tokenizer(tokenizer: Mapping[str, Any]) -> list[Added]:
-    """Read the added tokens out of a parsed tokenizer.json. Raises ConvertError."""
+    """Read the added tokens out of a parsed tokenizer.json. Raises LoadError."""
     entries = tokenizer.get("added_tokens") or []
     if not isinstance(entries, list):
-        raise ConvertError("tokenizer.json: added_tokens is not a list")
+        raise LoadError("tokenizer.json: added_tokens is not a list")
     for entry in entries:
         if not isinstance(entry, dict):
-            raise ConvertError("tokenizer.json: an added token is not an object")
+            raise LoadError("tokenizer.json: an added token is not an object")
     return [_added("tokenizer.json", entry, entry.get("id")) for entry in entries]
 
 
@@ -125,9 +123,9 @@ def _added(source: str, entry: Mapping[str, Any], number: Any) -> Added:
 
 
 def ids_of(source: str, pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Map texts to ids. Raises ConvertError if a text has two."""
+    """Map texts to ids. Raises LoadError if a text has two."""
     ids: dict[str, int] = {}
     for text, number in pairs:
         if ids.setdefault(text, number) != number:
-            raise ConvertError(f"{source}: the token {text!r} has two ids, {ids[text]} and {number}")
+            raise LoadError(f"{source}: the token {text!r} has two ids, {ids[text]} and {number}")
     return ids

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from gguf import TokenType
 
+from metaalign_edge_runtime.errors import LoadError
+
 from .bpe import check_model, read_byte_level, read_sentencepiece_style, refuse_broken
-from .errors import ConvertError
 from .folder import MB, Folder
 from .pretokenizers import Signature, signature
 from .sentencepiece import parse_model, read_pieces
@@ -79,7 +80,7 @@ def read_vocabulary(
     config: Mapping[str, Any],
     rules: VocabularyRules = PLAIN,
 ) -> Vocabulary:
-    """Read the vocabulary for an embedding of ``rows`` rows, by an architecture's rules. Raises ConvertError."""
+    """Read the vocabulary for an embedding of ``rows`` rows, by an architecture's rules. Raises LoadError."""
     settings = folder.json("tokenizer_config.json")
     tokenizer = folder.json("tokenizer.json", TOKENIZER_LIMIT)
     names = {**named(folder.json("special_tokens_map.json")), **named(settings)}
@@ -120,19 +121,19 @@ def _read(
         pieces = parse_model(folder.bytes("tokenizer.model", TOKENIZER_LIMIT))
         if pieces is not None:
             if tokenizer and _byte_level(tokenizer):
-                raise ConvertError(
+                raise LoadError(
                     "tokenizer.model is SentencePiece's, tokenizer.json byte-level: remove the one that is not this "
                     "model's"
                 )
             tokens, notes = read_pieces(pieces, folder, settings, tokenizer, rules.by_looks, rules.unused)
             return _Read(SENTENCEPIECE, tokens, notes, pieces.space_prefix)
         if not tokenizer:
-            raise ConvertError(f"tokenizer.model: not SentencePiece's, and tokenizer.json is missing; {REMEDY}")
+            raise LoadError(f"tokenizer.model: not SentencePiece's, and tokenizer.json is missing; {REMEDY}")
         notes.append("tokenizer.model is not SentencePiece's and was passed over")
     if not tokenizer:
         if folder.has("tekken.json"):
-            raise ConvertError("tekken.json: only Mistral's own programs read it; take tokenizer.json from the hub")
-        raise ConvertError(f"tokenizer.json is missing; {REMEDY}")
+            raise LoadError("tekken.json: only Mistral's own programs read it; take tokenizer.json from the hub")
+        raise LoadError(f"tokenizer.json is missing; {REMEDY}")
     model = check_model(tokenizer)
     lists = (_texts(settings.get(key)) for key in ("additional_special_tokens", "extra_special_tokens"))
     special = {text for texts in (names.values(), *lists) for text in texts}
@@ -141,7 +142,7 @@ def _read(
         return _Read(BYTE_LEVEL, tokens, notes + more, False, merges, signature(tokenizer))
     refuse_broken(model["vocab"])
     if model.get("byte_fallback") is not True:
-        raise ConvertError(
+        raise LoadError(
             "tokenizer.json: BPE that is neither byte-level nor SentencePiece's (no byte_fallback); llama.cpp has no "
             "tokenizer for it"
         )
@@ -165,7 +166,7 @@ def _has_every_byte(source: str, table: list[Token]) -> None:
     texts = {token.text for token in table}
     missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in texts and (byte > 127 or chr(byte) not in texts)]
     if missing:
-        raise ConvertError(
+        raise LoadError(
             f"{source}: no token <0x{missing[0]:02X}>, one of {len(missing)} bytes without any; llama.cpp needs them "
             "for the letters that the vocabulary lacks (SentencePiece's byte_fallback)"
         )

@@ -21,6 +21,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from metaalign_edge_runtime.errors import CannotWrite, LoadError, some
 from metaalign_edge_runtime.llama.memory import peak_mb
 
 from .architectures import Transform
@@ -29,7 +30,6 @@ from .checkpoint import Checkpoint
 from .container import ALIGNMENT, Entry, pack_head, padded, read_head
 from .describe import TEMPLATE_KEY, describe, write_head
 from .encode import HALF_LIMIT, OUTTYPES, WIDE, Encoded, choose_type, encode
-from .errors import CannotWrite, ConvertError, some
 from .ggml import encoded_size, to_float32
 from .output import atomic, check_output, check_space
 from .patch import Patch
@@ -247,7 +247,7 @@ def plan_checkpoint(
     as ``metaalign.template``. pre: llama.cpp's name for the pre-tokenizer, where the table does not know it. check:
     have the pre-tokenizer proven before the writing (see ``prove_pre_tokenizer``). options: how to quantise.
 
-    Raises ConvertError.
+    Raises LoadError.
     """
     outtype = canonical(outtype)
     pre = choose_pre_tokenizer(checkpoint, pre)
@@ -308,15 +308,15 @@ def plan_tensors(checkpoint: Checkpoint, outtype: str | None, files: Files) -> l
 def plan_gguf(path: Path, outtype: str = "q8_0", *, options: Options = AS_USUAL) -> Plan:
     """Plan to quantise a GGUF file, in float or quantised already, anew; its other keys stay as they are.
 
-    Raises SourceNotFound or ConvertError.
+    Raises NotFound or LoadError.
     """
     outtype = canonical(outtype)
     head = read_head(path)
     architecture = head.text("general.architecture")
     if not head.entries or architecture is None:
-        raise ConvertError(f"{path}: a GGUF file without a model in it")
+        raise LoadError(f"{path}: a GGUF file without a model in it")
     if (head.number("split.count") or 1) > 1:
-        raise ConvertError(f"{path}: one of several parts; join them first with llama.cpp's llama-gguf-split --merge")
+        raise LoadError(f"{path}: one of several parts; join them first with llama.cpp's llama-gguf-split --merge")
     result = quantized(path, head, outtype, options)
     files = Files(lambda name: path.open("rb"))
     entries = {entry.name: entry for entry in head.entries}
@@ -350,9 +350,7 @@ def _planned_by_llama_cpp(
             path.write_bytes(head)
             os.truncate(path, len(head) + sum(padded(tensor.nbytes) for tensor in tensors))
         except OSError as error:
-            raise ConvertError(
-                f"{folder}: cannot be written ({error.strerror}); set TMPDIR to another folder"
-            ) from None
+            raise LoadError(f"{folder}: cannot be written ({error.strerror}); set TMPDIR to another folder") from None
         result = quantized(path, read_head(path), outtype, options)
     named = {tensor.name: tensor for tensor in tensors}
     ordered = [
@@ -401,7 +399,7 @@ def write_plan(
     force: replace an existing file. progress: called after every chunk; it may raise, to stop. verify: called with the
     path of the finished file before it gets its name; what it returns is added to the checks, what it raises stops.
 
-    Raises OutputExists, CannotWrite or ConvertError; whatever is raised, nothing is left behind.
+    Raises UsageError, CannotWrite or LoadError; whatever is raised, nothing is left behind.
     """
     begun = time.perf_counter()
     check_output(output, force)
@@ -505,7 +503,7 @@ def _write_tensors(plan: Plan, file: BinaryIO, progress: Progress | None) -> lis
 
 
 def _tied_head_is_equal(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Make sure that a saved head which is to be left out really is the embedding. Raises ConvertError."""
+    """Make sure that a saved head which is to be left out really is the embedding. Raises LoadError."""
     head = checkpoint.tied_head
     if head is None:
         return ()
@@ -518,7 +516,7 @@ def _tied_head_is_equal(checkpoint: Checkpoint) -> tuple[str, ...]:
                 read_rows(files, head, row, rows), read_rows(files, embedding, row, rows)
             )
             if not same:
-                raise ConvertError(
+                raise LoadError(
                     "lm_head.weight differs from the embedding that config.json ties it to; set tie_word_embeddings "
                     "to false to keep it, or remove the tensor"
                 )

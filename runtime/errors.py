@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+MESSAGE_LIMIT = 600  # characters of an error's text: names in it come from files and may be of any length
 
 
 class EdgeError(Exception):
-    """Root of every error a user can cause; its text is one line: what, where, what to do next."""
+    """Root of every error a user can cause; its text is one line: what, where, what to do next.
+
+    The text is safe to print whatever names it holds: no control characters, and cut in its middle beyond 600.
+    """
 
     __module__ = "metaalign_edge"  # where users import it from
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        text = " ".join(str(message).splitlines())
+        if len(text) > MESSAGE_LIMIT:
+            text = f"{text[: MESSAGE_LIMIT // 2]} … {text[-MESSAGE_LIMIT // 2 :]}"
+        super().__init__("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text))
 
 
 class UsageError(EdgeError):
@@ -109,6 +120,12 @@ def shortened(text: object, most: int) -> str:
 def counted(number: int, what: str) -> str:
     """Return how many there are of something: `1 state`, `2 states`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def some(names: Sequence[str], limit: int = 4) -> str:
+    """Join the first names of a list for a message, and count the others: `a, b and 7 more`."""
+    shown = ", ".join(names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
 def nearest(word: str, words: Iterable[str], otherwise: str) -> str:

@@ -32,18 +32,10 @@ from checkpoints import (
 from llama_cpp import Llama
 
 import metaalign_edge_convert.writer as writer
-from metaalign_edge_convert import (
-    OUTTYPES,
-    CannotWrite,
-    ConvertError,
-    OutputExists,
-    SourceNotFound,
-    open_checkpoint,
-    prove_pre_tokenizer,
-    write_gguf,
-)
+from metaalign_edge_convert import OUTTYPES, open_checkpoint, prove_pre_tokenizer, write_gguf
 from metaalign_edge_convert.pretokenizers import TABLE
 from metaalign_edge_convert.prove import TEXTS
+from metaalign_edge_runtime.errors import CannotWrite, LoadError, NotFound, UsageError
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -210,7 +202,7 @@ def test_a_saved_copy_of_a_tied_embedding_is_left_out(tmp_path: Path) -> None:
 
 def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(folder: Path) -> None:
     edit_json(folder / "config.json", tie_word_embeddings=True)
-    with pytest.raises(ConvertError, match=r"lm_head\.weight differs from the embedding"):
+    with pytest.raises(LoadError, match=r"lm_head\.weight differs from the embedding"):
         convert(folder)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
@@ -335,17 +327,17 @@ def pre_tokenizer_of(parts: tuple[str, ...]) -> dict[str, Any]:
 def test_an_unknown_pre_tokenizer_is_named_by_its_parts_and_can_be_overridden(folder: Path) -> None:
     vowels = {"type": "Split", "pattern": {"Regex": "[aeiou]"}, "behavior": "Isolated", "invert": False}
     edit_json(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [vowels, BYTE_LEVEL]})
-    with pytest.raises(ConvertError, match=r"is not known: split\(\[aeiou\]\) \+ bytes\(words\); none of its own"):
+    with pytest.raises(LoadError, match=r"is not known: split\(\[aeiou\]\) \+ bytes\(words\); none of its own"):
         convert(folder)
     assert keys(convert(folder, pre="gpt-2"))["tokenizer.ggml.pre"] == "gpt-2"
-    with pytest.raises(ConvertError, match="is no name of a pre-tokenizer"):
+    with pytest.raises(LoadError, match="is no name of a pre-tokenizer"):
         convert(folder, pre="../x")
 
 
 def test_a_wrong_pre_tokenizer_does_not_pass_the_proof(folder: Path) -> None:
-    with pytest.raises(ConvertError, match=r"llama\.cpp splits \d+ of 52 texts otherwise than tokenizer\.json"):
+    with pytest.raises(LoadError, match=r"llama\.cpp splits \d+ of 52 texts otherwise than tokenizer\.json"):
         convert(folder, pre="qwen2", check=True)
-    with pytest.raises(ConvertError, match=r"llama\.cpp cannot load the vocabulary"):
+    with pytest.raises(LoadError, match=r"llama\.cpp cannot load the vocabulary"):
         convert(folder, pre="no-such-name", check=True)
 
 
@@ -635,10 +627,17 @@ def test_what_cannot_be_converted_is_refused_with_a_line_that_says_why(name: str
         (folder / "tokenizer.json").write_text(found)
     else:
         change(folder)
-    with pytest.raises(ConvertError, match=message) as caught:
+    with pytest.raises(LoadError, match=message) as caught:
         convert(folder)
     assert "\n" not in str(caught.value)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_names_out_of_files_make_no_message_endless_or_unsafe(folder: Path) -> None:
+    weights(lambda found: found.update({"\x1b]0;steer\x07\n" + "x" * 9999: np.ones((2,), np.float32)}))(folder)
+    with pytest.raises(LoadError, match=r"no place for this in the architecture LlamaForCausalLM$") as caught:
+        convert(folder)
+    assert str(caught.value).startswith(r"\x1b]0;steer\x07 xxx") and len(str(caught.value)) < 700
 
 
 def test_numbers_that_float16_cannot_hold_are_pointed_out_with_a_way_out(folder: Path) -> None:
@@ -654,27 +653,27 @@ def test_a_window_as_wide_as_the_context_is_no_window(folder: Path) -> None:
     edit_json(folder / "config.json", architectures=["MistralForCausalLM"], max_position_embeddings=4096)
     assert keys(convert(folder))["llama.context_length"] == 4096
     edit_json(folder / "config.json", max_position_embeddings=None)
-    with pytest.raises(ConvertError, match="sliding_window 4096 in a context of 131072"):
+    with pytest.raises(LoadError, match="sliding_window 4096 in a context of 131072"):
         convert(folder)
 
 
 def test_there_must_be_a_checkpoint(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path, Path(__file__)):
-        with pytest.raises(SourceNotFound):
+        with pytest.raises(NotFound):
             open_checkpoint(path)
 
 
 def test_a_link_out_of_the_folder_is_not_followed(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
     (folder / "model.safetensors").symlink_to("../elsewhere.safetensors")
-    with pytest.raises(ConvertError, match=r"model\.safetensors: a link out of the checkpoint's folder"):
+    with pytest.raises(LoadError, match=r"model\.safetensors: a link out of the checkpoint's folder"):
         open_checkpoint(folder)
 
 
 def test_a_pipe_is_not_waited_for(folder: Path) -> None:
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
-    with pytest.raises(ConvertError, match=r"config\.json: not a regular file"):
+    with pytest.raises(LoadError, match=r"config\.json: not a regular file"):
         open_checkpoint(folder)
 
 
@@ -709,7 +708,7 @@ HOSTILE: dict[str, tuple[bytes, bytes, str]] = {
 def test_a_hostile_header_is_refused(name: str, folder: Path) -> None:
     header, data, message = HOSTILE[name]
     write_container(folder / "model.safetensors", header, data)
-    with pytest.raises(ConvertError, match=message):
+    with pytest.raises(LoadError, match=message):
         open_checkpoint(folder)
 
 
@@ -718,7 +717,7 @@ def test_a_hostile_header_is_refused(name: str, folder: Path) -> None:
 )
 def test_a_header_cut_short_is_refused(data: bytes, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data)
-    with pytest.raises(ConvertError):
+    with pytest.raises(LoadError):
         open_checkpoint(folder)
 
 
@@ -732,7 +731,7 @@ def test_random_damage_never_leads_to_anything_but_a_convert_error(folder: Path)
             (folder / name).write_bytes(data)
             try:
                 convert(folder)
-            except ConvertError as error:
+            except LoadError as error:
                 assert "\n" not in str(error)
         (folder / name).write_bytes(whole)
     convert(folder)
@@ -744,7 +743,7 @@ def test_random_damage_never_leads_to_anything_but_a_convert_error(folder: Path)
 def test_an_output_that_exists_is_replaced_only_on_demand(folder: Path) -> None:
     output, checkpoint = folder.parent / "out.gguf", open_checkpoint(folder)
     output.write_text("precious")
-    with pytest.raises(OutputExists, match=r"out\.gguf: exists already"):
+    with pytest.raises(UsageError, match=r"out\.gguf: exists already"):
         write_gguf(checkpoint, output)
     assert output.read_text() == "precious"
     write_gguf(checkpoint, output, force=True)
@@ -762,11 +761,11 @@ def test_an_output_that_cannot_be_is_refused_at_once(folder: Path) -> None:
     ):
         with pytest.raises(CannotWrite, match=message):
             write_gguf(checkpoint, output, force=True)
-    with pytest.raises(ConvertError, match="outtype 'q2' is not one of f32, f16, bf16, q8_0"):
+    with pytest.raises(UsageError, match="outtype 'q2' is not one of f32, f16, bf16, q8_0"):
         write_gguf(checkpoint, folder.parent / "out.gguf", outtype="q2")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ConvertError("stop"), ZeroDivisionError()])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), LoadError("stop"), ZeroDivisionError()])
 def test_an_interruption_leaves_nothing_behind(error: BaseException, folder: Path) -> None:
     output = folder.parent / "out.gguf"
 
@@ -806,7 +805,9 @@ def test_a_killed_conversion_leaves_no_file_and_the_next_one_starts_clean(folder
 FULL = """
 import resource, sys
 from pathlib import Path
-from metaalign_edge_convert import CannotWrite, open_checkpoint, write_gguf
+import metaalign_edge
+from metaalign_edge_convert import open_checkpoint, write_gguf
+from metaalign_edge_runtime.errors import CannotWrite
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

@@ -25,20 +25,10 @@ from llama_cpp import Llama, llama_cpp
 import metaalign_edge as edge
 import metaalign_edge_convert.ggml as ggml
 import metaalign_edge_convert.writer as writer
-from metaalign_edge_convert import (
-    CannotWrite,
-    ConvertError,
-    Options,
-    OutputExists,
-    SourceNotFound,
-    open_checkpoint,
-    plan_checkpoint,
-    plan_gguf,
-    write_gguf,
-    write_plan,
-)
+from metaalign_edge_convert import Options, open_checkpoint, plan_checkpoint, plan_gguf, write_gguf, write_plan
 from metaalign_edge_convert.encode import encode, magnitude
 from metaalign_edge_convert.quantize import MIXTURES
+from metaalign_edge_runtime.errors import CannotWrite, LoadError, NotFound, UsageError
 
 WIDE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 2}  # K types take 256
 
@@ -191,7 +181,7 @@ def test_without_ggml_other_types_say_what_they_take(wide: Path, tmp_path: Path)
     )
     command = [sys.executable, "-c", script, str(wide), str(tmp_path / "x.gguf")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "ConvertError: Q4_K_M takes llama.cpp: pip install llama-cpp-python" in done.stderr
+    assert "LoadError: Q4_K_M takes llama.cpp: pip install llama-cpp-python" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -281,7 +271,7 @@ def test_single_tensors_can_be_given_a_type(wide: Path, tmp_path: Path) -> None:
         ("attn_v=q9", "'q9' is no type of a tensor"),
         ("(=q8_0", r"llama\.cpp cannot quantise this to Q4_0"),
     ):
-        with pytest.raises(ConvertError, match=message):
+        with pytest.raises(LoadError, match=message):
             plan_checkpoint(checkpoint, "Q4_0", check=False, options=Options(tensor_types=(wrong,)))
 
 
@@ -321,26 +311,26 @@ def test_an_importance_matrix_that_does_not_fit_is_refused(wide: Path, source: P
     def plan(name: str = "Q4_K_M") -> None:
         plan_checkpoint(checkpoint, name, check=False, options=Options(imatrix=path))
 
-    with pytest.raises(ConvertError, match=r"IQ2_XXS needs an importance matrix for blk\.0\..*llama-imatrix"):
+    with pytest.raises(LoadError, match=r"IQ2_XXS needs an importance matrix for blk\.0\..*llama-imatrix"):
         plan_checkpoint(checkpoint, "IQ2_XXS", check=False)
-    with pytest.raises(SourceNotFound, match="no such importance matrix"):
+    with pytest.raises(NotFound, match="no such importance matrix"):
         plan()
     write_imatrix(path, source, old=True)
     whole = path.read_bytes()
     for damaged in (b"", whole[:100], b"\xff" * 40, struct.pack("<ii", 1, -5), struct.pack("<iii", 1, 2**30, 0)):
         path.write_bytes(damaged)
-        with pytest.raises(ConvertError, match=r"not an importance matrix, or cut short|nothing in it"):
+        with pytest.raises(LoadError, match=r"not an importance matrix, or cut short|nothing in it"):
             plan()
     path.write_bytes(whole.replace(b"blk.0.attn_q.weight", b"blk.0.attn_X.weight"))
-    with pytest.raises(ConvertError, match=r"IQ2_XXS needs an importance matrix for blk\.0\.attn_q\.weight"):
+    with pytest.raises(LoadError, match=r"IQ2_XXS needs an importance matrix for blk\.0\.attn_q\.weight"):
         plan("IQ2_XXS")
     path.write_bytes(source.read_bytes())
-    with pytest.raises(ConvertError, match="a GGUF file, but no importance matrix"):
+    with pytest.raises(LoadError, match="a GGUF file, but no importance matrix"):
         plan()
     other = make_checkpoint(tmp_path / "other", **{**WIDE, "intermediate_size": 768})
     write_gguf(open_checkpoint(other), tmp_path / "other.gguf", outtype="f16", check=False)
     write_imatrix(path, tmp_path / "other.gguf")
-    with pytest.raises(ConvertError, match=r"768 values for blk\.0\.ffn_down\.weight, which has 512 columns"):
+    with pytest.raises(LoadError, match=r"768 values for blk\.0\.ffn_down\.weight, which has 512 columns"):
         plan()
 
 
@@ -361,7 +351,7 @@ def test_every_type_of_llama_quantize_has_its_name() -> None:
     }
     assert known < set(MIXTURES)
     assert MIXTURES["F32"] == 0
-    with pytest.raises(ConvertError, match="outtype 'Q4_K_X' is not one of f32, f16, bf16, q8_0, IQ1_M"):
+    with pytest.raises(UsageError, match="outtype 'Q4_K_X' is not one of f32, f16, bf16, q8_0, IQ1_M"):
         write_gguf(open_checkpoint, Path("x.gguf"), outtype="Q4_K_X")  # type: ignore[arg-type]
 
 
@@ -393,7 +383,7 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 def test_a_hostile_gguf_file_is_refused(name: str, source: Path, tmp_path: Path) -> None:
     change, message = HOSTILE[name]
     (tmp_path / "x.gguf").write_bytes(change(source.read_bytes()))
-    with pytest.raises(ConvertError, match=message):
+    with pytest.raises(LoadError, match=message):
         plan_gguf(tmp_path / "x.gguf", "Q8_0")
 
 
@@ -404,7 +394,7 @@ def test_a_damaged_head_never_leads_to_anything_but_a_convert_error(source: Path
         data = bytearray(whole)
         data[int(draw.integers(4, 2000))] = int(draw.integers(256))
         path.write_bytes(data)
-        with contextlib.suppress(ConvertError):
+        with contextlib.suppress(LoadError):
             writer.read_head(path)
 
 
@@ -416,14 +406,14 @@ def test_a_part_of_a_split_model_is_refused(source: Path, tmp_path: Path) -> Non
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
-    with pytest.raises(ConvertError, match=r"one of several parts; join them first with llama\.cpp's llama-gguf-split"):
+    with pytest.raises(LoadError, match=r"one of several parts; join them first with llama\.cpp's llama-gguf-split"):
         plan_gguf(tmp_path / "x-00001-of-00002.gguf")
 
 
 def test_a_model_that_llama_cpp_does_not_know_is_refused(source: Path, tmp_path: Path) -> None:
     data = source.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0lamla", 1)
     (tmp_path / "x.gguf").write_bytes(data)
-    with pytest.raises(ConvertError, match=r"llama\.cpp cannot quantise this to Q8_0: .*lamla"):
+    with pytest.raises(LoadError, match=r"llama\.cpp cannot quantise this to Q8_0: .*lamla"):
         plan_gguf(tmp_path / "x.gguf")
 
 
@@ -431,7 +421,7 @@ def test_nan_in_a_gguf_file_is_refused(source: Path, tmp_path: Path) -> None:
     data = bytearray(source.read_bytes())
     data[-2:] = b"\xff\x7f"
     (tmp_path / "x.gguf").write_bytes(data)
-    with pytest.raises(ConvertError, match=r"blk\.1\.ffn_up\.weight|output.* holds NaN or infinity"):
+    with pytest.raises(LoadError, match=r"blk\.1\.ffn_up\.weight|output.* holds NaN or infinity"):
         write_plan(plan_gguf(tmp_path / "x.gguf", "Q4_K_M"), tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 
@@ -446,7 +436,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path, monkeyp
     def shrink(name: str, done: int, total: int) -> None:
         os.truncate(folder / "model.safetensors", 5000)
 
-    with pytest.raises(ConvertError, match=r"model\.safetensors: shorter than it was a moment ago"):
+    with pytest.raises(LoadError, match=r"model\.safetensors: shorter than it was a moment ago"):
         write_gguf(open_checkpoint(folder), tmp_path / "x.gguf", check=False, progress=shrink)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
@@ -457,7 +447,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None
     def touch(name: str, done: int, total: int) -> None:
         os.utime(folder / "model.safetensors", (1, 1))
 
-    with pytest.raises(ConvertError, match=r"model\.safetensors: changed while it was read"):
+    with pytest.raises(LoadError, match=r"model\.safetensors: changed while it was read"):
         write_gguf(open_checkpoint(folder), tmp_path / "x.gguf", check=False, progress=touch)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
@@ -466,7 +456,7 @@ def test_a_file_that_changed_after_it_was_opened_is_noticed(tmp_path: Path) -> N
     folder = make_checkpoint(tmp_path / "tiny")
     checkpoint = open_checkpoint(folder)
     write_weights(folder, {"x": np.zeros(300_000, np.float32)})
-    with pytest.raises(ConvertError, match=r"model\.safetensors: changed since it was opened"):
+    with pytest.raises(LoadError, match=r"model\.safetensors: changed since it was opened"):
         write_gguf(checkpoint, tmp_path / "x.gguf", check=False)
 
 
@@ -479,7 +469,7 @@ def test_weights_that_changed_places_after_they_were_opened_are_noticed(tmp_path
     swapped = data.replace(one, b"?" * len(one)).replace(other.strip(), one).replace(b"?" * len(one), other.strip())
     assert len(swapped) == len(data)
     (folder / "model.safetensors").write_bytes(swapped)
-    with pytest.raises(ConvertError, match=r"model\.safetensors: changed since it was opened"):
+    with pytest.raises(LoadError, match=r"model\.safetensors: changed since it was opened"):
         write_gguf(checkpoint, tmp_path / "x.gguf", check=False)
 
 
@@ -511,10 +501,10 @@ def test_the_result_is_looked_at_before_it_gets_its_name(tmp_path: Path) -> None
     assert done.checks == ("seen",)
 
     def refuse(path: Path) -> list[str]:
-        raise ConvertError("no good")
+        raise LoadError("no good")
 
     before = output.read_bytes()
-    with pytest.raises(ConvertError, match="no good"):
+    with pytest.raises(LoadError, match="no good"):
         write_gguf(checkpoint, output, outtype="f16", check=False, force=True, verify=refuse)
     assert output.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"tiny", "x.gguf"}
@@ -525,7 +515,7 @@ def test_a_gguf_file_is_not_written_over_itself(source: Path) -> None:
     with pytest.raises(CannotWrite, match="the source itself"):
         write_plan(plan_gguf(source, "q8_0"), source, force=True)
     assert source.read_bytes() == before
-    with pytest.raises(OutputExists):
+    with pytest.raises(UsageError):
         write_plan(plan_gguf(source, "q8_0"), source)
 
 

@@ -13,7 +13,8 @@ from checkpoints import CONFIG, edit_json, random_weights, write_json, write_tok
 from families import FAMILIES, GOLDEN, configuration, give_tokenizer, golden_digests, make_family
 from safetensors.numpy import load_file
 
-from metaalign_edge_convert import ARCHITECTURES, ConvertError, open_checkpoint, write_gguf
+from metaalign_edge_convert import ARCHITECTURES, open_checkpoint, write_gguf
+from metaalign_edge_runtime.errors import LoadError
 
 IDS = [11, 42, 7, 99, 300, 255, 17, 80]
 
@@ -169,7 +170,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(case: str, tmp_path: 
     name, changes, message = REFUSED[case]
     folder = make_family(tmp_path / "tiny", name, old=False)
     edit_json(folder / "config.json", **changes)
-    with pytest.raises(ConvertError, match=message):
+    with pytest.raises(LoadError, match=message):
         open_checkpoint(folder)
 
 

@@ -28,17 +28,8 @@ from checkpoints import (
 from families import FAMILIES, configuration, make_family, weights
 from llama_cpp import Llama
 
-from metaalign_edge_convert import (
-    CannotWrite,
-    ConvertError,
-    SourceNotFound,
-    merge,
-    open_adapter,
-    open_checkpoint,
-    write_adapter,
-    write_gguf,
-    writer,
-)
+from metaalign_edge_convert import merge, open_adapter, open_checkpoint, write_adapter, write_gguf, writer
+from metaalign_edge_runtime.errors import CannotWrite, LoadError, NotFound
 
 Weights = dict[str, np.ndarray]
 IDS = [6, 77, 300, 5, 200, 42, 7, 100]
@@ -324,7 +315,7 @@ def test_whole_modules_and_biases_replace_those_of_the_base_model(tmp_path: Path
     lora = write_lora(tmp_path / "lora", tensors, modules_to_save=["lm_head", "norm"], bias="all")
     same_weights(merged(folder, lora), converted(folder, wanted))
     with pytest.raises(
-        ConvertError, match=r"^lora replaces lm_head\.weight, .* or rows of it, which no adapter can; merge it"
+        LoadError, match=r"^lora replaces lm_head\.weight, .* or rows of it, which no adapter can; merge it"
     ):
         alone(folder, lora)
 
@@ -339,9 +330,7 @@ def test_rows_of_some_tokens_are_replaced_at_both_ends_of_a_tied_model(tied: boo
     wanted[f"{EMBEDDING}.weight"][tokens] = tensors[f"{EMBEDDING}.{TOKENS}"]
     lora = write_lora(tmp_path / "lora", tensors, trainable_token_indices=tokens)
     same_weights(merged(folder, lora), converted(folder, wanted))
-    with pytest.raises(
-        ConvertError, match=r"^lora replaces model\.embed_tokens\.weight or rows of it, which no adapter"
-    ):
+    with pytest.raises(LoadError, match=r"^lora replaces model\.embed_tokens\.weight or rows of it, which no adapter"):
         alone(folder, lora)
     if not tied:
         tensors[f"{HEAD}.{TOKENS}"] = tensors[f"{EMBEDDING}.{TOKENS}"][:1] + 1
@@ -362,7 +351,7 @@ def test_a_bias_of_the_adapter_is_added_to_that_of_the_base_model(
     wanted[f"{QUERY}.bias"] += 2 * tensors[f"{QUERY}.lora_B.bias"]
     lora = write_lora(tmp_path / "lora", tensors, lora_bias=True)
     same_weights(merged(folder, lora), converted(folder, wanted))
-    with pytest.raises(ConvertError, match=r"^lora: llama\.cpp's adapters know no lora_bias; merge it instead"):
+    with pytest.raises(LoadError, match=r"^lora: llama\.cpp's adapters know no lora_bias; merge it instead"):
         alone(folder, lora)
 
 
@@ -451,7 +440,7 @@ def test_an_activated_lora_names_its_invocation(folder: Path) -> None:
     tensors = matrices(MODULES, random_weights(CONFIG))
     lora = write_lora(folder.parent / "lora", tensors, alora_invocation_tokens=[3, 77])
     assert keys(alone(folder, lora))["adapter.alora.invocation_tokens"] == [3, 77]
-    with pytest.raises(ConvertError, match=r"^lora: an activated LoRA .* cannot be merged; .* with --lora-only"):
+    with pytest.raises(LoadError, match=r"^lora: an activated LoRA .* cannot be merged; .* with --lora-only"):
         merged(folder, lora)
 
 
@@ -609,7 +598,7 @@ def test_an_adapter_that_is_damaged_foreign_or_more_than_lora_is_refused(case: s
     lora = write_lora(folder.parent / "lora", matrices(MODULES, random_weights(CONFIG)))
     spoil, message = REFUSALS[case]
     spoil(lora)
-    with pytest.raises(ConvertError, match=message) as caught:
+    with pytest.raises(NotFound if case == "no settings" else LoadError, match=message) as caught:
         merged(folder, lora)
     assert str(caught.value).startswith((str(lora), "adapter_"))
     assert not (folder.parent / "merged.gguf").exists()
@@ -619,17 +608,15 @@ def test_tensors_that_are_not_peft_s_are_refused(folder: Path) -> None:
     lora = write_lora(folder.parent / "lora", {})
     file = lora / "adapter_model.safetensors"
     write_safetensors(file, {f"{QUERY}.lora_A.weight": np.ones((4, 64), np.float32)}, "F32")
-    with pytest.raises(
-        ConvertError, match=r"q_proj.lora_A.weight does not begin with base_model.model., as PEFT names"
-    ):
+    with pytest.raises(LoadError, match=r"q_proj.lora_A.weight does not begin with base_model.model., as PEFT names"):
         merged(folder, lora)
     header = {"base_model.model.lm_head.weight": {"dtype": "I8", "shape": [2], "data_offsets": [0, 2]}}
     write_container(file, json.dumps(header).encode(), b"ab")
-    with pytest.raises(ConvertError, match=r"lm_head.weight is stored as I8; save the adapter in float32 or bfloat16$"):
+    with pytest.raises(LoadError, match=r"lm_head.weight is stored as I8; save the adapter in float32 or bfloat16$"):
         merged(folder, lora)
     twice = dict.fromkeys(("lm_head.weight", "lm_head.base_layer.weight"), np.ones((ROWS, 64), np.float32))
     write_lora(lora, twice)
-    with pytest.raises(ConvertError, match=r"lm_head.weight stands there twice, under two spellings; save the adapter"):
+    with pytest.raises(LoadError, match=r"lm_head.weight stands there twice, under two spellings; save the adapter"):
         merged(folder, lora)
 
 
@@ -649,14 +636,12 @@ def test_adapters_that_contradict_each_other_are_refused(folder: Path) -> None:
         (((plain, 0.0),), "the scale 0 is no use; give a number such as 0.5, or leave the adapter out$"),
     ]
     for adapters, message in cases:
-        with pytest.raises(ConvertError, match=message):
+        with pytest.raises(LoadError, match=message):
             merged(folder, *adapters)
     write_tokenizer(plain)
     second = write_lora(home / "second", matrices((KEY,), base))
     write_tokenizer(second, corpus=("other words " * 9,) * 4)
-    with pytest.raises(
-        ConvertError, match=r"^plain and second bring different tokenizers \(tokenizer.json\); remove one"
-    ):
+    with pytest.raises(LoadError, match=r"^plain and second bring different tokenizers \(tokenizer.json\); remove one"):
         merged(folder, plain, second)
 
 
@@ -664,17 +649,15 @@ def test_dora_where_it_cannot_be_computed_is_refused(folder: Path) -> None:
     base = random_weights(CONFIG)
     on_embedding = {**matrices((EMBEDDING,), base), f"{EMBEDDING}.lora_magnitude_vector": np.ones(64, np.float32)}
     lora = write_lora(folder.parent / "lora", on_embedding, use_dora=True)
-    with pytest.raises(
-        ConvertError, match=r"^lora: DoRA on the embedding goes by columns, which do not stream; merge it"
-    ):
+    with pytest.raises(LoadError, match=r"^lora: DoRA on the embedding goes by columns, which do not stream; merge it"):
         merged(folder, lora)
     base[f"{QUERY}.weight"][3] = 0
     write_weights(folder, base)
     nothing = {name: values * 0 for name, values in matrices((QUERY,), base).items()}
     write_lora(lora, {**nothing, f"{QUERY}.lora_magnitude_vector": np.ones(64, np.float32)}, use_dora=True)
-    with pytest.raises(ConvertError, match=r"DoRA would divide by the length of a row that is all zeros$"):
+    with pytest.raises(LoadError, match=r"DoRA would divide by the length of a row that is all zeros$"):
         merged(folder, lora)
-    with pytest.raises(ConvertError, match=r"^lora: llama\.cpp's adapters know no DoRA; merge it instead"):
+    with pytest.raises(LoadError, match=r"^lora: llama\.cpp's adapters know no DoRA; merge it instead"):
         alone(folder, lora)
 
 
@@ -683,22 +666,20 @@ def test_what_llama_cpp_would_get_wrong_in_an_adapter_is_refused(tmp_path: Path)
     base = random_weights({**CONFIG, **TIED})
     for module in (EMBEDDING, HEAD):
         lora = write_lora(tmp_path / "lora", matrices((module,), base))
-        with pytest.raises(
-            ConvertError, match=f"^lora changes {module}.weight, but the base model ties .* merge it inst"
-        ):
+        with pytest.raises(LoadError, match=f"^lora changes {module}.weight, but the base model ties .* merge it inst"):
             alone(folder, lora)
     write_lora(lora, matrices((QUERY,), base), lora_alpha=0)
-    with pytest.raises(ConvertError, match=r"lora_alpha is 0, which llama.cpp would take for a scale of 1$"):
+    with pytest.raises(LoadError, match=r"lora_alpha is 0, which llama.cpp would take for a scale of 1$"):
         alone(folder, lora)
     write_lora(lora, matrices((QUERY,), base))
     checkpoint = open_checkpoint(folder)
-    with pytest.raises(ConvertError, match=r"^lora: a scale belongs to the run"):
+    with pytest.raises(LoadError, match=r"^lora: a scale belongs to the run"):
         write_adapter(checkpoint, open_adapter(lora, checkpoint, 0.5), tmp_path / "out.gguf")
-    with pytest.raises(ConvertError, match=r"^outtype 'q9' is not one of f32, f16, bf16, q8_0$"):
+    with pytest.raises(LoadError, match=r"^outtype 'q9' is not one of f32, f16, bf16, q8_0$"):
         write_adapter(checkpoint, open_adapter(lora, checkpoint), tmp_path / "out.gguf", outtype="q9")
     with pytest.raises(CannotWrite, match=r"one of the adapter's own files; name another output$"):
         write_adapter(checkpoint, open_adapter(lora, checkpoint), lora / "adapter_model.safetensors", force=True)
-    with pytest.raises(SourceNotFound, match=r"no such folder; give the one that holds adapter_config.json$"):
+    with pytest.raises(NotFound, match=r"no such folder; give the one that holds adapter_config.json$"):
         open_adapter(tmp_path / "nowhere", checkpoint)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "tiny"]
 
@@ -706,9 +687,7 @@ def test_what_llama_cpp_would_get_wrong_in_an_adapter_is_refused(tmp_path: Path)
 def test_a_head_that_was_not_saved_with_new_rows_of_a_tied_embedding_is_missed(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "tiny", **TIED)
     lora = write_lora(tmp_path / "lora", {f"{EMBEDDING}.weight": np.ones((ROWS + 1, 64), np.float32)})
-    with pytest.raises(
-        ConvertError, match="embedding has 513 rows and its head was not saved; train with modules_to_sa"
-    ):
+    with pytest.raises(LoadError, match="embedding has 513 rows and its head was not saved; train with modules_to_sa"):
         merged(folder, lora)
 
 

@@ -16,12 +16,13 @@ from checkpoints import BYTE_LEVEL, CONFIG, ROWS, edit_json, make_checkpoint, wr
 from tokenizers import Tokenizer
 from vocabularies import FLAGS, GEMMA, LEGACY, METASPACE, model_proto, pieces, write_sentencepiece
 
-from metaalign_edge_convert import ConvertError, open_checkpoint, prove_pre_tokenizer, write_gguf
+from metaalign_edge_convert import open_checkpoint, prove_pre_tokenizer, write_gguf
 from metaalign_edge_convert.folder import Folder
 from metaalign_edge_convert.pretokenizers import DISTINCT, TABLE
 from metaalign_edge_convert.prove import TEXTS, choose_pre_tokenizer, tokenize_with_llama
 from metaalign_edge_convert.sentencepiece import parse_model
 from metaalign_edge_convert.vocabulary import Vocabulary, VocabularyRules, read_vocabulary
+from metaalign_edge_runtime.errors import LoadError
 
 LLAMA = {**CONFIG, "bos_token_id": 1, "eos_token_id": 2}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -199,16 +200,14 @@ def test_a_tokenizer_model_of_another_vocabulary_does_not_pass_the_proof(folder:
     message = (
         r"SentencePiece vocabulary: llama\.cpp splits \d+ of \d+ texts otherwise than tokenizer\.json, .* base model"
     )
-    with pytest.raises(ConvertError, match=message):
+    with pytest.raises(LoadError, match=message):
         prove_pre_tokenizer(open_checkpoint(folder), "default")
 
 
 def test_a_sentencepiece_vocabulary_takes_no_name_of_a_pre_tokenizer(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     assert choose_pre_tokenizer(checkpoint, None) == "default"
-    with pytest.raises(
-        ConvertError, match="pre 'qwen2': a SentencePiece vocabulary has no pre-tokenizer; leave it out"
-    ):
+    with pytest.raises(LoadError, match="pre 'qwen2': a SentencePiece vocabulary has no pre-tokenizer; leave it out"):
         choose_pre_tokenizer(checkpoint, "qwen2")
 
 
@@ -253,7 +252,7 @@ def test_an_end_token_of_the_architecture_is_not_written_twice(folder: Path) -> 
     write_json(folder / "generation_config.json", {"eos_token_id": [2, first, first + 1]})
     assert read(folder).special.extra_stops == {"eot": first, "eom": first + 1}
     assert read(folder, eot=first).special.extra_stops == {"eom": first + 1}
-    with pytest.raises(ConvertError, match=r"generation_config\.json: 4 end tokens, but GGUF has room for three"):
+    with pytest.raises(LoadError, match=r"generation_config\.json: 4 end tokens, but GGUF has room for three"):
         read(folder, eot=107)
 
 
@@ -274,7 +273,7 @@ def test_pieces_that_are_not_in_use_and_the_character_nul_get_by(folder: Path) -
 def test_tokens_without_a_row_are_left_out_only_where_the_architecture_says_so(folder: Path) -> None:
     rows = len(pieces())
     add(folder, "<image_soft_token>", special=True)
-    with pytest.raises(ConvertError, match=rf"'<image_soft_token>' \({rows}\) beyond the {rows} rows of the embedding"):
+    with pytest.raises(LoadError, match=rf"'<image_soft_token>' \({rows}\) beyond the {rows} rows of the embedding"):
         read(folder, rows)
     assert read(folder, rows, beyond=frozenset({"<image_soft_token>"})).tokens[-1] == pieces()[-1][0]
 
@@ -314,7 +313,7 @@ def test_a_pre_tokenizer_that_fits_several_names_or_none_is_refused(byte_level: 
     model = json.loads((byte_level / "tokenizer.json").read_text())["model"]
     model["vocab"] |= {"zq": 300}
     edit_json(byte_level / "tokenizer.json", model={**model, "merges": [["z", "q"]]})
-    with pytest.raises(ConvertError, match=message):
+    with pytest.raises(LoadError, match=message):
         choose_pre_tokenizer(open_checkpoint(byte_level), None)
 
 
@@ -465,7 +464,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_vocabulary_that_llama_cpp_could_not_use_is_refused_in_one_line(name: str, folder: Path) -> None:
     change, message = REFUSALS[name]
     change(folder)
-    with pytest.raises(ConvertError, match=message) as caught:
+    with pytest.raises(LoadError, match=message) as caught:
         convert(folder)
     assert "\n" not in str(caught.value)
     assert not (folder.parent / "out.gguf").exists()
@@ -490,7 +489,7 @@ def test_damage_to_tokenizer_model_ends_in_a_vocabulary_that_loads_or_in_a_messa
         (folder / "tokenizer.model").write_bytes(data)
         try:
             vocabulary = read(folder)
-        except ConvertError as error:
+        except LoadError as error:
             assert "\n" not in str(error)
             continue
         assert len(set(vocabulary.tokens)) == ROWS

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from checkpoints import make_checkpoint
 
-from metaalign_edge_convert import ConvertError, open_checkpoint, write_gguf
+from metaalign_edge_convert import open_checkpoint, write_gguf
 from metaalign_edge_convert.prove import tokenize_with_llama
+from metaalign_edge_runtime.errors import EdgeError
 
 CASES = 10_000
 HOSTILE: list[Any] = [
@@ -100,7 +101,7 @@ def test_a_damaged_checkpoint_converts_or_is_refused(shards: int, tmp_path: Path
         damage(random, folder / name)
         try:
             write_gguf(open_checkpoint(folder), output, outtype="f16", check=False, force=True)
-        except ConvertError as error:
+        except EdgeError as error:
             assert "\n" not in str(error), (number, name)
             outcomes["refused"] += 1
             continue
