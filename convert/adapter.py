@@ -29,7 +29,7 @@ from .ggml import encoded_size
 from .lora import Adapter, Pair
 from .lora_settings import SETTINGS
 from .metadata import read_metadata
-from .output import atomic, check_output, check_space
+from .output import check_output, check_space, whole_file
 from .patch import read_numbers
 from .shards import Array
 from .writer import Conversion
@@ -70,8 +70,7 @@ def write_adapter(
         size = encoded_size(half.shape, half.kind)
         writer.add_tensor_info(half.name, half.shape, np.dtype(np.float32), size, half.kind)
     check_space(output, sum(encoded_size(half.shape, half.kind) for half in halves))
-    with atomic(output) as part:
-        file = part.file
+    with whole_file(output) as part, part.open("wb") as file:
         write_head(writer, file)
         for half in halves:
             data = encode(half.name, _numbers(adapter, half), "F32", half.kind).data

@@ -108,7 +108,7 @@ def _add_templates(writer: GGUFWriter, templates: Mapping[str, str]) -> None:
 
 def write_head(writer: GGUFWriter, file: BinaryIO) -> None:
     """Write everything that comes before the weights into an open file, and the padding up to them."""
-    writer.fout = [file]  # type: ignore[list-item]  # the library would open a path by itself, and could not be locked
+    writer.fout = [file]  # type: ignore[list-item]  # given a path, the library would open it by itself
     writer.state = WriterState.EMPTY
     try:
         writer.write_header_to_file()

@@ -31,7 +31,7 @@ from .container import ALIGNMENT, Entry, pack_head, padded, read_head
 from .describe import TEMPLATE_KEY, describe, write_head
 from .encode import HALF_LIMIT, OUTTYPES, WIDE, Encoded, choose_type, encode
 from .ggml import encoded_size, to_float32
-from .output import atomic, check_output, check_space
+from .output import check_output, check_space, whole_file
 from .patch import Patch
 from .prove import choose_pre_tokenizer, prove_pre_tokenizer
 from .quantize import Options, canonical, quantized
@@ -406,13 +406,12 @@ def write_plan(
     _not_its_own_source(plan.origin, output)
     check_space(output, plan.bytes)
     proven = [line for proof in plan.before for line in proof()]
-    with atomic(output) as part:
-        part.file.write(plan.head)
-        with plan.files:
-            overflown = _write_tensors(plan, part.file, progress)
-        part.file.flush()
+    with whole_file(output) as part:
+        with part.open("wb") as file, plan.files:
+            file.write(plan.head)
+            overflown = _write_tensors(plan, file, progress)
         seconds, peak = time.perf_counter() - begun, peak_mb()
-        verified = tuple(verify(part.path)) if verify else ()
+        verified = tuple(verify(part)) if verify else ()
     warnings = [f"warning: {line}" for line in overflown]
     return Conversion(
         output=output,

@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 import metaalign_edge_templates
 from metaalign_edge_preferences import families, values
 from metaalign_edge_preferences.dialogs import SUBJECTS, Plan, compose, flip, held_out_pair, subjects
+from metaalign_edge_runtime.stores import files
 from metaalign_edge_tune.dataset import (
     SUBSETS,
     InvalidRow,
@@ -291,11 +292,24 @@ def test_a_file_that_holds_no_rows_is_refused(line, said, tmp_path, capsys):
 def test_a_file_that_is_missing_or_cannot_be_written_is_an_error_of_one_line(tmp_path, capsys):
     assert main(["--validate", str(tmp_path / "none.jsonl")]) == 3
     assert main(["--out", str(tmp_path / "no" / "rows.jsonl"), "--rows", "2"]) == 8
-    if os.path.exists("/dev/full"):
-        os.symlink("/dev/full", tmp_path / f".full.jsonl.{os.getpid()}")
-        assert main(["--out", str(tmp_path / "full.jsonl"), "--rows", "2"]) == 8
-        assert not (tmp_path / "full.jsonl").exists()
     assert all(line.startswith("dataset: ") for line in capsys.readouterr().err.splitlines())
+
+
+FULL = """
+import resource, sys
+import metaalign_edge
+from metaalign_edge_tune.dataset import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+sys.exit(main(["--out", sys.argv[1], "--rows", "2"]))
+"""
+
+
+def test_a_full_disk_leaves_no_file(tmp_path):
+    command = [sys.executable, "-c", FULL, str(tmp_path / "full.jsonl")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 8 and list(tmp_path.iterdir()) == []
+    assert all(line.startswith("dataset: ") for line in ended.stderr.splitlines())
 
 
 def test_a_pipe_is_written_and_not_replaced(tmp_path):
@@ -331,13 +345,12 @@ def test_the_dataset_needs_no_torch():
 
 
 def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
-    left, used, other = (tmp_path / name for name in (".rows.jsonl.1", ".rows.jsonl.2", ".rows.jsonl.txt"))
-    for path in (left, used, other):
-        path.write_text("half")
-    for path in (left, other):
-        os.utime(path, (1, 1))
-    assert main(["--out", str(tmp_path / "rows.jsonl"), "--rows", "2"]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", used.name, other.name}
+    (tmp_path / ".rows.jsonl.metaalign-part").write_text("half")
+    (tmp_path / ".rows.jsonl.txt").write_text("somebody else's")
+    with files.replacing(tmp_path / "more.jsonl") as used:
+        used.write_text("half")
+        assert main(["--out", str(tmp_path / "rows.jsonl"), "--rows", "2"]) == 0
+        assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", used.name, ".rows.jsonl.txt"}
 
 
 @pytest.mark.parametrize(("arguments", "code", "said"), [

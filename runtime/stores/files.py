@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import importlib.util
 import json
 import os
@@ -17,6 +16,12 @@ from typing import Any, Literal
 
 from ..errors import CannotWrite, NotFound, UsageError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PART = ".metaalign-part"  # what the names of temporary files end in
 BINARY = getattr(os, "O_BINARY", 0)  # without it, Windows writes two bytes for a newline
 
 
@@ -71,47 +76,133 @@ def locked(path: Path) -> Iterator[None]:
 
             msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]  # released with the file
         else:
-            import fcntl
-
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 @contextlib.contextmanager
-def replacing(path: Path, keep: bool = True) -> Iterator[Path]:
-    """Yield the path to write to; what is written gets its own name at the end, or is removed if it fails.
+def replacing(
+    path: Path, keep: bool = True, *, mode: int = 0o666, alone: bool = False, durable: bool = False
+) -> Iterator[Path]:
+    """Yield an empty temporary file beside `path`; at the end it takes that name, or is removed if anything fails.
 
-    A pipe, a terminal or `/dev/null` is written as it is: it must not be replaced by a file.
+    A pipe, a terminal or `/dev/null` is yielded as it is: it must not be replaced by a file.
+
+    keep: False removes the file in any case; it only tries whether one can be written. mode: its permissions, less the
+    umask. alone: refuse if another writer of the same file is at work. durable: end only when the disk has it all, so
+    that a power cut leaves no half of it.
 
     Raises:
-        OSError: it is a folder, or cannot be given its name.
+        OSError: `path` is a folder, or cannot be written. BlockingIOError: another writer is at work.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():
         yield path
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    sweep(path.parent, f".{glob.escape(path.name)}.*")
+    part, replaced = path, False
+    remove_left_behind(path.parent)
     try:
-        yield temporary
-        if keep:
-            os.replace(temporary, path)
+        part, lock = _create_part(path, mode, alone)
+        try:
+            yield part
+            if keep:
+                if durable:
+                    _sync(part, os.O_RDWR | BINARY)
+                os.replace(part, path)
+                replaced = True
+        finally:
+            if not replaced:  # else the name may be another writer's by now
+                with contextlib.suppress(OSError):
+                    part.unlink()
+            if lock is not None:
+                os.close(lock)
+        if durable and replaced:
+            with contextlib.suppress(OSError):  # not every system can, and the file itself is safe
+                _sync(path.parent, os.O_RDONLY)
     except OSError as error:
-        if error.filename == str(temporary):  # say the name that the user knows
+        if error.filename == str(part):  # say the name that the user knows
             error.filename = str(path)
         raise
+
+
+def _create_part(path: Path, mode: int, alone: bool) -> tuple[Path, int | None]:
+    """Create a temporary file for `path`; return it, and a handle that locks it as long as it is open.
+
+    The lock tells other processes that the file has a living writer. On Windows, where an open file cannot be renamed,
+    there is none.
+
+    Raises:
+        OSError: it cannot be created. BlockingIOError: `alone`, and another writer of `path` is at work.
+    """
+    number = 0
+    while True:
+        part = path.with_name(f".{path.name}{f'.{number}' if number else ''}{PART}")
+        try:
+            handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, mode)
+        except FileExistsError:
+            if alone and fcntl is not None:
+                raise BlockingIOError(errno.EAGAIN, "another process is writing it", str(path)) from None
+            number += 1
+            continue
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        if fcntl is None:
+            os.close(handle)
+            return part, None
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if _is_at(handle, part):
+            return part, handle
+        os.close(handle)  # another process took it for left behind, before it was locked
+
+
+def remove_left_behind(folder: Path) -> None:
+    """Remove the temporary files of killed writers: those that nobody locks; without locks, those an hour old."""
+    for part in folder.glob(f".*{PART}"):
+        with contextlib.suppress(OSError):
+            old = part.lstat().st_mtime < time.time() - 3600
+            if fcntl is not None:
+                _remove_unlocked(part, old)
+            elif old:
+                part.unlink()
+
+
+def _remove_unlocked(part: Path, old: bool) -> None:
+    """Remove a temporary file unless its writer locks it; where files cannot be locked, if it is `old`.
+
+    Raises:
+        OSError: it is locked, or cannot be opened or removed.
+    """
+    handle = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError) or not old:
+                raise
+        if _is_at(handle, part):  # else its writer has just finished, and the name may be another's
+            part.unlink()
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        os.close(handle)
 
 
-def sweep(folder: Path, pattern: str) -> None:
-    """Remove what killed processes left of their writing; an hour old, it is nobody's any more."""
-    for left in folder.glob(pattern):
-        with contextlib.suppress(OSError):
-            if left.suffix[1:].isdecimal() and left.lstat().st_mtime < time.time() - 3600:
-                left.unlink()
+def _is_at(handle: int, path: Path) -> bool:
+    """Tell whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _sync(path: Path, flags: int) -> None:
+    """Wait until the disk has a file, or a folder's names."""
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def room_at(folder: Path) -> tuple[Path, int]:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from ..errors import CannotWrite
 from . import files
-from .files import BINARY
 
 STATE_MAGIC = b"MAEKV\x00\x00\x01"  # of a file that holds a state, with the version of its layout
 STATE_HEAD = struct.Struct("<8sQ32s")  # magic, hits, digest of what follows
@@ -66,10 +65,7 @@ class States:
             return
         with contextlib.suppress(OSError):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with (
-                files.replacing(self.folder / f"{key}.kv") as part,
-                os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o600), "wb") as file,
-            ):
+            with files.replacing(self.folder / f"{key}.kv", mode=0o600) as part, part.open("wb") as file:
                 file.write(STATE_HEAD.pack(STATE_MAGIC, 0, state_checksum(key, data)))
                 file.write(data)
             self._evict()
@@ -86,13 +82,12 @@ class States:
         return sorted(found, key=lambda file: -file.used)
 
     def _evict(self) -> None:
-        """Remove the least recently used beyond the limit, and what a killed process left."""
+        """Remove the least recently used beyond the limit."""
         total = 0
         for file in self.files():
             total += file.bytes
             if total > self.most:
                 file.path.unlink(missing_ok=True)
-        files.sweep(self.folder, ".*")
 
     def clear(self) -> int:
         """Remove all states; return how many there were.
