@@ -6,26 +6,24 @@ fastest first), type and offset; padding. Nothing in a file is believed before i
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import gguf
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Value
 from gguf.gguf_writer import GGUFWriter
 
-from metaalign_edge_runtime.errors import LoadError, NotFound
+from metaalign_edge_runtime.errors import LoadError
+from metaalign_edge_runtime.llama.gguf import MAGIC, GGUFArray, GGUFFile, GGUFReader, TensorInfo
 
 from .ggml import encoded_size
 
 ALIGNMENT = 32  # bytes; every tensor begins at a multiple
-MAGIC = b"GGUF"
-SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of each plain type of value
-KEY_LIMIT = 100_000  # keys, and tensors
+COUNT_LIMIT = 100_000  # keys, and tensors
 
 
 class Packer(GGUFWriter):
@@ -61,26 +59,21 @@ class Entry:
 
 @dataclass(frozen=True)
 class Head:
-    """What stands before the weights."""
+    """The part of a GGUF file that stands before the weights."""
 
-    metadata: Mapping[str, bytes]  # each key's type and value as they stand in the file
+    metadata: Mapping[str, bytes]  # by key, type and value as they stand in the file
+    values: Mapping[str, Any]  # by key, the value; of an array, where it lies
     entries: tuple[Entry, ...]
 
     def text(self, key: str) -> str | None:
         """Return the value of ``key`` if it is a text."""
-        packed = self.metadata.get(key, b"")
-        return packed[12:].decode("utf-8", "replace") if packed[:4] == pack_number(Value.STRING) else None
+        value = self.values.get(key)
+        return value if isinstance(value, str) else None
 
     def number(self, key: str) -> int | None:
         """Return the value of ``key`` if it is a whole number."""
-        packed = self.metadata.get(key, b"")
-        kind = int.from_bytes(packed[:4], "little")
-        return int.from_bytes(packed[4:], "little") if packed and kind in (0, 2, 4, 10) else None
-
-
-def pack_number(value: int) -> bytes:
-    """Pack a number as GGUF's heads have it."""
-    return struct.pack("<I", value)
+        value = self.values.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def pack_value(value: int | str) -> bytes:
@@ -116,99 +109,38 @@ def padded(size: int) -> int:
 
 def read_head(path: Path) -> Head:
     """Read and check the head of a GGUF file. Raises NotFound or LoadError."""
+    file = GGUFFile(path)
+    if max(file.tensor_count, len(file.metadata)) > COUNT_LIMIT:
+        keys = len(file.metadata)
+        raise LoadError(f"{path.name}: {file.tensor_count:,} tensors and {keys:,} keys? the file is damaged")
+    if file.metadata.get("general.alignment") not in (None, ALIGNMENT):
+        raise LoadError(f"{path.name}: tensors aligned otherwise than to {ALIGNMENT} bytes are not supported")
+    start = file.weights_start()
+    entries = tuple(_entry(path.name, info, start) for info in file.tensor_infos())
+    for entry in entries:
+        if entry.start + entry.nbytes > file.size:
+            raise LoadError(f"{path.name}: ends before {entry.name} does; download or convert it again")
+    return Head({key: file.packed(key) for key in file.metadata}, file.metadata, entries)
+
+
+def _entry(source: str, info: TensorInfo, start: int) -> Entry:
+    """Check an entry of the list of tensors in the file ``source``, whose weights begin at ``start``."""
+    shape = tuple(reversed(info.shape))
+    if not 1 <= len(shape) <= 4:
+        raise LoadError(f"{source}: {info.name} has {len(shape)} dimensions")
     try:
-        with path.open("rb") as file:
-            return _Reader(file, path.name).head()
-    except FileNotFoundError:
-        raise NotFound(f"{path}: no such file") from None
-    except OSError as error:
-        raise LoadError(f"{path}: cannot be read ({error.strerror})") from None
+        kind = Type(info.kind)
+    except ValueError:
+        raise LoadError(f"{source}: {info.name} is of a type that is not known ({info.kind})") from None
+    if not all(0 < size < 2**31 for size in shape) or shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        raise LoadError(f"{source}: {info.name} has the shape {list(shape)}, which {kind.name} cannot have")
+    return Entry(info.name, shape, kind, start + info.offset)
 
 
-class _Reader:
-    """Reads from the start of a file, never more than there is."""
-
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        self._file, self._name = file, name
-        self._size = os.fstat(file.fileno()).st_size
-
-    def head(self) -> Head:
-        if self._bytes(4) != MAGIC:
-            raise LoadError(f"{self._name}: not a GGUF file")
-        (version,) = self._unpack("<I")
-        if version not in (2, 3):
-            raise LoadError(f"{self._name}: GGUF version {version}; 2 and 3 can be read, big-endian files cannot")
-        tensors, keys = self._unpack("<QQ")
-        if max(tensors, keys) > KEY_LIMIT:
-            raise LoadError(f"{self._name}: {tensors:,} tensors and {keys:,} keys? the file is damaged")
-        metadata: dict[str, bytes] = {}
-        for _ in range(keys):
-            key = self._text()
-            if key in metadata:
-                raise LoadError(f"{self._name}: the key {key!r} stands twice")
-            metadata[key] = self._value()
-        found = Head(metadata, ())
-        if found.number("general.alignment") not in (None, ALIGNMENT):
-            raise LoadError(f"{self._name}: tensors aligned otherwise than to {ALIGNMENT} bytes are not supported")
-        entries = [self._entry() for _ in range(tensors)]
-        start = padded(self._file.tell())
-        for name, shape, kind, offset in entries:
-            if start + offset + encoded_size(shape, kind) > self._size:
-                raise LoadError(f"{self._name}: ends before {name} does; download or convert it again")
-        return Head(metadata, tuple(Entry(name, shape, kind, start + at) for name, shape, kind, at in entries))
-
-    def _bytes(self, count: int) -> bytes:
-        if count > self._size:
-            raise LoadError(f"{self._name}: truncated or damaged in its head; download or convert it again")
-        data = self._file.read(count)
-        if len(data) != count:
-            raise LoadError(f"{self._name}: truncated or damaged in its head; download or convert it again")
-        return data
-
-    def _unpack(self, form: str) -> tuple[int, ...]:
-        return struct.unpack(form, self._bytes(struct.calcsize(form)))
-
-    def _text(self) -> str:
-        (length,) = self._unpack("<Q")
-        try:
-            return self._bytes(length).decode("utf-8")
-        except UnicodeDecodeError:
-            raise LoadError(f"{self._name}: a name in its head is not UTF-8") from None
-
-    def _value(self) -> bytes:
-        """Return the next value with its type, as it stands there."""
-        kind = self._bytes(4)
-        number = int.from_bytes(kind, "little")
-        if number == Value.ARRAY:
-            head = self._bytes(12)
-            inner, length = struct.unpack("<IQ", head)
-            if length > self._size:
-                raise LoadError(f"{self._name}: truncated or damaged in its head; download or convert it again")
-            if inner == Value.STRING:
-                return b"".join((kind, head, *(self._string() for _ in range(length))))
-            return kind + head + self._bytes(length * self._plain(inner))
-        return kind + (self._string() if number == Value.STRING else self._bytes(self._plain(number)))
-
-    def _string(self) -> bytes:
-        length = self._bytes(8)
-        return length + self._bytes(int.from_bytes(length, "little"))
-
-    def _plain(self, kind: int) -> int:
-        if kind not in SIZES:
-            raise LoadError(f"{self._name}: a value of unknown type {kind} in its head")
-        return SIZES[kind]
-
-    def _entry(self) -> tuple[str, tuple[int, ...], Type, int]:
-        name = self._text()
-        (count,) = self._unpack("<I")
-        if not 1 <= count <= 4:
-            raise LoadError(f"{self._name}: {name} has {count} dimensions")
-        shape = tuple(reversed(self._unpack(f"<{count}Q")))
-        number, offset = self._unpack("<IQ")
-        try:
-            kind = Type(number)
-        except ValueError:
-            raise LoadError(f"{self._name}: {name} is of a type that is not known ({number})") from None
-        if not all(0 < size < 2**31 for size in shape) or shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-            raise LoadError(f"{self._name}: {name} has the shape {list(shape)}, which {kind.name} cannot have")
-        return name, shape, kind, offset
+def unpack_texts(packed: bytes) -> tuple[str, ...]:
+    """Return the texts of an array of texts, packed as in ``Head.metadata``; none if it is anything else."""
+    reader = GGUFReader(packed, 0)
+    array = reader.value(reader.scalar("<I"))
+    if not isinstance(array, GGUFArray) or array.kind != reader.STRING:
+        return ()
+    return tuple(GGUFReader(packed, array.offset).strings(array.length))

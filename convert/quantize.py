@@ -23,8 +23,9 @@ from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType as FileType
 
 from metaalign_edge_runtime.errors import LoadError, NotFound, UsageError, some
+from metaalign_edge_runtime.llama.gguf import is_gguf
 
-from .container import MAGIC, Entry, Head, pack_value, read_head
+from .container import Entry, Head, pack_value, read_head, unpack_texts
 from .encode import OUTTYPES
 from .ggml import needs_importance
 from .shards import Array
@@ -227,7 +228,7 @@ def read_imatrix(path: Path) -> Importance:
     """Read what llama-imatrix wrote, in its format of today (GGUF) or in its old one. Raises LoadError."""
     try:
         with path.open("rb") as file:
-            found = _read_new(path, file) if file.read(len(MAGIC)) == MAGIC else _read_old(path, file)
+            found = _read_new(path, file) if is_gguf(path) else _read_old(path, file)
     except FileNotFoundError:
         raise NotFound(f"{path}: no such importance matrix") from None
     except OSError as error:
@@ -258,7 +259,7 @@ def _read_new(path: Path, file: BinaryIO) -> Importance:
         sums = sums.reshape(seen.size, -1)
         ones = np.ones_like(sums)  # for experts that no text reached
         weights[stem] = np.divide(sums, seen, out=ones, where=seen > 0).reshape(-1)
-    return Importance(path.name, weights, _texts(head.metadata["imatrix.datasets"]), chunks)
+    return Importance(path.name, weights, unpack_texts(head.metadata["imatrix.datasets"]), chunks)
 
 
 def _numbers(file: BinaryIO, entry: Entry) -> Array:
@@ -266,17 +267,6 @@ def _numbers(file: BinaryIO, entry: Entry) -> Array:
         raise LoadError(f"{entry.name}: {entry.nbytes:,} bytes, which no importance matrix has")
     file.seek(entry.start)
     return np.frombuffer(file.read(entry.nbytes), np.float32)
-
-
-def _texts(packed: bytes) -> tuple[str, ...]:
-    """Unpack an array of texts."""
-    kind, inner, length = struct.unpack_from("<IIQ", packed)
-    texts, at = [], 16
-    for _ in range(length if (kind, inner) == (9, 8) else 0):
-        (size,) = struct.unpack_from("<Q", packed, at)
-        texts.append(packed[at + 8 : at + 8 + size].decode("utf-8", "replace"))
-        at += 8 + size
-    return tuple(texts)
 
 
 def _read_old(path: Path, file: BinaryIO) -> Importance:
