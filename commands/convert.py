@@ -113,9 +113,9 @@ def convert(
     screen = Screen(quiet, verbose)
     import metaalign_edge_convert as converter
 
-    outtype = converter.canonical(outtype or ("f32" if lora_only else "q8_0"))
+    outtype = converter.canonical_outtype(outtype or ("f32" if lora_only else "q8_0"))
     types = (output_type, embedding_type, tuple(tensor_type or ()))
-    options = converter.Options(imatrix, leave_output, *types, pure)
+    options = converter.QuantizeOptions(imatrix, leave_output, *types, pure)
     if lora_only and (len(lora or []) != 1 or dry_run or options):
         raise UsageError("--lora-only writes one adapter: name it with one --lora, without --dry-run or quantisation")
     if is_gguf(Path(source).expanduser()):
@@ -165,7 +165,7 @@ def stem_of(source: str) -> str:
     name = Path(source).stem
     stem, _, kind = name.rpartition("-")
     try:
-        converter.canonical(kind)
+        converter.canonical_outtype(kind)
     except UsageError:
         return name
     return stem or name

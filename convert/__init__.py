@@ -16,24 +16,24 @@ from .adapter import write_adapter
 from .architectures import ARCHITECTURES
 from .checkpoint import Checkpoint, open_checkpoint
 from .encode import OUTTYPES as _OUTTYPES
-from .lora import Adapter, open_adapter
+from .lora import PeftAdapter, open_adapter
 from .merge import merge
 from .output import check_output
 from .prove import prove_pre_tokenizer
-from .quantize import Options, canonical
-from .writer import Conversion, Plan, plan_checkpoint, plan_gguf, write_gguf, write_plan
+from .quantize import QuantizeOptions, canonical_outtype
+from .writer import Conversion, ConversionPlan, plan_checkpoint, plan_gguf, write_gguf, write_plan
 
 OUTTYPES = tuple(_OUTTYPES)
 
 __all__ = [
     "ARCHITECTURES",
     "OUTTYPES",
-    "Adapter",
     "Checkpoint",
     "Conversion",
-    "Options",
-    "Plan",
-    "canonical",
+    "ConversionPlan",
+    "PeftAdapter",
+    "QuantizeOptions",
+    "canonical_outtype",
     "check_output",
     "merge",
     "open_adapter",

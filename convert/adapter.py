@@ -26,7 +26,7 @@ from .container import ALIGNMENT
 from .describe import write_head
 from .encode import OUTTYPES, choose_type, encode
 from .ggml import encoded_size
-from .lora import Adapter, Pair
+from .lora import Pair, PeftAdapter
 from .lora_settings import SETTINGS
 from .metadata import read_metadata
 from .output import check_output, check_space, whole_file
@@ -49,7 +49,7 @@ class Half:
 
 
 def write_adapter(
-    checkpoint: Checkpoint, adapter: Adapter, output: Path, *, outtype: str = "f32", force: bool = False
+    checkpoint: Checkpoint, adapter: PeftAdapter, output: Path, *, outtype: str = "f32", force: bool = False
 ) -> Conversion:
     """Write ``adapter`` as the GGUF file ``output``, for GGUFs that were converted from ``checkpoint``, its base model.
 
@@ -90,7 +90,7 @@ def write_adapter(
     )
 
 
-def _check_expressible(checkpoint: Checkpoint, adapter: Adapter) -> None:
+def _check_expressible(checkpoint: Checkpoint, adapter: PeftAdapter) -> None:
     """Refuse what llama.cpp could not do, or would do wrongly, with an adapter."""
     pairs = adapter.pairs
     if adapter.scale != 1:
@@ -111,7 +111,7 @@ def _check_expressible(checkpoint: Checkpoint, adapter: Adapter) -> None:
         raise LoadError(f"{SETTINGS}: lora_alpha is {adapter.alpha:g}, which llama.cpp would take for a scale of 1")
 
 
-def _plan(checkpoint: Checkpoint, adapter: Adapter, wanted: Type) -> Iterator[Half]:
+def _plan(checkpoint: Checkpoint, adapter: PeftAdapter, wanted: Type) -> Iterator[Half]:
     """List the file's tensors in order: for each pair A, then B."""
     outputs: dict[str, list[Output]] = {}
     for output in checkpoint.outputs():
@@ -125,7 +125,7 @@ def _plan(checkpoint: Checkpoint, adapter: Adapter, wanted: Type) -> Iterator[Ha
                 yield Half(output.name + suffix, shape, kind, pair, output.transform)
 
 
-def _describe(checkpoint: Checkpoint, adapter: Adapter, halves: list[Half]) -> GGUFWriter:
+def _describe(checkpoint: Checkpoint, adapter: PeftAdapter, halves: list[Half]) -> GGUFWriter:
     """Return a writer that holds every key of the file, and no tensors yet."""
     writer = GGUFWriter(None, checkpoint.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -144,7 +144,7 @@ def _describe(checkpoint: Checkpoint, adapter: Adapter, halves: list[Half]) -> G
     return writer
 
 
-def _numbers(adapter: Adapter, half: Half) -> Array:
+def _numbers(adapter: PeftAdapter, half: Half) -> Array:
     """Read one tensor as float32, turned into what llama.cpp expects."""
     pair = half.pair
     tensor = pair.a if half.name.endswith(".lora_a") else pair.b

@@ -108,7 +108,7 @@ class Checkpoint:
         return found
 
 
-def canonical(name: str) -> str:
+def text_model_name(name: str) -> str:
     """Return a tensor's name as it is in a model of text only."""
     return name.replace("language_model.", "")
 
@@ -157,7 +157,7 @@ def _map(
     tensors: dict[str, Tensor], expected: dict[str, tuple[Rule, tuple[int, ...]]], config: Config
 ) -> tuple[list[tuple[Tensor, Rule]], Tensor | None]:
     """Match what is there with what must be there, exactly. Raises LoadError naming what is amiss."""
-    named = (replace(tensor, name=canonical(tensor.name)) for tensor in tensors.values())
+    named = (replace(tensor, name=text_model_name(tensor.name)) for tensor in tensors.values())
     kept = {tensor.name: tensor for tensor in named if not tensor.name.endswith(IGNORED)}
     tied_head = kept.pop(HEAD, None) if HEAD not in expected else None
     missing = [name for name in expected if name not in kept]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from metaalign_edge_runtime.errors import LoadError, NotFound, some
 
-from .checkpoint import Checkpoint, canonical
+from .checkpoint import Checkpoint, text_model_name
 from .config import Config
 from .folder import Folder
-from .lora_settings import INSTEAD, SETTINGS, WEIGHTS, Settings
+from .lora_settings import INSTEAD, SETTINGS, WEIGHTS, PeftSettings
 from .patch import same_numbers
 from .shards import PICKLED, STORED_AS, Tensor, read_header
 
@@ -49,7 +49,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class PeftAdapter:
     """A LoRA adapter that fits its base model. Names are those of the base model's tensors."""
 
     folder: Folder
@@ -69,7 +69,7 @@ class Adapter:
         return label(self.folder)
 
 
-def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Adapter:
+def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> PeftAdapter:
     """Open the PEFT adapter in the folder ``path`` and check it against its base model, ``checkpoint``.
 
     scale: what its change is multiplied by when it is merged.
@@ -79,7 +79,7 @@ def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Adap
     if not math.isfinite(scale) or scale == 0:
         raise LoadError(f"{path}: the scale {scale:g} is no use; give a number such as 0.5, or leave the adapter out")
     folder = _folder(path)
-    settings = Settings(folder.json(SETTINGS))
+    settings = PeftSettings(folder.json(SETTINGS))
     tensors = {tensor.name: tensor for tensor in sorted(read_header(folder, WEIGHTS), key=lambda tensor: tensor.start)}
     parts, whole = _sort(tensors)
     config = checkpoint.config
@@ -108,7 +108,7 @@ def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Adap
     whole = {name: tensor for name, tensor in whole.items() if not _unchanged(checkpoint, name, folder, tensor)}
     if not pairs and not rows and not whole:
         raise LoadError(f"{WEIGHTS}: nothing in it changes the base model")
-    return Adapter(
+    return PeftAdapter(
         folder=folder,
         scale=scale,
         alpha=settings.alpha,
@@ -156,7 +156,7 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
             raise LoadError(f"{WEIGHTS}: {name} does not begin with {PREFIX}, as PEFT names tensors; save it with PEFT")
         if tensor.dtype not in STORED_AS:
             raise LoadError(f"{WEIGHTS}: {name} is stored as {tensor.dtype}; save the adapter in float32 or bfloat16")
-        inner = canonical(name.removeprefix(PREFIX))
+        inner = text_model_name(name.removeprefix(PREFIX))
         match = PART.fullmatch(inner)
         owner, key = (parts.setdefault(match[1], {}), match[2]) if match else (whole, BASE.sub("", inner))
         if key in owner:
@@ -166,7 +166,11 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
 
 
 def _pair(
-    module: str, found: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]], settings: Settings, embedding: bool
+    module: str,
+    found: dict[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    settings: PeftSettings,
+    embedding: bool,
 ) -> Pair:
     """Put a module's matrices together. Raises LoadError if one is missing, too many or of the wrong shape."""
     shape = shapes[f"{module}.weight"]
@@ -196,7 +200,7 @@ def _pair(
 
 
 def _rows(
-    module: str, parts: dict[str, dict[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], settings: Settings
+    module: str, parts: dict[str, dict[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], settings: PeftSettings
 ) -> Rows:
     """Take a module's trained rows out of ``parts``. Raises LoadError."""
     values, tokens = parts[module].pop(ROWS), settings.tokens_of(module)

@@ -34,7 +34,7 @@ T = TypeVar("T")
 Patterns = list[tuple["re.Pattern[str]", T]]
 
 
-class Settings:
+class PeftSettings:
     """What adapter_config.json says, every value checked."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:

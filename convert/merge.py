@@ -13,7 +13,7 @@ from .chat import read_templates
 from .checkpoint import Checkpoint
 from .config import Config
 from .folder import Folder
-from .lora import Adapter, label
+from .lora import PeftAdapter, label
 from .lora_settings import SETTINGS
 from .patch import LowRank, Patch, Replaced, Shift, Step, same_numbers
 from .shards import Tensor
@@ -26,7 +26,7 @@ TOKENIZER = {*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", 
 class MergedFolder(Folder):
     """The base model's folder, with the tokenizer of an adapter that brings one, and adapters' tensors beside it."""
 
-    def __init__(self, base: Folder, adapters: Sequence[Adapter], tokenizer: Folder | None) -> None:
+    def __init__(self, base: Folder, adapters: Sequence[PeftAdapter], tokenizer: Folder | None) -> None:
         """Lay the adapters' files over the ``base``."""
         super().__init__(base.root)
         self.name = "-".join([label(base), *(adapter.name for adapter in adapters)])
@@ -56,7 +56,7 @@ class MergedFolder(Folder):
         return self._beside.get(name, (self._base, name))
 
 
-def merge(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
+def merge(checkpoint: Checkpoint, adapters: Sequence[PeftAdapter]) -> Checkpoint:
     """Return ``checkpoint`` with the ``adapters`` merged in: ``W + scale * B @ A``, in float32, for each of them.
 
     Whole tensors of an adapter replace the base model's. Where an adapter changes the embedding or the head of a model
@@ -104,7 +104,7 @@ def merge(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
     )
 
 
-def _check_alone(adapter: Adapter, count: int) -> None:
+def _check_alone(adapter: PeftAdapter, count: int) -> None:
     """Refuse what has a meaning only for an adapter by itself, or none when merged."""
     if adapter.invocation:
         raise LoadError(
@@ -123,7 +123,7 @@ def _check_alone(adapter: Adapter, count: int) -> None:
         raise LoadError(f"{adapter.name}: it replaces {some(replaced)}, which has no half-way; leave the scale out")
 
 
-def _whole_tensors(adapters: Sequence[Adapter]) -> dict[str, tuple[Folder, Tensor]]:
+def _whole_tensors(adapters: Sequence[PeftAdapter]) -> dict[str, tuple[Folder, Tensor]]:
     """Collect the tensors that stand in for the base model's. Raises LoadError if two adapters claim one."""
     whole: dict[str, tuple[Folder, Tensor]] = {}
     for adapter in adapters:
@@ -135,7 +135,7 @@ def _whole_tensors(adapters: Sequence[Adapter]) -> dict[str, tuple[Folder, Tenso
     return whole
 
 
-def _steps(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, list[Step]]:
+def _steps(checkpoint: Checkpoint, adapters: Sequence[PeftAdapter]) -> dict[str, list[Step]]:
     """Turn the adapters' pairs and rows into steps, by tensor name."""
     steps: dict[str, list[Step]] = {}
     for adapter in adapters:
@@ -154,12 +154,12 @@ def _steps(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, lis
     return steps
 
 
-def _count(adapter: Adapter) -> str:
+def _count(adapter: PeftAdapter) -> str:
     replaced = f" and replaces {len(adapter.whole)}" if adapter.whole else ""
     return f"which changes {len(adapter.pairs) + len(adapter.rows)} tensors{replaced}"
 
 
-def _tokenizer(adapters: Sequence[Adapter]) -> Adapter | None:
+def _tokenizer(adapters: Sequence[PeftAdapter]) -> PeftAdapter | None:
     """Find the adapter that brings a tokenizer. Raises LoadError if several do and they are not the same."""
     bringing = [adapter for adapter in adapters if any(adapter.folder.has(name) for name in VOCABULARIES)]
     if not bringing:
@@ -182,7 +182,7 @@ def _content(folder: Folder, name: str) -> bytes | None:
 
 
 def _tells_apart(
-    checkpoint: Checkpoint, adapters: Sequence[Adapter], whole: Mapping[str, tuple[Folder, Tensor]]
+    checkpoint: Checkpoint, adapters: Sequence[PeftAdapter], whole: Mapping[str, tuple[Folder, Tensor]]
 ) -> bool:
     """Say whether a tied head and its embedding become different."""
     embedding, head = checkpoint.embedding, checkpoint.head

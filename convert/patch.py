@@ -15,7 +15,7 @@ from metaalign_edge_runtime.errors import LoadError
 
 from .folder import Folder
 from .ggml import to_float32
-from .shards import STORED_AS, Array, Files, Tensor, read_rows
+from .shards import STORED_AS, Array, Tensor, WeightFiles, read_rows
 
 COMPARED = 2**24  # bytes of a tensor that are compared at a time
 
@@ -113,7 +113,7 @@ def same_numbers(folder: Folder, tensor: Tensor, other_folder: Folder, other: Te
         return False
     rows = tensor.shape[0]
     step = max(1, COMPARED // max(1, tensor.nbytes // max(1, rows)))
-    with Files(folder.open) as files, Files(other_folder.open) as others:
+    with WeightFiles(folder.open) as files, WeightFiles(other_folder.open) as others:
         for first in range(0, rows, step):
             count = min(step, rows - first)
             ours, theirs = read_rows(files, tensor, first, count), read_rows(others, other, first, count)
@@ -124,7 +124,7 @@ def same_numbers(folder: Folder, tensor: Tensor, other_folder: Folder, other: Te
 
 def read_numbers(folder: Folder, tensor: Tensor, first: int, count: int) -> Array:
     """Read ``count`` rows as float32. Raises LoadError for NaN and infinity."""
-    with Files(folder.open) as files:
+    with WeightFiles(folder.open) as files:
         return _finite(tensor, to_float32(read_rows(files, tensor, first, count), tensor.dtype))
 
 
@@ -132,7 +132,7 @@ def read_columns(folder: Folder, tensor: Tensor, first: int, count: int) -> Arra
     """Read ``count`` columns of a matrix as float32, without the others. Raises LoadError for NaN and infinity."""
     rows, columns = tensor.shape
     item = STORED_AS[tensor.dtype].itemsize
-    with Files(folder.open) as files:
+    with WeightFiles(folder.open) as files:
         parts = (
             replace(tensor, shape=(count,), start=tensor.start + (row * columns + first) * item) for row in range(rows)
         )

@@ -46,7 +46,7 @@ TRIAL_LINE = re.compile(
 
 
 @dataclass(frozen=True)
-class Options:
+class QuantizeOptions:
     """How to quantise, beyond the type; the names are those of llama-quantize."""
 
     imatrix: Path | None = None  # an importance matrix, as llama-imatrix writes it
@@ -58,7 +58,7 @@ class Options:
 
     def __bool__(self) -> bool:
         """Say whether anything was asked for."""
-        return self != Options()
+        return self != QuantizeOptions()
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Quantized:
     importance: Mapping[str, Array] = field(default_factory=dict)  # GGUF tensor -> (experts, columns), float32
 
 
-def canonical(outtype: str) -> str:
+def canonical_outtype(outtype: str) -> str:
     """Return the one spelling of an output type: f32, f16, bf16, q8_0, else llama.cpp's. Raises UsageError."""
     if outtype.lower() in OUTTYPES:
         return outtype.lower()
@@ -91,7 +91,7 @@ def canonical(outtype: str) -> str:
     return name
 
 
-def quantized(path: Path, head: Head, outtype: str, options: Options) -> Quantized:
+def quantized(path: Path, head: Head, outtype: str, options: QuantizeOptions) -> Quantized:
     """Say what the GGUF file ``path`` with the head ``head`` becomes. Only the head is looked at.
 
     Raises LoadError if llama.cpp is not installed or refuses, and where an importance matrix is missing or for
@@ -159,7 +159,7 @@ def _weights_for(entry: Entry, matrix: Importance | None) -> Array | None:
 # -- llama.cpp's plan -------------------------------------------------------------------------------------------------
 
 
-def _trial(path: Path, name: str, options: Options, matrix: Importance | None) -> dict[str, Type]:
+def _trial(path: Path, name: str, options: QuantizeOptions, matrix: Importance | None) -> dict[str, Type]:
     """Let llama.cpp plan, and return the type of each tensor, in the order of writing."""
     try:
         from llama_cpp import llama_cpp as llama

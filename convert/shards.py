@@ -174,8 +174,8 @@ def reopener(folder: Folder, known: Iterable[Tensor]) -> Callable[[str], BinaryI
     return reopen
 
 
-class Files:
-    """Files of weights, each opened when first read from; any number of threads may read.
+class WeightFiles:
+    """Files of weights, each opened when it is first read from; any number of threads may read.
 
     Use it in a ``with``: at the end it makes sure that no file was changed meanwhile.
     """
@@ -186,7 +186,7 @@ class Files:
         self._lock = threading.Lock()
         self._files: dict[str, tuple[BinaryIO, tuple[int, int]]] = {}
 
-    def __enter__(self) -> Files:
+    def __enter__(self) -> WeightFiles:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -218,7 +218,7 @@ def _stamp(file: BinaryIO) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def read_rows(files: Files, tensor: Tensor, first: int, count: int) -> Array:
+def read_rows(files: WeightFiles, tensor: Tensor, first: int, count: int) -> Array:
     """Read ``count`` rows (along the first dimension) as stored: bfloat16 comes as uint16."""
     data: Array = np.empty((count, *tensor.shape[1:]), STORED_AS[tensor.dtype])
     files.read_into(tensor.shard, tensor.start + first * math.prod(tensor.shape[1:]) * data.itemsize, data)

@@ -25,7 +25,7 @@ STOPS = {
 
 
 @dataclass(frozen=True)
-class Files:
+class TokenizerFiles:
     """What the checkpoint's files say, each a parsed JSON object."""
 
     tokenizer: Mapping[str, Any]  # tokenizer.json, empty if there is none
@@ -59,7 +59,7 @@ def named(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def find_special(
-    files: Files,
+    files: TokenizerFiles,
     ids: Mapping[str, int],
     tokens: list[str],
     control: set[int],
@@ -106,7 +106,7 @@ def find_special(
     return special
 
 
-def _stops(files: Files, tokens: list[str], control: set[int], special: Special) -> None:
+def _stops(files: TokenizerFiles, tokens: list[str], control: set[int], special: Special) -> None:
     """Find an end token if none has been named yet, and the further ones at which transformers would stop."""
     name, value = "generation_config.json", files.generation.get("eos_token_id")
     if value is None:

@@ -18,7 +18,7 @@ from .bpe import check_model, read_byte_level, read_sentencepiece_style, refuse_
 from .folder import MB, Folder
 from .pretokenizers import Signature, signature
 from .sentencepiece import parse_model, read_pieces
-from .special import Files, Special, find_special, named
+from .special import Special, TokenizerFiles, find_special, named
 from .tokens import Token, Tokens
 
 TOKENIZER_LIMIT = 200 * MB
@@ -91,7 +91,7 @@ def read_vocabulary(
     tokens = [token.text for token in table]
     control = {number for number, token in enumerate(table) if token.kind == TokenType.CONTROL}
     ids = {text: number for text, number in read.tokens.ids.items() if number < rows}
-    files = Files(tokenizer, settings, names, config, folder.json("generation_config.json"))
+    files = TokenizerFiles(tokenizer, settings, names, config, folder.json("generation_config.json"))
     special = find_special(files, ids, tokens, control, rules.end, (rules.eot_by_rows or {}).get(rows, rules.eot))
     _say_what_is_added(special, read.model, rows in rules.no_bos_rows)
     return Vocabulary(

@@ -34,12 +34,12 @@ from .ggml import encoded_size, to_float32
 from .output import check_output, check_space, whole_file
 from .patch import Patch
 from .prove import choose_pre_tokenizer, prove_pre_tokenizer
-from .quantize import Options, canonical, quantized
-from .shards import STORED_AS, Array, Files, Tensor, read_rows, reopener
+from .quantize import QuantizeOptions, canonical_outtype, quantized
+from .shards import STORED_AS, Array, Tensor, WeightFiles, read_rows, reopener
 
 CHUNK = 2**20  # bytes of source that a thread has at a time; little enough for the processor's cache
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-AS_USUAL = Options()
+AS_USUAL = QuantizeOptions()
 Progress = Callable[[str, int, int], None]  # GGUF tensor name, bytes of the file's weights done, and in all
 Verify = Callable[[Path], Iterable[str]]  # looks at the finished file before it gets its name; says what it found
 
@@ -74,7 +74,7 @@ class Source(Protocol):
 class Stored:
     """A tensor of the checkpoint."""
 
-    files: Files
+    files: WeightFiles
     tensor: Tensor
     patch: Patch | None  # what adapters change
     transform: Transform | None
@@ -133,7 +133,7 @@ class Made:
 class Packed:
     """A tensor of a GGUF file."""
 
-    files: Files
+    files: WeightFiles
     file: str
     entry: Entry
     unit = 1
@@ -181,7 +181,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """What a file will hold. No weight has been read yet, and nothing written."""
 
     origin: Path  # the checkpoint's folder, or the GGUF file
@@ -191,7 +191,7 @@ class Plan:
     template: str | None  # its name; "keep": the checkpoint's own; "custom": another; None: there is none
     head: bytes
     tensors: tuple[Planned, ...]
-    files: Files
+    files: WeightFiles
     checks: tuple[str, ...]  # what the user should know
     before: tuple[Callable[[], Iterable[str]], ...] = field(default=(), repr=False)  # to be proven before the writing
 
@@ -238,8 +238,8 @@ def plan_checkpoint(
     template_name: str | None = None,
     pre: str | None = None,
     check: bool = True,
-    options: Options = AS_USUAL,
-) -> Plan:
+    options: QuantizeOptions = AS_USUAL,
+) -> ConversionPlan:
     """Plan the file that a checkpoint becomes.
 
     outtype: one of OUTTYPES, or any type of llama-quantize, in any case. chat_template: None keeps the checkpoint's
@@ -249,10 +249,10 @@ def plan_checkpoint(
 
     Raises LoadError.
     """
-    outtype = canonical(outtype)
+    outtype = canonical_outtype(outtype)
     pre = choose_pre_tokenizer(checkpoint, pre)
     templates = templates_to_write(checkpoint.templates, chat_template)
-    files = Files(reopener(checkpoint.folder, [tensor for tensor, _ in checkpoint.mapped]))
+    files = WeightFiles(reopener(checkpoint.folder, [tensor for tensor, _ in checkpoint.mapped]))
     direct = outtype in OUTTYPES and not options
     tensors = plan_tensors(checkpoint, outtype if direct else None, files)
     writer = describe(checkpoint, outtype if direct else "f32", pre, templates, template_name)
@@ -269,7 +269,7 @@ def plan_checkpoint(
     proofs: list[Callable[[], Iterable[str]]] = [lambda: _tied_head_is_equal(checkpoint)]
     if check:
         proofs.insert(0, lambda: [prove_pre_tokenizer(checkpoint, pre)])
-    return Plan(
+    return ConversionPlan(
         origin=checkpoint.folder.root,
         architecture=checkpoint.architecture,
         parameters=checkpoint.parameters,
@@ -289,7 +289,7 @@ def _template_word(checkpoint: Checkpoint, templates: Mapping[str, str], name: s
     return name or ("keep" if templates["default"] == checkpoint.chat_template else "custom")
 
 
-def plan_tensors(checkpoint: Checkpoint, outtype: str | None, files: Files) -> list[Planned]:
+def plan_tensors(checkpoint: Checkpoint, outtype: str | None, files: WeightFiles) -> list[Planned]:
     """List the file's tensors in order: those made from the configuration, then those of the shards.
 
     outtype: one of OUTTYPES, None: each matrix in the type that it is stored in.
@@ -305,12 +305,12 @@ def plan_tensors(checkpoint: Checkpoint, outtype: str | None, files: Files) -> l
     return plan
 
 
-def plan_gguf(path: Path, outtype: str = "q8_0", *, options: Options = AS_USUAL) -> Plan:
+def plan_gguf(path: Path, outtype: str = "q8_0", *, options: QuantizeOptions = AS_USUAL) -> ConversionPlan:
     """Plan to quantise a GGUF file, in float or quantised already, anew; its other keys stay as they are.
 
     Raises NotFound or LoadError.
     """
-    outtype = canonical(outtype)
+    outtype = canonical_outtype(outtype)
     head = read_head(path)
     architecture = head.text("general.architecture")
     if not head.entries or architecture is None:
@@ -318,7 +318,7 @@ def plan_gguf(path: Path, outtype: str = "q8_0", *, options: Options = AS_USUAL)
     if (head.number("split.count") or 1) > 1:
         raise LoadError(f"{path}: one of several parts; join them first with llama.cpp's llama-gguf-split --merge")
     result = quantized(path, head, outtype, options)
-    files = Files(lambda name: path.open("rb"))
+    files = WeightFiles(lambda name: path.open("rb"))
     entries = {entry.name: entry for entry in head.entries}
     tensors = tuple(
         Planned(name, entries[name].shape, kind, Packed(files, path.name, entries[name]), result.importance.get(name))
@@ -327,7 +327,7 @@ def plan_gguf(path: Path, outtype: str = "q8_0", *, options: Options = AS_USUAL)
     again = {entry.kind.name for entry in head.entries if entry.kind.name not in STORED_AS}
     again -= {"Q8_0"} | {tensor.kind.name for tensor in tensors}
     checks = [f"warning: quantised already ({some(sorted(again))}): an original in F16 gives better results"]
-    return Plan(
+    return ConversionPlan(
         origin=path.resolve(),
         architecture=architecture,
         parameters=sum(entry.nbytes and int(np.prod(entry.shape)) for entry in head.entries),
@@ -341,7 +341,7 @@ def plan_gguf(path: Path, outtype: str = "q8_0", *, options: Options = AS_USUAL)
 
 
 def _planned_by_llama_cpp(
-    head: bytes, tensors: list[Planned], outtype: str, options: Options
+    head: bytes, tensors: list[Planned], outtype: str, options: QuantizeOptions
 ) -> tuple[bytes, list[Planned]]:
     """Let llama.cpp choose the types, on a file with holes for weights. Returns the head and the tensors in order."""
     with tempfile.TemporaryDirectory(prefix="metaalign-edge-") as folder:
@@ -372,12 +372,12 @@ def write_gguf(
     force: bool = False,
     pre: str | None = None,
     check: bool = True,
-    options: Options = AS_USUAL,
+    options: QuantizeOptions = AS_USUAL,
     progress: Progress | None = None,
     verify: Verify | None = None,
 ) -> Conversion:
     """Convert ``checkpoint`` to the GGUF file ``output``; see ``plan_checkpoint`` and ``write_plan``."""
-    canonical(outtype)
+    canonical_outtype(outtype)
     check_output(output, force)
     plan = plan_checkpoint(
         checkpoint,
@@ -392,7 +392,12 @@ def write_gguf(
 
 
 def write_plan(
-    plan: Plan, output: Path, *, force: bool = False, progress: Progress | None = None, verify: Verify | None = None
+    plan: ConversionPlan,
+    output: Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    verify: Verify | None = None,
 ) -> Conversion:
     """Write the GGUF file ``output``. Memory stays small whatever the model.
 
@@ -441,7 +446,7 @@ def step(tensor: Planned) -> int:
     return min(rows, tensor.source.rows)
 
 
-def _pieces(plan: Plan) -> Iterator[Piece]:
+def _pieces(plan: ConversionPlan) -> Iterator[Piece]:
     """Cut the tensors into chunks, in order; none crosses from one expert's matrix into another's."""
     for tensor in plan.tensors:
         rows = tensor.source.rows
@@ -478,7 +483,7 @@ def _encoded(pieces: Iterator[Piece]) -> Generator[tuple[Piece, Encoded], None, 
                 future.cancel()
 
 
-def _write_tensors(plan: Plan, file: BinaryIO, progress: Progress | None) -> list[str]:
+def _write_tensors(plan: ConversionPlan, file: BinaryIO, progress: Progress | None) -> list[str]:
     """Write the weights. Returns a sentence if float16 was too small for some."""
     total, done, size = sum(tensor.nbytes for tensor in plan.tensors), 0, 0
     too_large: dict[str, float] = {}
@@ -508,7 +513,7 @@ def _tied_head_is_equal(checkpoint: Checkpoint) -> tuple[str, ...]:
         return ()
     embedding = next(tensor for tensor, _ in checkpoint.mapped if tensor.name == checkpoint.embedding)
     count = max(1, CHUNK // max(1, embedding.nbytes // embedding.shape[0]))
-    with Files(reopener(checkpoint.folder, (head, embedding))) as files:
+    with WeightFiles(reopener(checkpoint.folder, (head, embedding))) as files:
         for row in range(0, head.shape[0], count):
             rows = min(count, head.shape[0] - row)
             same = head.dtype == embedding.dtype and np.array_equal(

@@ -25,7 +25,7 @@ from llama_cpp import Llama, llama_cpp
 import metaalign_edge as edge
 import metaalign_edge_convert.ggml as ggml
 import metaalign_edge_convert.writer as writer
-from metaalign_edge_convert import Options, open_checkpoint, plan_checkpoint, plan_gguf, write_gguf, write_plan
+from metaalign_edge_convert import QuantizeOptions, open_checkpoint, plan_checkpoint, plan_gguf, write_gguf, write_plan
 from metaalign_edge_convert.encode import encode, magnitude
 from metaalign_edge_convert.quantize import MIXTURES
 from metaalign_edge_runtime.errors import CannotWrite, LoadError, NotFound, UsageError
@@ -248,7 +248,7 @@ def test_what_was_quantised_before_is_pointed_out(source: Path, tmp_path: Path) 
 def test_the_options_do_what_llama_quantizes_do(
     options: dict[str, Any], params: dict[str, Any], wide: Path, source: Path, tmp_path: Path
 ) -> None:
-    checkpoint, how = open_checkpoint(wide), Options(**options)
+    checkpoint, how = open_checkpoint(wide), QuantizeOptions(**options)
     for name in ("Q4_K_M", "q8_0"):
         output = tmp_path / f"{name}.gguf"
         write_gguf(checkpoint, output, outtype=name, check=False, template_name="metaalign", options=how)
@@ -258,7 +258,7 @@ def test_the_options_do_what_llama_quantizes_do(
 
 def test_single_tensors_can_be_given_a_type(wide: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(wide)
-    how = Options(tensor_types=("attn_v=q8_0", "blk.1.ffn_.*=Q6_K"))
+    how = QuantizeOptions(tensor_types=("attn_v=q8_0", "blk.1.ffn_.*=Q6_K"))
     write_gguf(checkpoint, tmp_path / "x.gguf", outtype="Q4_0", check=False, options=how)
     found = types(tmp_path / "x.gguf")
     assert (found["blk.0.attn_v.weight"], found["blk.0.ffn_up.weight"], found["blk.1.ffn_up.weight"]) == (
@@ -272,7 +272,7 @@ def test_single_tensors_can_be_given_a_type(wide: Path, tmp_path: Path) -> None:
         ("(=q8_0", r"llama\.cpp cannot quantise this to Q4_0"),
     ):
         with pytest.raises(LoadError, match=message):
-            plan_checkpoint(checkpoint, "Q4_0", check=False, options=Options(tensor_types=(wrong,)))
+            plan_checkpoint(checkpoint, "Q4_0", check=False, options=QuantizeOptions(tensor_types=(wrong,)))
 
 
 @pytest.mark.parametrize(("name", "old"), [("Q4_K_M", False), ("IQ4_NL", True)])
@@ -285,7 +285,7 @@ def test_an_importance_matrix_weighs_the_errors_as_it_does_in_llama_cpp(
         tmp_path / "ours.gguf",
         outtype=name,
         check=False,
-        options=Options(imatrix=tmp_path / "tiny.imatrix"),
+        options=QuantizeOptions(imatrix=tmp_path / "tiny.imatrix"),
     )
     rows = (llama_cpp.llama_model_imatrix_data * (len(weights) + 1))()
     for row, (tensor, values) in zip(rows, weights.items(), strict=False):
@@ -309,7 +309,7 @@ def test_an_importance_matrix_that_does_not_fit_is_refused(wide: Path, source: P
     checkpoint, path = open_checkpoint(wide), tmp_path / "x.imatrix"
 
     def plan(name: str = "Q4_K_M") -> None:
-        plan_checkpoint(checkpoint, name, check=False, options=Options(imatrix=path))
+        plan_checkpoint(checkpoint, name, check=False, options=QuantizeOptions(imatrix=path))
 
     with pytest.raises(LoadError, match=r"IQ2_XXS needs an importance matrix for blk\.0\..*llama-imatrix"):
         plan_checkpoint(checkpoint, "IQ2_XXS", check=False)
