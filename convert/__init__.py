@@ -19,9 +19,10 @@ from .encode import OUTTYPES as _OUTTYPES
 from .lora import PeftAdapter, open_adapter
 from .merge import merge
 from .output import check_output
+from .plan import ConversionPlan, plan_checkpoint, plan_gguf
 from .prove import prove_pre_tokenizer
 from .quantize import QuantizeOptions, canonical_outtype
-from .writer import Conversion, ConversionPlan, plan_checkpoint, plan_gguf, write_gguf, write_plan
+from .writer import Conversion, write_gguf, write_plan
 
 OUTTYPES = tuple(_OUTTYPES)
 

@@ -31,7 +31,7 @@ from checkpoints import (
 )
 from llama_cpp import Llama
 
-import metaalign_edge_convert.writer as writer
+import metaalign_edge_convert.plan as planning
 from metaalign_edge_convert import OUTTYPES, open_checkpoint, prove_pre_tokenizer, write_gguf
 from metaalign_edge_convert.pretokenizers import TABLE
 from metaalign_edge_convert.prove import TEXTS
@@ -160,7 +160,7 @@ def test_how_the_weights_are_stored_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_small_chunks_of_rows_give_the_same_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = convert(folder, "q8_0").read_bytes()
-    monkeypatch.setattr(writer, "CHUNK", 5000)
+    monkeypatch.setattr(planning, "CHUNK", 5000)
     assert convert(folder, "q8_0").read_bytes() == whole
 
 

@@ -24,8 +24,9 @@ from llama_cpp import Llama, llama_cpp
 
 import metaalign_edge as edge
 import metaalign_edge_convert.ggml as ggml
-import metaalign_edge_convert.writer as writer
+import metaalign_edge_convert.plan as planning
 from metaalign_edge_convert import QuantizeOptions, open_checkpoint, plan_checkpoint, plan_gguf, write_gguf, write_plan
+from metaalign_edge_convert.container import read_head
 from metaalign_edge_convert.encode import encode, magnitude
 from metaalign_edge_convert.quantize import MIXTURES
 from metaalign_edge_runtime.errors import CannotWrite, LoadError, NotFound, UsageError
@@ -395,7 +396,7 @@ def test_a_damaged_head_never_leads_to_anything_but_a_convert_error(source: Path
         data[int(draw.integers(4, 2000))] = int(draw.integers(256))
         path.write_bytes(data)
         with contextlib.suppress(LoadError):
-            writer.read_head(path)
+            read_head(path)
 
 
 def test_a_part_of_a_split_model_is_refused(source: Path, tmp_path: Path) -> None:
@@ -431,7 +432,7 @@ def test_nan_in_a_gguf_file_is_refused(source: Path, tmp_path: Path) -> None:
 
 def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_checkpoint(tmp_path / "tiny")
-    monkeypatch.setattr(writer, "CHUNK", 5000)
+    monkeypatch.setattr(planning, "CHUNK", 5000)
 
     def shrink(name: str, done: int, total: int) -> None:
         os.truncate(folder / "model.safetensors", 5000)
@@ -547,7 +548,7 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     grown, said = map(float, done.stdout.split())
     assert grown < said + 10
-    assert said < 40 + 8 * writer.WORKERS
+    assert said < 40 + 8 * planning.WORKERS
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

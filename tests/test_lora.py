@@ -28,7 +28,8 @@ from checkpoints import (
 from families import FAMILIES, configuration, make_family, weights
 from llama_cpp import Llama
 
-from metaalign_edge_convert import merge, open_adapter, open_checkpoint, write_adapter, write_gguf, writer
+import metaalign_edge_convert.plan as planning
+from metaalign_edge_convert import merge, open_adapter, open_checkpoint, write_adapter, write_gguf
 from metaalign_edge_runtime.errors import CannotWrite, LoadError, NotFound
 
 Weights = dict[str, np.ndarray]
@@ -63,7 +64,7 @@ TIED = {"tie_word_embeddings": True}
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every matrix come in several chunks, as real ones do."""
-    monkeypatch.setattr(writer, "CHUNK", 9000)
+    monkeypatch.setattr(planning, "CHUNK", 9000)
 
 
 @pytest.fixture
@@ -342,7 +343,7 @@ def test_rows_of_some_tokens_are_replaced_at_both_ends_of_a_tied_model(tied: boo
 def test_a_bias_of_the_adapter_is_added_to_that_of_the_base_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "CHUNK", 128)
+    monkeypatch.setattr(planning, "CHUNK", 128)
     folder = make_checkpoint(tmp_path / "tiny", attention_bias=True)
     base = random_weights({**CONFIG, "attention_bias": True})
     tensors = matrices((QUERY,), base)
