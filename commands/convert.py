@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -19,9 +20,13 @@ from metaalign_edge_runtime.llama.interrupt import stopping_at
 from metaalign_edge_runtime.stores import hub
 
 from .measure import trial
-from .options.groups import ForceOption, JsonOption, OfflineOption, QuietOption, VerboseOption, option
+from .options import command
+from .options.groups import ForceOption, JsonOption, OfflineOption, Talk, option
 from .terminal.progress import progress_bar
 from .terminal.screen import Screen
+
+if TYPE_CHECKING:  # imported when the command runs: numpy and gguf take their time
+    from metaalign_edge_convert import Checkpoint, Conversion, ConversionPlan, PeftAdapter, QuantizeOptions
 
 SourceArgument = Annotated[
     str,
@@ -74,27 +79,57 @@ TensorTypeOption = Annotated[
 PureOption = Annotated[bool, option("--pure", help="One type for all matrices, no mixture.", panel=QUANTISATION)]
 
 
+class Wanted(NamedTuple):
+    """What the file shall hold, and where it goes."""
+
+    output: OutputOption = None
+    outtype: OuttypeOption = None
+    lora: LoraOption = None
+    lora_only: LoraOnlyOption = False
+    template: CarriedTemplateOption = "auto"
+    pre: PreOption = None
+
+    def target(self, name: str, outtype: str) -> Path:
+        """Return the path to write: the one that the user gives, else NAME-OUTTYPE.gguf in the working folder."""
+        return self.output or Path(f"{name}-{outtype}.gguf")
+
+
+class Writing(NamedTuple):
+    """How the file is written."""
+
+    dry_run: DryRunOption = False
+    check: CheckOption = True
+    force: ForceOption = False
+
+
+class Quantisation(NamedTuple):
+    """How weights are quantised beyond the type of the file."""
+
+    imatrix: ImatrixOption = None
+    leave_output: LeaveOutputOption = False
+    output_type: OutputTypeOption = None
+    embedding_type: EmbeddingTypeOption = None
+    tensor_type: TensorTypeOption = None
+    pure: PureOption = False
+
+    def options(self) -> QuantizeOptions:
+        """Return them as the converter takes them; they count as false where none is given."""
+        import metaalign_edge_convert as converter
+
+        types = (self.output_type, self.embedding_type, tuple(self.tensor_type or ()))
+        return converter.QuantizeOptions(self.imatrix, self.leave_output, *types, self.pure)
+
+
+@command
 def convert(
     source: SourceArgument,
-    output: OutputOption = None,
-    outtype: OuttypeOption = None,
-    lora: LoraOption = None,
-    lora_only: LoraOnlyOption = False,
-    template: CarriedTemplateOption = "auto",
-    pre: PreOption = None,
-    imatrix: ImatrixOption = None,
-    leave_output: LeaveOutputOption = False,
-    output_type: OutputTypeOption = None,
-    embedding_type: EmbeddingTypeOption = None,
-    tensor_type: TensorTypeOption = None,
-    pure: PureOption = False,
-    dry_run: DryRunOption = False,
-    check: CheckOption = True,
-    force: ForceOption = False,
+    *,
+    wanted: Wanted,
+    quantisation: Quantisation,
+    writing: Writing,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    talk: Talk,
 ) -> None:
     """Convert a tuned Hugging Face checkpoint to GGUF, without torch.
 
@@ -110,56 +145,94 @@ def convert(
 
         metaalign-edge convert my-model-f16.gguf --outtype Q6_K --dry-run
     """
-    screen = Screen(quiet, verbose)
     import metaalign_edge_convert as converter
 
-    outtype = converter.canonical_outtype(outtype or ("f32" if lora_only else "q8_0"))
-    types = (output_type, embedding_type, tuple(tensor_type or ()))
-    options = converter.QuantizeOptions(imatrix, leave_output, *types, pure)
-    if lora_only and (len(lora or []) != 1 or dry_run or options):
+    screen, options = talk.screen(), quantisation.options()
+    outtype = converter.canonical_outtype(wanted.outtype or ("f32" if wanted.lora_only else "q8_0"))
+    if wanted.lora_only and (len(wanted.lora or []) != 1 or writing.dry_run or options):
         raise UsageError("--lora-only writes one adapter: name it with one --lora, without --dry-run or quantisation")
     if is_gguf(Path(source).expanduser()):
-        if pre is not None or lora or template not in ("auto", "keep"):
-            raise UsageError(
-                f"--pre, --lora and --template are for checkpoints: {source} is a GGUF file and keeps what it has"
-            )
-        target = output or Path(f"{stem_of(source)}-{outtype}.gguf")
-        converter.check_output(target, force)
-        plan = converter.plan_gguf(Path(source).expanduser(), outtype, options=options)
+        plan, target = plan_from_gguf(source, wanted, outtype, options, writing)
     else:
         checkpoint = converter.open_checkpoint(hub.find_checkpoint(source, screen.detail, offline))
-        adapters = [open_lora(name, checkpoint, offline, screen) for name in lora or []]
-        if lora_only:
-            target = output or Path(f"{adapters[0].name}-{outtype}.gguf")
-            result = converter.write_adapter(checkpoint, adapters[0], target, outtype=outtype, force=force)
+        adapters = [open_lora(name, checkpoint, offline, screen) for name in wanted.lora or []]
+        if wanted.lora_only:
+            target = wanted.target(adapters[0].name, outtype)
+            result = converter.write_adapter(checkpoint, adapters[0], target, outtype=outtype, force=writing.force)
             report_conversion(result, as_json, screen)
             return
-        target = output or Path(f"{Path(checkpoint.name).name}-{outtype}.gguf")
-        converter.check_output(target, force)
-        checkpoint = converter.merge(checkpoint, adapters) if adapters else checkpoint
-        name, text = edge.conversion_template(template, checkpoint)
-        plan = converter.plan_checkpoint(
-            checkpoint, outtype, chat_template=text, template_name=name, pre=pre, check=check, options=options
-        )
-    if dry_run:
+        plan, target = plan_from_checkpoint(checkpoint, adapters, wanted, outtype, options, writing)
+    if writing.dry_run:
         show_plan(plan, target, as_json, screen)
         return
-    verify = functools.partial(trial.verify_conversion, settings=Settings(verbose=verbose)) if check else None
+    verify = functools.partial(trial.verify_conversion, settings=Settings(verbose=talk.verbose))
     with progress_bar(screen) as bar, stopping_at(bar) as progress:
-        result = converter.write_plan(plan, target, force=force, progress=progress, verify=verify)
+        result = converter.write_plan(
+            plan, target, force=writing.force, progress=progress, verify=verify if writing.check else None
+        )
     report_conversion(result, as_json, screen)
 
 
-def open_lora(name: str, checkpoint: Any, offline: bool, screen: Screen) -> Any:
-    """Open the LoRA adapter `name`, a folder or a hub id, with `:SCALE` behind it or without."""
-    folder, scale = edge.split_scale(name)
+def plan_from_gguf(
+    source: str, wanted: Wanted, outtype: str, options: QuantizeOptions, writing: Writing
+) -> tuple[ConversionPlan, Path]:
+    """Plan to quantise a GGUF file anew; return the plan and the path to write.
+
+    Raises:
+        UsageError: an option is for checkpoints only, or the output exists. EdgeError: it cannot be read or quantised.
+    """
     import metaalign_edge_convert as converter
 
+    if wanted.pre is not None or wanted.lora or wanted.template not in ("auto", "keep"):
+        raise UsageError(
+            f"--pre, --lora and --template are for checkpoints: {source} is a GGUF file and keeps what it has"
+        )
+    target = wanted.target(stem_of(source), outtype)
+    converter.check_output(target, writing.force)
+    return converter.plan_gguf(Path(source).expanduser(), outtype, options=options), target
+
+
+def plan_from_checkpoint(
+    checkpoint: Checkpoint,
+    adapters: Sequence[PeftAdapter],
+    wanted: Wanted,
+    outtype: str,
+    options: QuantizeOptions,
+    writing: Writing,
+) -> tuple[ConversionPlan, Path]:
+    """Plan to convert a checkpoint with some adapters merged in; return the plan and the path to write.
+
+    Raises:
+        UsageError: the output exists, or there is no such template. EdgeError: it cannot be converted like that.
+    """
+    import metaalign_edge_convert as converter
+
+    target = wanted.target(Path(checkpoint.name).name, outtype)
+    converter.check_output(target, writing.force)
+    checkpoint = converter.merge(checkpoint, adapters) if adapters else checkpoint
+    name, text = edge.conversion_template(wanted.template, checkpoint)
+    plan = converter.plan_checkpoint(
+        checkpoint,
+        outtype,
+        chat_template=text,
+        template_name=name,
+        pre=wanted.pre,
+        check=writing.check,
+        options=options,
+    )
+    return plan, target
+
+
+def open_lora(name: str, checkpoint: Checkpoint, offline: bool, screen: Screen) -> PeftAdapter:
+    """Open the LoRA adapter that DIR or DIR:SCALE names, DIR being a folder or a hub id."""
+    import metaalign_edge_convert as converter
+
+    folder, scale = edge.split_scale(name)
     return converter.open_adapter(hub.find_checkpoint(folder, screen.detail, offline), checkpoint, scale)
 
 
 def stem_of(source: str) -> str:
-    """Return a GGUF file's name without the type that stands at its end."""
+    """Return the name of a GGUF file without its suffix and without the type at its end: `tiny` of tiny-Q8_0.gguf."""
     import metaalign_edge_convert as converter
 
     name = Path(source).stem
@@ -171,8 +244,8 @@ def stem_of(source: str) -> str:
     return stem or name
 
 
-def show_plan(plan: Any, target: Path, as_json: bool, screen: Screen) -> None:
-    """Print what `convert` would write, and what it would need."""
+def show_plan(plan: ConversionPlan, target: Path, as_json: bool, screen: Screen) -> None:
+    """Print what `convert` would write, and the disk space and memory that it would need."""
     free = shutil.disk_usage(target.parent).free
     megabytes = memory.peak_mb() + plan.memory / 1e6
     tensors = {kind: {"count": count, "bytes": size} for kind, (count, size) in plan.by_type().items()}
@@ -202,8 +275,8 @@ def show_plan(plan: Any, target: Path, as_json: bool, screen: Screen) -> None:
     screen.lines(rows)
 
 
-def report_conversion(result: Any, as_json: bool, screen: Screen) -> None:
-    """Say what `convert` did, and what was checked; warnings even without -v."""
+def report_conversion(result: Conversion, as_json: bool, screen: Screen) -> None:
+    """Print the outcome of `convert` and of its checks: warnings always, the other checks with -v."""
     for line in result.checks:
         if line.startswith("warning: "):
             screen.note(f"metaalign-edge: {line}")
