@@ -9,7 +9,7 @@
     write_gguf(merge(checkpoint, [adapter]), Path("my-tuned-model.gguf"))
     write_adapter(checkpoint, adapter, Path("my-lora.gguf"))
 
-An architecture is one small piece of data (``llama.py``), a pre-tokenizer one row of a table (``pretokenizers.py``).
+An architecture is one small piece of data (`llama.py`), a pre-tokenizer one row of a table (`pretokenizers.py`).
 """
 
 from .adapter import write_adapter

@@ -1,7 +1,7 @@
-"""A LoRA adapter as a GGUF file of its own, which llama.cpp lays over the base model while it runs.
+"""A LoRA adapter as a GGUF file of its own, which llama.cpp applies to the base model at run time.
 
-Tensors and keys follow llama.cpp's convert_lora_to_gguf.py (MIT). At run time the change is ``alpha / rank * B @ A``,
-with one alpha for the whole file and the rank of each B; what does not fit into that is folded into B, or refused.
+Tensors and keys follow llama.cpp's convert_lora_to_gguf.py (MIT). At run time the change is `alpha / rank * B @ A`,
+with one alpha for the whole file and the rank of each B. Other scales are multiplied into B; the rest is refused.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ INSTEAD = "merge it instead (leave --lora-only out)"
 
 @dataclass(frozen=True)
 class Half:
-    """One tensor of the file: the A or the B of a pair."""
+    """One tensor of the file: A or B of a pair."""
 
     name: str
     shape: tuple[int, ...]
     kind: Type
     pair: Pair
-    transform: Transform | None  # of the base model's tensor, which is one of B's rows too
+    transform: Transform | None  # that the base model's tensor goes through; it applies to the rows of B, too
 
 
 def write_adapter(
     checkpoint: Checkpoint, adapter: PeftAdapter, output: Path, *, outtype: str = "f32", force: bool = False
 ) -> Conversion:
-    """Write ``adapter`` as the GGUF file ``output``, for GGUFs that were converted from ``checkpoint``, its base model.
+    """Write `adapter` as the GGUF file `output`, for GGUFs that were converted from `checkpoint`, its base model.
 
     outtype: one of OUTTYPES. force: replace an existing file.
 
@@ -66,7 +66,7 @@ def write_adapter(
     _check_expressible(checkpoint, adapter)
     halves = list(_plan(checkpoint, adapter, OUTTYPES[outtype][0]))
     writer = _describe(checkpoint, adapter, halves)
-    for half in halves:  # the library takes the type from raw_dtype
+    for half in halves:  # with a ggml type given, the library ignores the numpy type
         size = encoded_size(half.shape, half.kind)
         writer.add_tensor_info(half.name, half.shape, np.dtype(np.float32), size, half.kind)
     check_space(output, sum(encoded_size(half.shape, half.kind) for half in halves))
@@ -91,7 +91,7 @@ def write_adapter(
 
 
 def _check_expressible(checkpoint: Checkpoint, adapter: PeftAdapter) -> None:
-    """Refuse what llama.cpp could not do, or would do wrongly, with an adapter."""
+    """Refuse an adapter that llama.cpp could not apply, or would apply wrongly."""
     pairs = adapter.pairs
     if adapter.scale != 1:
         raise LoadError(f"{adapter.name}: a scale belongs to the run (llama.cpp's --lora-scaled), not into the adapter")
@@ -117,8 +117,8 @@ def _plan(checkpoint: Checkpoint, adapter: PeftAdapter, wanted: Type) -> Iterato
     for output in checkpoint.outputs():
         outputs.setdefault(output.tensor.name, []).append(output)
     for source, pair in adapter.pairs.items():
-        a = pair.a.shape[::-1] if pair.embedding else pair.a.shape  # llama.cpp looks up rows of the embedding's
-        for output in outputs[source]:  # more than one where the tensor is taken apart: each has the same A
+        a = pair.a.shape[::-1] if pair.embedding else pair.a.shape  # llama.cpp looks up rows of it, one a token
+        for output in outputs[source]:  # several where the tensor is split: all have the same A
             b = pair.b.shape if pair.embedding else (output.shape[0], pair.b.shape[1])
             for suffix, shape in ((".lora_a", a), (".lora_b", b)):
                 kind = choose_type(output.name, shape, wanted)
@@ -126,7 +126,7 @@ def _plan(checkpoint: Checkpoint, adapter: PeftAdapter, wanted: Type) -> Iterato
 
 
 def _describe(checkpoint: Checkpoint, adapter: PeftAdapter, halves: list[Half]) -> GGUFWriter:
-    """Return a writer that holds every key of the file, and no tensors yet."""
+    """Return a writer that holds all keys of the file, but no tensors yet."""
     writer = GGUFWriter(None, checkpoint.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -145,7 +145,7 @@ def _describe(checkpoint: Checkpoint, adapter: PeftAdapter, halves: list[Half]) 
 
 
 def _numbers(adapter: PeftAdapter, half: Half) -> Array:
-    """Read one tensor as float32, turned into what llama.cpp expects."""
+    """Read one tensor as float32, in the layout and with the scale that llama.cpp expects."""
     pair = half.pair
     tensor = pair.a if half.name.endswith(".lora_a") else pair.b
     numbers = read_numbers(adapter.folder, tensor, 0, tensor.shape[0])
@@ -153,4 +153,6 @@ def _numbers(adapter: PeftAdapter, half: Half) -> Array:
         return numbers.T if pair.embedding else numbers
     if pair.strength != adapter.strength:
         numbers = numbers * np.float32(pair.strength / adapter.strength)
-    return half.transform.apply(numbers) if half.transform else numbers  # a choice of rows of B @ A is one of B's
+    return (
+        half.transform.apply(numbers) if half.transform else numbers
+    )  # to reorder or pick rows of B @ A is to do it to B

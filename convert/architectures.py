@@ -27,7 +27,7 @@ Pair = tuple[str, Value]  # a GGUF key below the architecture's name, and its va
 
 @dataclass(frozen=True)
 class Key:
-    """A whole number (``u32``) or a number (``f32``) in GGUF, and the names it goes by in config.json."""
+    """A whole number (`u32`) or a number (`f32`) in GGUF, and the names it goes by in config.json."""
 
     name: str
     kind: str
@@ -48,7 +48,7 @@ class Computed:
 
 @dataclass(frozen=True)
 class Transform:
-    """A change to a tensor's rows, ``unit`` rows at a time, so that no tensor has to be in memory whole."""
+    """A change to a tensor's rows, `unit` rows at a time, so that no tensor has to be in memory whole."""
 
     unit: int
     apply: Callable[[Array], Array]
@@ -63,14 +63,14 @@ Guard = Callable[[Config], "str | None"]  # refuses what GGUF cannot express; re
 class Part:
     """One of the GGUF tensors that a Hugging Face tensor is taken apart into."""
 
-    gguf: str  # its name; ``{}`` is the layer
+    gguf: str  # its name; `{}` is the layer
     rows: str  # the name of its number of rows
     transform: Make  # picks the rows
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One Hugging Face tensor: its name (``{}`` is the layer), the names of its sizes, and when it exists."""
+    """One Hugging Face tensor: its name (`{}` is the layer), the names of its sizes, and when it exists."""
 
     name: str
     shape: tuple[str, ...]
@@ -239,7 +239,7 @@ def refuse_other_head_size(config: Config) -> None:
 
 
 def refuse_rope(*kinds: str, share: bool = False, layered: bool = False) -> Guard:
-    """Refuse RoPE of other ``kinds``; turning a share of each head, and layers that differ, unless they may."""
+    """Refuse RoPE of other `kinds`; turning a share of each head, and layers that differ, unless they may."""
 
     def guard(config: Config) -> str | None:
         rope = config.rope
@@ -262,12 +262,12 @@ PERIODS = ("sliding_window_pattern", "_sliding_window_pattern")
 
 
 def sliding(config: Config, period: int) -> list[bool]:
-    """Say of each layer whether it has a sliding window: all but every ``period``-th."""
+    """Say of each layer whether it has a sliding window: all but every `period`-th."""
     return [number % period != 0 for number in range(1, config.integer("num_hidden_layers", high=1024) + 1)]
 
 
 def refuse_layers(period: int) -> Guard:
-    """Refuse any order of sliding and full attention but the one that llama.cpp computes: every ``period``-th full."""
+    """Refuse any order of sliding and full attention but the one that llama.cpp computes: every `period`-th full."""
 
     def guard(config: Config) -> None:
         found = config.get("layer_types")

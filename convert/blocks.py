@@ -53,7 +53,7 @@ def always(config: Config) -> bool:
 
 
 def switch(name: str) -> When:
-    """Return a question: whether the switch ``name`` of config.json is on."""
+    """Return a question: whether the switch `name` of config.json is on."""
     return lambda config: config.flag(name)
 
 
@@ -205,7 +205,7 @@ def norms(*names: str, size: str = "hidden", change: Make | None = None) -> tupl
 
 
 def attention(paired: bool = False, bias: When = never, out_bias: When = never) -> tuple[Rule, ...]:
-    """Return the projections of attention; ``paired`` where llama.cpp turns neighbours, not halves."""
+    """Return the projections of attention; `paired` where llama.cpp turns neighbours, not halves."""
     queries, keys = (turn_queries, turn_keys) if paired else (None, None)
     return (
         Rule(LAYER + "self_attn.q_proj.weight", ("q", "hidden"), transform=queries),

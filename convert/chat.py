@@ -14,7 +14,7 @@ ORIGINAL = "original"  # the name under which a replaced template is kept
 
 
 def read_templates(folder: Folder) -> dict[str, str]:
-    """Read the checkpoint's chat templates: name -> template, ``default`` for the one in use.
+    """Read the checkpoint's chat templates: name -> template, `default` for the one in use.
 
     A file of its own wins over tokenizer_config.json, as it does in transformers.
     """
@@ -34,7 +34,7 @@ def read_templates(folder: Folder) -> dict[str, str]:
 
 
 def _named(value: Any, source: str) -> dict[str, str]:
-    """Take one template, a list of ``{name, template}``, or a mapping of names to templates."""
+    """Take one template, a list of `{name, template}`, or a mapping of names to templates."""
     if value is None:
         return {}
     if isinstance(value, str):

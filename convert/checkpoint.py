@@ -114,7 +114,7 @@ def text_model_name(name: str) -> str:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open the checkpoint in the folder ``path`` and check everything but the weights themselves.
+    """Open the checkpoint in the folder `path` and check everything but the weights themselves.
 
     Raises NotFound if there is none, LoadError if it cannot be converted.
     """

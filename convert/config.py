@@ -43,18 +43,18 @@ class Config:
     """The values of config.json over the defaults of its class. A value is checked when it is asked for."""
 
     def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        """Lay ``values`` over ``defaults``; a null counts as absent, as it does in transformers."""
+        """Lay `values` over `defaults`; a null counts as absent, as it does in transformers."""
         self._values = {**defaults, **{key: value for key, value in values.items() if value is not None}}
         # null is a value of its own for the one key where the class's default is not what null means
         if "sliding_window" in values:
             self._values["sliding_window"] = values["sliding_window"]
 
     def changed(self, **values: Any) -> Config:
-        """Return the same configuration with some other ``values``."""
+        """Return the same configuration with some other `values`."""
         return Config({**self._values, **values}, {})
 
     def get(self, name: str) -> Any:
-        """Return the raw value of ``name``, None if it has none."""
+        """Return the raw value of `name`, None if it has none."""
         return self._values.get(name)
 
     def flag(self, name: str) -> bool:
@@ -65,14 +65,14 @@ class Config:
         return bool(value)
 
     def integer(self, *names: str, high: int = 2**31 - 1) -> int:
-        """Return the first of ``names`` that is there, a whole number from 1 to ``high``."""
+        """Return the first of `names` that is there, a whole number from 1 to `high`."""
         name, value = self._first(names)
         if type(value) is not int or not 1 <= value <= high:
             raise LoadError(f"config.json: {name} is {value!r}, not a whole number from 1 to {high:,}")
         return value
 
     def number(self, *names: str) -> float:
-        """Return the first of ``names`` that is there, a number above 0."""
+        """Return the first of `names` that is there, a number above 0."""
         return positive(*self._first(names))
 
     def _first(self, names: tuple[str, ...]) -> tuple[str, Any]:
@@ -97,7 +97,7 @@ class Config:
 
     @property
     def rope(self) -> Rope:
-        """The RoPE parameters, from ``rope_parameters`` (transformers 5) or ``rope_scaling`` (4).
+        """The RoPE parameters, from `rope_parameters` (transformers 5) or `rope_scaling` (4).
 
         Where layers with a sliding window have their own, these are those of the layers without.
         """
@@ -150,14 +150,14 @@ class Config:
 
 
 def positives(name: str, values: Any) -> list[float]:
-    """Return ``values`` if it is a list of finite numbers above 0."""
+    """Return `values` if it is a list of finite numbers above 0."""
     if not isinstance(values, list):
         raise LoadError(f"config.json: {name} is {values!r}, not a list of numbers")
     return [positive(name, value) for value in values]
 
 
 def positive(name: str, value: Any) -> float:
-    """Return ``value`` if it is a finite number above 0, as it is: a whole number stays one."""
+    """Return `value` if it is a finite number above 0, as it is: a whole number stays one."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-30 < value < 1e30:
         raise LoadError(f"config.json: {name} is {value!r}, not a number above 0")
     return value

@@ -66,12 +66,12 @@ class Head:
     entries: tuple[Entry, ...]
 
     def text(self, key: str) -> str | None:
-        """Return the value of ``key`` if it is a text."""
+        """Return the value of `key` if it is a text."""
         value = self.values.get(key)
         return value if isinstance(value, str) else None
 
     def number(self, key: str) -> int | None:
-        """Return the value of ``key`` if it is a whole number."""
+        """Return the value of `key` if it is a whole number."""
         value = self.values.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
@@ -124,7 +124,7 @@ def read_head(path: Path) -> Head:
 
 
 def _entry(source: str, info: TensorInfo, start: int) -> Entry:
-    """Check an entry of the list of tensors in the file ``source``, whose weights begin at ``start``."""
+    """Check an entry of the list of tensors in the file `source`, whose weights begin at `start`."""
     shape = tuple(reversed(info.shape))
     if not 1 <= len(shape) <= 4:
         raise LoadError(f"{source}: {info.name} has {len(shape)} dimensions")
@@ -138,7 +138,7 @@ def _entry(source: str, info: TensorInfo, start: int) -> Entry:
 
 
 def unpack_texts(packed: bytes) -> tuple[str, ...]:
-    """Return the texts of an array of texts, packed as in ``Head.metadata``; none if it is anything else."""
+    """Return the texts of an array of texts, packed as in `Head.metadata`; none if it is anything else."""
     reader = GGUFReader(packed, 0)
     array = reader.value(reader.scalar("<I"))
     if not isinstance(array, GGUFArray) or array.kind != reader.STRING:

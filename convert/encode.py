@@ -34,7 +34,7 @@ class Encoded(NamedTuple):
 
 
 def choose_type(name: str, shape: tuple[int, ...], wanted: Type) -> Type:
-    """Choose the type of the GGUF tensor ``name``: vectors, norms and biases stay float32, as llama.cpp expects."""
+    """Choose the type of the GGUF tensor `name`: vectors, norms and biases stay float32, as llama.cpp expects."""
     if len(shape) <= 1 or name.endswith("_norm.weight") or not name.endswith(".weight"):
         return Type.F32
     if wanted is Type.Q8_0 and shape[-1] % Q8_0_BLOCK:
@@ -43,9 +43,9 @@ def choose_type(name: str, shape: tuple[int, ...], wanted: Type) -> Type:
 
 
 def encode(name: str, rows: Array, dtype: str, kind: Type, importance: Array | None = None) -> Encoded:
-    """Turn rows as stored (``dtype``: F32, F16, BF16 as uint16, or a quantised type as bytes) into those of ``kind``.
+    """Turn rows as stored (`dtype`: F32, F16, BF16 as uint16, or a quantised type as bytes) into those of `kind`.
 
-    importance: see ``from_float32``. Raises LoadError, naming the tensor ``name``, for NaN and infinity.
+    importance: see `from_float32`. Raises LoadError, naming the tensor `name`, for NaN and infinity.
     """
     if dtype not in STORED_AS:
         if dtype == kind.name:
@@ -62,7 +62,7 @@ def encode(name: str, rows: Array, dtype: str, kind: Type, importance: Array | N
 
 
 def magnitude(rows: Array, dtype: str) -> float:
-    """Return the largest magnitude in ``rows`` (F32, F16 or BF16); NaN or infinity if there is one.
+    """Return the largest magnitude in `rows` (F32, F16 or BF16); NaN or infinity if there is one.
 
     The bits of floating-point numbers are in the order of their magnitudes, so that the largest whole number, taken
     with a sign and without, is the answer: three times as fast as looking at the numbers, and no memory is taken.

@@ -18,11 +18,11 @@ class Folder:
     """The files of one checkpoint.
 
     A file is opened only if it is a regular file inside the folder. The one exception is the hub's cache, whose
-    snapshots are links into the ``blobs`` folder beside them.
+    snapshots are links into the `blobs` folder beside them.
     """
 
     def __init__(self, path: Path) -> None:
-        """Take the folder at ``path``. Raises NotFound if it is no folder."""
+        """Take the folder at `path`. Raises NotFound if it is no folder."""
         if not os.path.exists(path):
             raise NotFound(f"{path}: no such folder; give the folder that holds config.json")
         if not os.path.isdir(path):
@@ -45,11 +45,11 @@ class Folder:
             raise LoadError(f"{self.root}: cannot list the folder ({error.strerror})") from None
 
     def has(self, name: str) -> bool:
-        """Say whether there is a file ``name``."""
+        """Say whether there is a file `name`."""
         return os.path.exists(self.root / name)  # unlike Path's, it never raises
 
     def open(self, name: str) -> BinaryIO:
-        """Open ``name`` for reading. Raises LoadError for a link that leads out, and for what is no file."""
+        """Open `name` for reading. Raises LoadError for a link that leads out, and for what is no file."""
         path = self.root / name
         try:
             target = path.resolve(strict=True)
@@ -63,7 +63,7 @@ class Folder:
             raise LoadError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
     def bytes(self, name: str, limit: int) -> bytes:
-        """Read ``name`` whole; more than ``limit`` bytes are refused."""
+        """Read `name` whole; more than `limit` bytes are refused."""
         with self.open(name) as file:
             try:
                 data = file.read(limit + 1)
@@ -74,7 +74,7 @@ class Folder:
         return data
 
     def text(self, name: str, limit: int = TEXT_LIMIT) -> str | None:
-        """Read ``name`` as UTF-8, None if there is no such file."""
+        """Read `name` as UTF-8, None if there is no such file."""
         if not self.has(name):
             return None
         try:
@@ -83,13 +83,13 @@ class Folder:
             raise LoadError(f"{name}: not UTF-8 (byte {error.start}); download the file again") from None
 
     def json(self, name: str, limit: int = TEXT_LIMIT) -> dict[str, Any]:
-        """Read ``name`` as a JSON object, empty if there is no such file."""
+        """Read `name` as a JSON object, empty if there is no such file."""
         text = self.text(name, limit)
         return {} if text is None else parse_json(text, name)
 
 
 def parse_json(text: str, name: str) -> dict[str, Any]:
-    """Parse a JSON object out of the file ``name``. Keys that stand twice, NaN and deep nesting are refused."""
+    """Parse a JSON object out of the file `name`. Keys that stand twice, NaN and deep nesting are refused."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

@@ -28,7 +28,7 @@ TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int
 
 
 class TypeTraits(ctypes.Structure):
-    """The head of ggml's ``ggml_type_traits``."""
+    """The head of ggml's `ggml_type_traits`."""
 
     _fields_ = [
         ("type_name", ctypes.c_char_p),
@@ -70,7 +70,7 @@ def encoded_size(shape: tuple[int, ...], kind: Type) -> int:
 
 
 def to_float32(rows: Array, dtype: str) -> Array:
-    """Return ``rows`` as float32. ``dtype`` is how they are stored; of a quantised type they are rows of bytes."""
+    """Return `rows` as float32. `dtype` is how they are stored; of a quantised type they are rows of bytes."""
     if dtype == "F32":
         return rows
     kind, ggml = Type[dtype], library()
@@ -89,7 +89,7 @@ def to_float32(rows: Array, dtype: str) -> Array:
 
 
 def from_float32(numbers: Array, kind: Type, importance: Array | None = None) -> Array:
-    """Return the bytes of float32 ``numbers`` in ``kind``, as an array of any type and shape.
+    """Return the bytes of float32 `numbers` in `kind`, as an array of any type and shape.
 
     importance: one float32 per column, for the quantised types that weigh their errors. Raises LoadError where it
     takes ggml and there is none.
@@ -123,6 +123,6 @@ def _in_numpy(numbers: Array, kind: Type) -> Array:
 
 
 def needs_importance(kind: Type) -> bool:
-    """Say whether ggml ends the process rather than make ``kind`` without an importance matrix."""
+    """Say whether ggml ends the process rather than make `kind` without an importance matrix."""
     ggml = library()
     return ggml is not None and bool(ggml.ggml_quantize_requires_imatrix(int(kind)))

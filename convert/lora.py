@@ -1,4 +1,4 @@
-"""A LoRA adapter's folder, as PEFT writes it: every tensor in it has its place in the base model."""
+"""The folder of a LoRA adapter, as PEFT writes it. Every tensor in it must belong to a tensor of the base model."""
 
 from __future__ import annotations
 
@@ -23,44 +23,47 @@ ROWS = "token_adapter.trainable_tokens_delta"
 PART = re.compile(
     rf"(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector|{re.escape(ROWS)})(?:\.weight)?"
 )
-BASE = re.compile(r"(?:\.token_adapter)?\.base_layer(?=\.)")  # what PEFT puts into the names of tensors that it wraps
+BASE = re.compile(r"(?:\.token_adapter)?\.base_layer(?=\.)")  # PEFT puts it into the names of the layers that it wraps
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The matrices that change one of the base model's: ``alpha * B @ A``, over the rank or its root."""
+    """Two small matrices that change a matrix of the base model by `alpha / rank * B @ A`.
+
+    With rsLoRA the change is `alpha / sqrt(rank) * B @ A`.
+    """
 
     a: Tensor
     b: Tensor
     rank: int
     alpha: float
-    strength: float  # alpha, or with rsLoRA alpha * sqrt(rank): what is divided by the rank
-    magnitude: Tensor | None  # DoRA's
+    strength: float  # the change is strength / rank * B @ A: alpha, or with rsLoRA alpha * sqrt(rank)
+    magnitude: Tensor | None  # of DoRA: the length of each row after the change
     bias: Tensor | None  # added to the base model's bias with the same scale
-    embedding: bool  # the base model's matrix is stored the other way round: it is ``(B @ A).T`` that is added
+    embedding: bool  # it changes the embedding, which is stored transposed: `(B @ A).T` is added
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows that stand in for some of the embedding's or the head's."""
+    """Rows that replace those of some tokens in the embedding or the head."""
 
-    tokens: tuple[int, ...]
-    values: Tensor  # a row for each of the tokens
+    tokens: tuple[int, ...]  # their ids
+    values: Tensor  # one row for each of them
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """A LoRA adapter that fits its base model. Names are those of the base model's tensors."""
+    """A LoRA adapter, checked against its base model. The keys are names of the base model's tensors."""
 
     folder: Folder
-    scale: float  # the user's, 1 for the adapter as it was trained
+    scale: float  # factor that the user asks for; 1 applies the adapter as it was trained
     alpha: float
-    strength: float  # of every pair that no pattern changes
+    strength: float  # of all pairs to which no rank_pattern or alpha_pattern applies; see Pair
     pairs: Mapping[str, Pair]
     rows: Mapping[str, Rows]
-    whole: Mapping[str, Tensor]  # tensors that stand in for those of the base model, and differ from them
-    config: Config  # the base model's, with the number of rows that the adapter's own embedding has
-    invocation: tuple[int, ...]  # tokens that switch an activated LoRA (aLoRA) on
+    whole: Mapping[str, Tensor]  # tensors that replace the base model's and differ from them
+    config: Config  # the base model's; vocab_size is that of the adapter's embedding if it brings one
+    invocation: tuple[int, ...]  # ids of the tokens that switch an activated LoRA (aLoRA) on
     notes: tuple[str, ...]
 
     @property
@@ -70,11 +73,12 @@ class PeftAdapter:
 
 
 def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> PeftAdapter:
-    """Open the PEFT adapter in the folder ``path`` and check it against its base model, ``checkpoint``.
+    """Open the PEFT adapter in the folder `path` and check it against its base model, `checkpoint`.
 
-    scale: what its change is multiplied by when it is merged.
+    scale: the factor for its changes when it is merged.
 
-    Raises NotFound if there is none, LoadError if it is damaged, does not fit, or computes what LoRA does not.
+    Raises NotFound if the folder holds no adapter, LoadError if it is damaged, does not fit the base model, or is more
+    than LoRA.
     """
     if not math.isfinite(scale) or scale == 0:
         raise LoadError(f"{path}: the scale {scale:g} is no use; give a number such as 0.5, or leave the adapter out")
@@ -82,21 +86,8 @@ def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Peft
     settings = PeftSettings(folder.json(SETTINGS))
     tensors = {tensor.name: tensor for tensor in sorted(read_header(folder, WEIGHTS), key=lambda tensor: tensor.start)}
     parts, whole = _sort(tensors)
-    config = checkpoint.config
-    embedding = whole.get(checkpoint.embedding)
-    if embedding is not None and embedding.shape:
-        config = config.changed(vocab_size=embedding.shape[0])
-    shapes = {name: shape for name, (_, shape) in checkpoint.piece.expected(config).items()}
-    # a tied head is the embedding, until an adapter tells them apart
-    shapes.setdefault(checkpoint.head, shapes[checkpoint.embedding])
-    homeless = [name for name in whole if name not in shapes]
-    homeless += [
-        f"{module}.{part}" for module, found in parts.items() for part in found if f"{module}.weight" not in shapes
-    ]
-    if homeless:
-        raise LoadError(f"{WEIGHTS}: {some(homeless)}: no place for this in the base model; is it another one's?")
-    for name, tensor in whole.items():
-        _check(tensor, shapes[name])
+    config = _config(checkpoint, whole)
+    shapes = _shapes(checkpoint, config, parts, whole)
     rows = {
         f"{module}.weight": _rows(module, parts, shapes, settings) for module in list(parts) if ROWS in parts[module]
     }
@@ -123,7 +114,7 @@ def open_adapter(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Peft
 
 
 def label(folder: Folder) -> str:
-    """Return a folder's name, or the last part of its hub id."""
+    """Return the name of a folder, or the last part of its id on the hub."""
     return (folder.hub_id or folder.name).rpartition("/")[2]
 
 
@@ -148,7 +139,7 @@ def _folder(path: Path) -> Folder:
 
 
 def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Sort the adapter's tensors into LoRA's parts, module -> part -> tensor, and whole tensors of the base model's."""
+    """Tell the parts of LoRA (module -> part -> tensor) from tensors that replace one of the base model's whole."""
     parts: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -165,6 +156,34 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
     return parts, whole
 
 
+def _config(checkpoint: Checkpoint, whole: Mapping[str, Tensor]) -> Config:
+    """Return the base model's configuration, with the number of rows in the adapter's embedding if it brings one."""
+    embedding = whole.get(checkpoint.embedding)
+    if embedding is None or not embedding.shape:
+        return checkpoint.config
+    return checkpoint.config.changed(vocab_size=embedding.shape[0])
+
+
+def _shapes(
+    checkpoint: Checkpoint, config: Config, parts: Mapping[str, Mapping[str, Tensor]], whole: Mapping[str, Tensor]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the base model's tensors by name, a tied head like the embedding.
+
+    Raises LoadError if the adapter has a part or a whole tensor for something else, or one of another shape.
+    """
+    shapes = {name: shape for name, (_, shape) in checkpoint.piece.expected(config).items()}
+    shapes.setdefault(checkpoint.head, shapes[checkpoint.embedding])
+    homeless = [name for name in whole if name not in shapes]
+    homeless += [
+        f"{module}.{part}" for module, found in parts.items() for part in found if f"{module}.weight" not in shapes
+    ]
+    if homeless:
+        raise LoadError(f"{WEIGHTS}: {some(homeless)}: no place for this in the base model; is it another one's?")
+    for name, tensor in whole.items():
+        _check(tensor, shapes[name])
+    return shapes
+
+
 def _pair(
     module: str,
     found: dict[str, Tensor],
@@ -172,7 +191,7 @@ def _pair(
     settings: PeftSettings,
     embedding: bool,
 ) -> Pair:
-    """Put a module's matrices together. Raises LoadError if one is missing, too many or of the wrong shape."""
+    """Build the pair of a module out of its tensors. Raises LoadError if one is missing, unexpected or misshapen."""
     shape = shapes[f"{module}.weight"]
     a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
     wanted = {a, b}
@@ -202,7 +221,7 @@ def _pair(
 def _rows(
     module: str, parts: dict[str, dict[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], settings: PeftSettings
 ) -> Rows:
-    """Take a module's trained rows out of ``parts``. Raises LoadError."""
+    """Take the trained rows of a module out of `parts`, which holds them no longer. Raises LoadError."""
     values, tokens = parts[module].pop(ROWS), settings.tokens_of(module)
     if parts[module]:
         raise LoadError(f"{WEIGHTS}: {module} has {ROWS} and LoRA's matrices too; {INSTEAD}")
@@ -223,7 +242,7 @@ def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _unchanged(checkpoint: Checkpoint, name: str, folder: Folder, tensor: Tensor) -> bool:
-    """Say whether a whole tensor of the adapter's is the base model's own, as PEFT often saves the embedding."""
+    """Say whether a whole tensor equals the base model's: PEFT often saves an embedding that was not trained."""
     own = {own.name: own for own, _ in checkpoint.mapped}
     base = own.get(name) or own[checkpoint.embedding]  # a tied head is the embedding
     return same_numbers(checkpoint.folder, base, folder, tensor)

@@ -1,4 +1,4 @@
-"""adapter_config.json: everything in it that changes the arithmetic is honoured or refused."""
+"""adapter_config.json: every setting that changes what the adapter computes is obeyed or refused."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ READ = {
     "modules_to_save", "init_lora_weights", "alora_invocation_tokens", "trainable_token_indices",
     "base_model_name_or_path",
 }  # fmt: skip
-# Keys that training needed, or that only say again what the tensors' names and shapes do. PEFT itself turns
-# fan_in_fan_out off wherever weights are stored as here, outputs first.
+# Keys without effect on a trained adapter: they concern the training, or repeat what names and shapes of the tensors
+# say. PEFT itself turns fan_in_fan_out off where weights are stored outputs first, as in all our architectures.
 IDLE = {
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
     "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "target_modules", "task_type",
 }  # fmt: skip
-INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # beginnings that leave the base model's weights alone
+INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # ways to initialise that leave the base model unchanged
 INSTEAD = "merge it with PEFT (merge_and_unload), save that, and convert the saved folder"
 QUANTISED = re.compile(r"bnb|4bit|8bit|gptq|awq|quantized", re.IGNORECASE)
 PATTERN_LIMIT = 200  # characters
-QUANTIFIERS = GROUPS = 4  # in a pattern; with more, or with groups repeated, matching could take for ever
+QUANTIFIERS = GROUPS = 4  # at most in a pattern: with more, or with repeated groups, matching may take exponential time
 
 T = TypeVar("T")
 Patterns = list[tuple["re.Pattern[str]", T]]
 
 
 class PeftSettings:
-    """What adapter_config.json says, every value checked."""
+    """The settings in adapter_config.json, every value checked."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        """Check the parsed file ``values``. Raises LoadError for what LoRA does not compute."""
+        """Check the settings in `values`, the parsed file. Raises LoadError for anything beyond LoRA."""
         self._values = values
         kind = values.get("peft_type")
         if kind is None:
@@ -69,20 +69,20 @@ class PeftSettings:
         return _match(self._alphas, module, self.alpha)
 
     def strength(self, alpha: float, rank: int) -> float:
-        """Return what, divided by the rank, scales ``B @ A``: rsLoRA divides alpha by the rank's root instead."""
+        """Return the strength of a pair, whose change is `strength / rank * B @ A`; rsLoRA divides by sqrt(rank)."""
         return alpha * math.sqrt(rank) if self.rslora else alpha
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
-        """Return the tokens whose rows alone were trained in the embedding or the head that ``module`` is."""
+        """Return the ids of the tokens whose rows were trained in `module`, which is the embedding or the head."""
         value = self._values.get("trainable_token_indices")
-        if isinstance(value, dict):  # by module name; a list goes for the embedding, and for a head tied to it
+        if isinstance(value, dict):  # by module; a plain list applies to the embedding and to a tied head
             value = next((item for name, item in value.items() if f".{module}".endswith(f".{name}")), None)
         return self._tokens("trainable_token_indices", value)
 
     def check_contents(
         self, pairs: Collection[str], rows: Collection[str], whole: Collection[str], biases: Iterable[str]
     ) -> None:
-        """Make sure that everything is there that was trained; all four hold tensor names. Raises LoadError."""
+        """Make sure that the file holds all that was trained. All arguments are tensor names. Raises LoadError."""
         saved = self._values.get("modules_to_save") or []
         if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
             raise LoadError(f"{SETTINGS}: modules_to_save is {saved!r}, not a list of names")
@@ -100,7 +100,7 @@ class PeftSettings:
             raise LoadError(f"{WEIGHTS} lacks {some(missing)}, which {SETTINGS} says was trained; save it again")
 
     def notes(self, name: str) -> tuple[str, ...]:
-        """Say what the user should know about the adapter ``name``."""
+        """Return remarks about the adapter `name` for the user."""
         base = str(self._values.get("base_model_name_or_path") or "").rstrip("/").rpartition("/")[2]
         if not QUANTISED.search(base):
             return ()
@@ -130,7 +130,7 @@ class PeftSettings:
         return tuple(value)
 
     def _pattern(self, key: str, check: Callable[[str, Any], T]) -> Patterns[T]:
-        """Read a mapping from patterns of module names to values, in its order, for the first match counts."""
+        """Read a mapping from patterns of module names to values; its order is kept, as the first match counts."""
         value = self._values.get(key) or {}
         if not isinstance(value, dict):
             raise LoadError(f"{SETTINGS}: {key} is {value!r}, not an object")

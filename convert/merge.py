@@ -1,4 +1,4 @@
-"""A checkpoint with LoRA adapters merged in, still unread: the weights are patched as they stream through."""
+"""A checkpoint with LoRA adapters merged in. No weight is read yet: they are patched as they stream into the file."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TOKENIZER = {*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", 
 
 
 class MergedFolder(Folder):
-    """The base model's folder, with the tokenizer of an adapter that brings one, and adapters' tensors beside it."""
+    """The base model's folder with the adapters' weights added, and the tokenizer of an adapter that brings one."""
 
     def __init__(self, base: Folder, adapters: Sequence[PeftAdapter], tokenizer: Folder | None) -> None:
-        """Lay the adapters' files over the ``base``."""
+        """Begin with the folder `base`; `tokenizer` is the folder of the adapter that brings one."""
         super().__init__(base.root)
         self.name = "-".join([label(base), *(adapter.name for adapter in adapters)])
         self.hub_id = None
@@ -35,29 +35,29 @@ class MergedFolder(Folder):
         self._beside: dict[str, tuple[Folder, str]] = {}
 
     def add(self, tensor: Tensor, folder: Folder) -> Tensor:
-        """Make a ``tensor`` of another folder readable here; return it under the name that its file has here."""
+        """Make a tensor of another folder readable through this one; return it with the name that its file has here."""
         shard = f"{folder.name}/{tensor.shard}"
         self._beside[shard] = (folder, tensor.shard)
         return replace(tensor, shard=shard)
 
     def has(self, name: str) -> bool:
-        """Say whether there is a file ``name``."""
+        """Say whether there is a file `name`."""
         folder, name = self._find(name)
         return folder.has(name)
 
     def open(self, name: str) -> BinaryIO:
-        """Open ``name``, wherever it lies. Raises LoadError."""
+        """Open the file `name` in the folder that it comes from. Raises LoadError."""
         folder, name = self._find(name)
         return folder.open(name)
 
     def _find(self, name: str) -> tuple[Folder, str]:
-        if name in TOKENIZER and self._tokenizer is not None:  # all of it or nothing: a mixture fits no model
+        if name in TOKENIZER and self._tokenizer is not None:  # all files of a tokenizer come from one folder
             return self._tokenizer, name
         return self._beside.get(name, (self._base, name))
 
 
 def merge(checkpoint: Checkpoint, adapters: Sequence[PeftAdapter]) -> Checkpoint:
-    """Return ``checkpoint`` with the ``adapters`` merged in: ``W + scale * B @ A``, in float32, for each of them.
+    """Return `checkpoint` with the `adapters` merged in: `W + scale * B @ A`, in float32, for each of them.
 
     Whole tensors of an adapter replace the base model's. Where an adapter changes the embedding or the head of a model
     that ties them, the two are told apart. A tokenizer in an adapter's folder replaces the base model's.
@@ -105,7 +105,7 @@ def merge(checkpoint: Checkpoint, adapters: Sequence[PeftAdapter]) -> Checkpoint
 
 
 def _check_alone(adapter: PeftAdapter, count: int) -> None:
-    """Refuse what has a meaning only for an adapter by itself, or none when merged."""
+    """Refuse an adapter that cannot be merged, or not together with others or with a scale."""
     if adapter.invocation:
         raise LoadError(
             f"{adapter.name}: an activated LoRA (alora_invocation_tokens) works only after its invocation, so it "
@@ -124,7 +124,7 @@ def _check_alone(adapter: PeftAdapter, count: int) -> None:
 
 
 def _whole_tensors(adapters: Sequence[PeftAdapter]) -> dict[str, tuple[Folder, Tensor]]:
-    """Collect the tensors that stand in for the base model's. Raises LoadError if two adapters claim one."""
+    """Collect the tensors that replace the base model's. Raises LoadError if two adapters change the same one."""
     whole: dict[str, tuple[Folder, Tensor]] = {}
     for adapter in adapters:
         for name in (*adapter.whole, *adapter.rows):
@@ -136,11 +136,11 @@ def _whole_tensors(adapters: Sequence[PeftAdapter]) -> dict[str, tuple[Folder, T
 
 
 def _steps(checkpoint: Checkpoint, adapters: Sequence[PeftAdapter]) -> dict[str, list[Step]]:
-    """Turn the adapters' pairs and rows into steps, by tensor name."""
+    """Return the steps that change each tensor, by its name, made from the adapters' pairs and rows."""
     steps: dict[str, list[Step]] = {}
     for adapter in adapters:
         rows = dict(adapter.rows)
-        if checkpoint.tied and checkpoint.embedding in rows:  # PEFT trains them for both
+        if checkpoint.tied and checkpoint.embedding in rows:  # PEFT trains one set of rows for both
             rows.setdefault(checkpoint.head, rows[checkpoint.embedding])
         for name, found in rows.items():
             steps.setdefault(name, []).append(Replaced(adapter.folder, found.values, found.tokens))
@@ -160,7 +160,7 @@ def _count(adapter: PeftAdapter) -> str:
 
 
 def _tokenizer(adapters: Sequence[PeftAdapter]) -> PeftAdapter | None:
-    """Find the adapter that brings a tokenizer. Raises LoadError if several do and they are not the same."""
+    """Return the adapter that brings a tokenizer, if any. Raises LoadError if several bring different ones."""
     bringing = [adapter for adapter in adapters if any(adapter.folder.has(name) for name in VOCABULARIES)]
     if not bringing:
         return None
@@ -184,7 +184,7 @@ def _content(folder: Folder, name: str) -> bytes | None:
 def _tells_apart(
     checkpoint: Checkpoint, adapters: Sequence[PeftAdapter], whole: Mapping[str, tuple[Folder, Tensor]]
 ) -> bool:
-    """Say whether a tied head and its embedding become different."""
+    """Say whether the adapters change a tied head and its embedding differently, so that they can no longer be one."""
     embedding, head = checkpoint.embedding, checkpoint.head
     for adapter in adapters:
         if embedding in adapter.pairs or head in adapter.pairs:
@@ -200,7 +200,7 @@ def _tells_apart(
 
 
 def _untie(checkpoint: Checkpoint, config: Config, whole: Mapping[str, tuple[Folder, Tensor]]) -> Config:
-    """Return the configuration with a head of its own. Raises LoadError if there can be none."""
+    """Return the configuration of the untied model. Raises LoadError if it must be tied, or if no head fits it."""
     apart = config.changed(tie_word_embeddings=False)
     if checkpoint.head not in checkpoint.piece.expected(apart):
         raise LoadError(
@@ -216,7 +216,7 @@ def _untie(checkpoint: Checkpoint, config: Config, whole: Mapping[str, tuple[Fol
 
 
 def _with_head(checkpoint: Checkpoint, config: Config) -> list[tuple[Tensor, Rule]]:
-    """Return the base model's tensors, and where ``config`` asks for a head that it lacks, its embedding as one."""
+    """Return the base model's tensors; if `config` wants a head that the model lacks, a copy of its embedding too."""
     expected = checkpoint.piece.expected(config)
     head = checkpoint.head
     if head not in expected or any(own.name == head for own, _ in checkpoint.mapped):

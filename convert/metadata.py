@@ -1,7 +1,7 @@
 """general.*: who made the model, what it is called, and how its makers sample from it.
 
 The gguf library's own heuristics do the guessing, so that names come out as llama.cpp's converter writes them. What
-they are fed is read here, bounded and checked, and without ``_name_or_path``, which is often a path on somebody's disk.
+they are fed is read here, bounded and checked, and without `_name_or_path`, which is often a path on somebody's disk.
 """
 
 from __future__ import annotations

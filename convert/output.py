@@ -1,4 +1,4 @@
-"""The output file: all of it, or nothing under its name."""
+"""The output file: checked beforehand, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from metaalign_edge_runtime.errors import CannotWrite, UsageError
 from metaalign_edge_runtime.stores import files
 
-FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", None))  # errors of a full disk and of a full quota
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -28,10 +28,10 @@ def check_output(output: Path, force: bool) -> None:
 
 
 def check_space(output: Path, size: int) -> None:
-    """Refuse to begin what cannot fit on the disk. Raises CannotWrite."""
+    """Refuse a file of `size` bytes that the disk has no room for. Raises CannotWrite."""
     try:
         free = shutil.disk_usage(output.parent).free
-    except OSError:  # some network file systems do not say; then the writing itself will
+    except OSError:  # some network file systems do not tell; the writing will fail then
         return
     if free < size:
         raise CannotWrite(f"{output.parent}: {size / 1e6:,.0f} MB are needed, and {free / 1e6:,.0f} MB are free")
@@ -39,7 +39,7 @@ def check_space(output: Path, size: int) -> None:
 
 @contextmanager
 def whole_file(output: Path) -> Iterator[Path]:
-    """Yield the temporary file in which ``output`` is written; it takes the name when the block ends well.
+    """Yield the temporary file in which `output` is written; it takes the name when the block ends well.
 
     Raises CannotWrite, also while another conversion writes the same output.
     """

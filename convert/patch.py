@@ -1,6 +1,6 @@
-"""What an adapter adds to a tensor, computed for some rows at a time, in float32.
+"""The changes that adapters make to a tensor, computed in float32 for some rows at a time.
 
-The adapter's own matrices are read when they are needed: an adapter may be larger than the memory should be.
+An adapter's own matrices are read again for each chunk of rows, since an adapter may be too large to be kept in memory.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .folder import Folder
 from .ggml import to_float32
 from .shards import STORED_AS, Array, Tensor, WeightFiles, read_rows
 
-COMPARED = 2**24  # bytes of a tensor that are compared at a time
+COMPARED = 2**24  # bytes of a tensor to compare at a time
 
 
 class Step(Protocol):
     """One change to a tensor."""
 
     def apply(self, rows: Array, first: int) -> Array:
-        """Return ``rows``, which begin at row ``first`` of the tensor and are float32, as changed."""
+        """Return float32 `rows`, which begin at row `first` of the tensor, with the change applied."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Patch:
     steps: Sequence[Step]
 
     def apply(self, rows: Array, dtype: str, first: int) -> Array:
-        """Return rows as stored in ``dtype``, which begin at row ``first`` of the tensor, changed and in float32."""
+        """Return `rows` (see `Step`), stored as `dtype`, in float32 and with all changes applied."""
         numbers = to_float32(rows, dtype)
         for step in self.steps:
             numbers = step.apply(numbers, first)
@@ -43,10 +43,10 @@ class Patch:
 
 @dataclass(frozen=True)
 class LowRank:
-    """``W + scale * B @ A``, and with DoRA each row then stretched to its ``magnitude``.
+    """`W + scale * B @ A`; with DoRA, each row of the sum is then scaled to the length `magnitude`.
 
-    Shapes: W rows x columns; A rank x columns, B rows x rank; of an embedding, whose matrix is stored the other way
-    round, A rank x rows and B columns x rank.
+    Shapes: W rows x columns, A rank x columns, B rows x rank. The matrix of an embedding is stored transposed: then A
+    is rank x rows, and B columns x rank.
     """
 
     folder: Folder
@@ -57,7 +57,7 @@ class LowRank:
     magnitude: Tensor | None = None
 
     def apply(self, rows: Array, first: int) -> Array:
-        """Return the float32 ``rows`` from row ``first`` on with the adapter merged in. Raises LoadError."""
+        """Return `rows` (see `Step`) with the change applied. Raises LoadError for NaN, infinity and rows of zeros."""
         count = len(rows)
         if self.embedding:
             left = read_columns(self.folder, self.a, first, count).T
@@ -78,28 +78,28 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Shift:
-    """``bias + scale * values``."""
+    """`bias + scale * values`, for the bias of a layer."""
 
     folder: Folder
     values: Tensor
     scale: float
 
     def apply(self, rows: Array, first: int) -> Array:
-        """Return the float32 ``rows`` from ``first`` on, shifted. Raises LoadError."""
+        """Return `rows` (see `Step`) with the change applied. Raises LoadError for NaN and infinity."""
         shifted: Array = rows + np.float32(self.scale) * read_numbers(self.folder, self.values, first, len(rows))
         return shifted
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """Some rows replaced: the one at ``places[i]`` by row ``i`` of ``values``."""
+    """Some rows replaced: row `places[i]` of the tensor by row `i` of `values`."""
 
     folder: Folder
     values: Tensor
     places: Sequence[int]
 
     def apply(self, rows: Array, first: int) -> Array:
-        """Return the float32 ``rows`` from ``first`` on with those of them replaced. Raises LoadError."""
+        """Return `rows` (see `Step`), some of them replaced. Raises LoadError for NaN and infinity."""
         replaced: Array = rows.copy()
         for number, place in enumerate(self.places):
             if first <= place < first + len(rows):
@@ -108,7 +108,7 @@ class Replaced:
 
 
 def same_numbers(folder: Folder, tensor: Tensor, other_folder: Folder, other: Tensor) -> bool:
-    """Say whether two tensors hold the same numbers, however they are stored."""
+    """Say whether two tensors hold the same numbers, whatever types they are stored in."""
     if tensor.shape != other.shape:
         return False
     rows = tensor.shape[0]
@@ -123,13 +123,13 @@ def same_numbers(folder: Folder, tensor: Tensor, other_folder: Folder, other: Te
 
 
 def read_numbers(folder: Folder, tensor: Tensor, first: int, count: int) -> Array:
-    """Read ``count`` rows as float32. Raises LoadError for NaN and infinity."""
+    """Read `count` rows as float32. Raises LoadError for NaN and infinity."""
     with WeightFiles(folder.open) as files:
         return _finite(tensor, to_float32(read_rows(files, tensor, first, count), tensor.dtype))
 
 
 def read_columns(folder: Folder, tensor: Tensor, first: int, count: int) -> Array:
-    """Read ``count`` columns of a matrix as float32, without the others. Raises LoadError for NaN and infinity."""
+    """Read `count` columns of a matrix as float32, and only those. Raises LoadError for NaN and infinity."""
     rows, columns = tensor.shape
     item = STORED_AS[tensor.dtype].itemsize
     with WeightFiles(folder.open) as files:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
+from gguf.gguf_writer import GGUFWriter
 
 from metaalign_edge_runtime.errors import LoadError, some
 
@@ -25,55 +26,57 @@ from .quantize import QuantizeOptions, canonical_outtype, quantized
 from .shards import STORED_AS, Array, WeightFiles, read_rows, reopener
 from .sources import Made, Packed, Source, Stored
 
-CHUNK = 2**20  # bytes of source that a thread has at a time; little enough for the processor's cache
+CHUNK = 2**20  # bytes of the source that a thread encodes at a time; they fit the processor's cache
+# Threads that encode: one for each processor that this process may use.
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 AS_USUAL = QuantizeOptions()
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One tensor of the file."""
+    """One tensor of the file to write."""
 
     name: str
     shape: tuple[int, ...]
     kind: Type
     source: Source
-    importance: Array | None = None  # (experts, columns): how much each column matters
+    importance: Array | None = None  # (experts, columns): the weight of the error in each column
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file, before padding."""
+        """Return the bytes in the file, without padding."""
         return encoded_size(self.shape, self.kind)
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What a file will hold. No weight has been read yet, and nothing written."""
+    """The contents of a file to write. No weight has been read yet, and nothing written."""
 
     origin: Path  # the checkpoint's folder, or the GGUF file
     architecture: str
     parameters: int
     outtype: str
-    template: str | None  # its name; "keep": the checkpoint's own; "custom": another; None: there is none
+    template: str | None  # its name; "keep": the checkpoint's own; "custom": one without a name; None: no template
     head: bytes
     tensors: tuple[Planned, ...]
     files: WeightFiles
-    checks: tuple[str, ...]  # what the user should know
-    before: tuple[Callable[[], Iterable[str]], ...] = field(default=(), repr=False)  # to be proven before the writing
+    checks: tuple[str, ...]  # remarks for the user; those of bad things begin with "warning: "
+    # Proofs to make before the writing: each returns remarks for the user, or raises LoadError.
+    proofs: tuple[Callable[[], Iterable[str]], ...] = field(default=(), repr=False)
 
     @property
     def bytes(self) -> int:
-        """Size of the file."""
+        """Return the size of the file."""
         return len(self.head) + sum(padded(tensor.nbytes) for tensor in self.tensors)
 
     @property
     def memory(self) -> int:
-        """Bytes that the chunks under way take at most, on top of what the program has already."""
+        """Return the bytes that all chunks in work take at most, beyond the memory that the program has already."""
         largest = max(step(tensor) * tensor.source.row_bytes for tensor in self.tensors)
-        return largest * 4 * (2 * WORKERS + 1)  # as read, as float32 where that is more, transformed, and encoded
+        return largest * 4 * (2 * WORKERS + 1)  # four copies of each: as read, as float32, transformed, encoded
 
     def by_type(self) -> dict[str, tuple[int, int]]:
-        """Sum up the tensors by type: how many, and their bytes; the largest share first."""
+        """Return the number of tensors of each type, and their bytes; the type with most bytes comes first."""
         found: dict[str, tuple[int, int]] = {}
         for tensor in self.tensors:
             count, size = found.get(tensor.kind.name, (0, 0))
@@ -82,7 +85,7 @@ class ConversionPlan:
 
 
 def step(tensor: Planned) -> int:
-    """Return how many rows of a tensor make a chunk."""
+    """Return the number of rows of a tensor that make a chunk."""
     unit = tensor.source.unit
     rows = max(1, CHUNK // max(1, tensor.source.row_bytes) // unit) * unit
     return min(rows, tensor.source.rows)
@@ -100,12 +103,12 @@ def plan_checkpoint(
 ) -> ConversionPlan:
     """Plan the file that a checkpoint becomes.
 
-    outtype: one of OUTTYPES, or any type of llama-quantize, in any case. chat_template: None keeps the checkpoint's
-    own; another one replaces it, and the original stays in the file under the name "original". template_name: written
-    as ``metaalign.template``. pre: llama.cpp's name for the pre-tokenizer, where the table does not know it. check:
-    have the pre-tokenizer proven before the writing (see ``prove_pre_tokenizer``). options: how to quantise.
+    outtype: one of OUTTYPES or any type of llama-quantize, in upper or lower case. chat_template: a template that
+    replaces the checkpoint's own, which stays in the file as "original". template_name: stored as `metaalign.template`.
+    pre: llama.cpp's name of the pre-tokenizer, for one that cannot be found. check: prove the pre-tokenizer before the
+    writing (see `prove_pre_tokenizer`). options: how to quantise.
 
-    Raises LoadError.
+    Raises UsageError for an unknown outtype, LoadError for all that cannot be converted.
     """
     outtype = canonical_outtype(outtype)
     pre = choose_pre_tokenizer(checkpoint, pre)
@@ -114,11 +117,7 @@ def plan_checkpoint(
     direct = outtype in OUTTYPES and not options
     tensors = plan_tensors(checkpoint, outtype if direct else None, files)
     writer = describe(checkpoint, outtype if direct else "f32", pre, templates, template_name)
-    for planned in tensors:  # the library takes the type from raw_dtype
-        writer.add_tensor_info(planned.name, planned.shape, np.dtype(np.float32), planned.nbytes, planned.kind)
-    buffer = io.BytesIO()
-    write_head(writer, buffer)
-    head = buffer.getvalue()
+    head = _head(writer, tensors)
     if not direct:
         head, tensors = _planned_by_llama_cpp(head, tensors, outtype, options)
     checks = [*checkpoint.vocabulary.notes, *checkpoint.notes]
@@ -137,8 +136,17 @@ def plan_checkpoint(
         tensors=tuple(tensors),
         files=files,
         checks=tuple(checks),
-        before=tuple(proofs),
+        proofs=tuple(proofs),
     )
+
+
+def _head(writer: GGUFWriter, tensors: Iterable[Planned]) -> bytes:
+    """Pack the head of a file: the keys that the writer holds, and the list of tensors."""
+    for planned in tensors:  # with a ggml type given, the library ignores the numpy type
+        writer.add_tensor_info(planned.name, planned.shape, np.dtype(np.float32), planned.nbytes, planned.kind)
+    buffer = io.BytesIO()
+    write_head(writer, buffer)
+    return buffer.getvalue()
 
 
 def _template_word(checkpoint: Checkpoint, templates: Mapping[str, str], name: str | None) -> str | None:
@@ -148,9 +156,9 @@ def _template_word(checkpoint: Checkpoint, templates: Mapping[str, str], name: s
 
 
 def plan_tensors(checkpoint: Checkpoint, outtype: str | None, files: WeightFiles) -> list[Planned]:
-    """List the file's tensors in order: those made from the configuration, then those of the shards.
+    """List the tensors of the file in order: those computed from the configuration, then those of the shards.
 
-    outtype: one of OUTTYPES, None: each matrix in the type that it is stored in.
+    outtype: one of OUTTYPES; None leaves each matrix in the type in which it is stored.
     """
     plan = []
     for name, array in checkpoint.piece.extra(checkpoint.config):
@@ -164,9 +172,9 @@ def plan_tensors(checkpoint: Checkpoint, outtype: str | None, files: WeightFiles
 
 
 def plan_gguf(path: Path, outtype: str = "q8_0", *, options: QuantizeOptions = AS_USUAL) -> ConversionPlan:
-    """Plan to quantise a GGUF file, in float or quantised already, anew; its other keys stay as they are.
+    """Plan to quantise a GGUF file, which may be quantised already. Its other keys stay as they are.
 
-    Raises NotFound or LoadError.
+    Raises UsageError for an unknown outtype, NotFound or LoadError for the file.
     """
     outtype = canonical_outtype(outtype)
     head = read_head(path)
@@ -201,7 +209,7 @@ def plan_gguf(path: Path, outtype: str = "q8_0", *, options: QuantizeOptions = A
 def _planned_by_llama_cpp(
     head: bytes, tensors: list[Planned], outtype: str, options: QuantizeOptions
 ) -> tuple[bytes, list[Planned]]:
-    """Let llama.cpp choose the types, on a file with holes for weights. Returns the head and the tensors in order."""
+    """Let llama.cpp choose the types, from a sparse file without weights. Returns the head and the tensors in order."""
     with tempfile.TemporaryDirectory(prefix="metaalign-edge-") as folder:
         path = Path(folder) / "weightless.gguf"
         try:
@@ -218,7 +226,7 @@ def _planned_by_llama_cpp(
 
 
 def _tied_head_is_equal(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Make sure that a saved head which is to be left out really is the embedding. Raises LoadError."""
+    """Make sure that a saved head, which the file leaves out, equals the embedding. Raises LoadError."""
     head = checkpoint.tied_head
     if head is None:
         return ()

@@ -2,7 +2,7 @@ r"""Which of llama.cpp's pre-tokenizers splits text the way a tokenizer.json doe
 
 llama.cpp knows a pre-tokenizer by a name, tokenizer.json by its parts. The name is found by comparing the parts, never
 by the model's class or by hashing what some text becomes: both change when a vocabulary is extended. The names and
-what they mean follow llama.cpp's ``llama-vocab.cpp`` (MIT). Where several names mean the same, the table has the one
+what they mean follow llama.cpp's `llama-vocab.cpp` (MIT). Where several names mean the same, the table has the one
 that leaves spaces alone when it turns tokens back into text, if there is one.
 """
 
@@ -56,7 +56,7 @@ class PreTokenizer:
 
 
 def split(regex: str) -> str:
-    """Write a Split step the way ``signature`` does."""
+    """Write a Split step the way `signature` does."""
     return f"split({regex})"
 
 

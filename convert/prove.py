@@ -1,7 +1,7 @@
 """The proof that llama.cpp will split text as the checkpoint's own tokenizer does.
 
 The vocabulary alone is written to a temporary GGUF file, llama.cpp loads it, and its tokens for some forty texts, for
-the chat template's own and for the added tokens are compared with those of the ``tokenizers`` library, where both are
+the chat template's own and for the added tokens are compared with those of the `tokenizers` library, where both are
 installed.
 """
 
@@ -77,7 +77,7 @@ MISSING = "not tried out: {} is not installed"
 
 
 def choose_pre_tokenizer(checkpoint: Checkpoint, given: str | None) -> str:
-    """Return llama.cpp's name for the checkpoint's pre-tokenizer: ``given``, or found.
+    """Return llama.cpp's name for the checkpoint's pre-tokenizer: `given`, or found.
 
     It is found in the table, or else by trying: of all the ways in which llama.cpp splits text, exactly one must give
     the tokens that tokenizer.json gives, on every text. Raises LoadError.
@@ -108,7 +108,7 @@ def choose_pre_tokenizer(checkpoint: Checkpoint, given: str | None) -> str:
 
 
 def prove_pre_tokenizer(checkpoint: Checkpoint, pre: str) -> str:
-    """Compare llama.cpp, given the pre-tokenizer ``pre``, with the tokenizer itself.
+    """Compare llama.cpp, given the pre-tokenizer `pre`, with the tokenizer itself.
 
     They must agree on TEXTS, on the lines of the chat template, and on the added tokens. Returns a sentence on what was
     found; raises LoadError if they differ where nothing known explains it.
@@ -164,7 +164,7 @@ class _Proof:
             raise LoadError(f"tokenizer.json: the tokenizers library cannot use it ({error})") from None
 
     def differences(self, pre: str) -> list[str]:
-        """Return the texts of which llama.cpp makes other tokens, given the pre-tokenizer ``pre``."""
+        """Return the texts of which llama.cpp makes other tokens, given the pre-tokenizer `pre`."""
         with _vocabulary_file(self.checkpoint, pre) as path:
             found = tokenize_with_llama(path, self.texts)
         return [text for text, ours, theirs in zip(self.texts, found, self.wanted, strict=True) if ours != theirs]

@@ -1,6 +1,6 @@
 """The types that llama.cpp quantises to, and which tensor gets which.
 
-The mixtures, such as Q4_K_M, are decided inside llama.cpp's ``llama_model_quantize`` and nowhere else. It is asked for
+The mixtures, such as Q4_K_M, are decided inside llama.cpp's `llama_model_quantize` and nowhere else. It is asked for
 a trial run on a file that has a head and holes for weights, and says in its log what each tensor would become; then the
 weights stream through ggml here: the same bytes, in little memory and without an intermediate file. The names, the
 types that need an importance matrix and its two file formats follow llama.cpp's llama-quantize (MIT).
@@ -92,7 +92,7 @@ def canonical_outtype(outtype: str) -> str:
 
 
 def quantized(path: Path, head: Head, outtype: str, options: QuantizeOptions) -> Quantized:
-    """Say what the GGUF file ``path`` with the head ``head`` becomes. Only the head is looked at.
+    """Say what the GGUF file `path` with the head `head` becomes. Only the head is looked at.
 
     Raises LoadError if llama.cpp is not installed or refuses, and where an importance matrix is missing or for
     another model.

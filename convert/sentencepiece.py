@@ -54,7 +54,7 @@ class Model:
 
 
 def parse_model(data: bytes) -> Model | None:
-    """Parse a ModelProto; None if ``data`` is none, as when the file is tiktoken's under the same name."""
+    """Parse a ModelProto; None if `data` is none, as when the file is tiktoken's under the same name."""
     model = Model()
     try:
         for number, value in _fields(data):

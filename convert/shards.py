@@ -1,7 +1,7 @@
-"""The weights on disk: safetensors files, their index, and reading a tensor's rows without the rest.
+"""The weights on disk: safetensors files, their index, and single rows of a tensor.
 
-Format: 8 bytes of header length, a JSON header ``name -> {dtype, shape, data_offsets}``, then the data without gaps.
-Nothing in the header is believed before it is checked.
+Format: the length of the header (8 bytes), a JSON header `name -> {dtype, shape, data_offsets}`, and the data, without
+gaps. Everything in the header is checked before it is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from metaalign_edge_runtime.errors import LoadError, some
 
 from .folder import MB, Folder, parse_json
 
-HEADER_LIMIT = 100 * MB  # bytes, the format's own limit
+HEADER_LIMIT = 100 * MB  # bytes; the format sets this limit itself
 INDEX_LIMIT = 100 * MB
 TENSOR_LIMIT = 100_000
 ITEM_SIZES = {
@@ -32,7 +32,7 @@ STORED_AS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
-}  # numpy has no bfloat16
+}  # the types that can be converted; numpy has no bfloat16
 INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
@@ -49,7 +49,7 @@ class Tensor:
     shape: tuple[int, ...]
     shard: str  # file name in the folder
     start: int  # bytes from the start of the file
-    key: str  # its name in the header of the file; ``name`` is what it would be called in a model of text only
+    key: str  # its name in the header; `name` is the one in a text-only model, without the prefix of a vision model
 
     @property
     def nbytes(self) -> int:
@@ -58,9 +58,9 @@ class Tensor:
 
 
 def list_tensors(folder: Folder) -> dict[str, Tensor]:
-    """List every tensor of the checkpoint, in the order of the shards and, inside each, of the names.
+    """List every tensor of the checkpoint by its name, ordered by shard and, within a shard, by name.
 
-    Raises LoadError for pickled weights, a missing or foreign shard, an index that disagrees, and a bad header.
+    Raises LoadError for pickled weights, a missing shard, an index that disagrees with the files, and a bad header.
     """
     weight_map = _weight_map(folder)
     shards = sorted(set(weight_map.values())) if weight_map else _shards_without_index(folder)
@@ -141,7 +141,10 @@ def read_header(folder: Folder, shard: str) -> list[Tensor]:
 
 
 def _checked(shard: str, name: str, entry: Any) -> tuple[Tensor, int, int]:
-    """Check one entry by itself: types, limits, and that shape and length agree."""
+    """Check one entry of the header: types, limits, and that shape and length agree.
+
+    Returns the tensor, and where its data begins and ends, in bytes from the start of all data.
+    """
     where = f"{shard}: {name}"
     if not isinstance(entry, dict):
         raise LoadError(f"{where}: the header has no description of it")
@@ -163,7 +166,7 @@ def _counts(value: Any) -> TypeGuard[list[int]]:
 
 
 def reopener(folder: Folder, known: Iterable[Tensor]) -> Callable[[str], BinaryIO]:
-    """Return what opens a shard again, and makes sure that every known tensor is still where it was."""
+    """Return a function that opens a shard anew, and raises LoadError if a `known` tensor is no longer where it was."""
 
     def reopen(shard: str) -> BinaryIO:
         there = set(read_header(folder, shard))
@@ -177,11 +180,11 @@ def reopener(folder: Folder, known: Iterable[Tensor]) -> Callable[[str], BinaryI
 class WeightFiles:
     """Files of weights, each opened when it is first read from; any number of threads may read.
 
-    Use it in a ``with``: at the end it makes sure that no file was changed meanwhile.
+    Use it in a `with` block: its end raises LoadError if a file was changed meanwhile.
     """
 
     def __init__(self, open_file: Callable[[str], BinaryIO]) -> None:
-        """Take what opens a file by its name."""
+        """Take a function that opens a file by its name."""
         self._open_file = open_file
         self._lock = threading.Lock()
         self._files: dict[str, tuple[BinaryIO, tuple[int, int]]] = {}
@@ -198,7 +201,7 @@ class WeightFiles:
             raise LoadError(f"{changed[0]}: changed while it was read; is something else writing there?")
 
     def read_into(self, name: str, start: int, data: Array) -> None:
-        """Fill ``data`` with the bytes from ``start``. Raises LoadError if they cannot be read."""
+        """Fill `data` with the bytes from `start`. Raises LoadError if they cannot be read."""
         with self._lock:
             try:
                 if name not in self._files:
@@ -219,7 +222,7 @@ def _stamp(file: BinaryIO) -> tuple[int, int]:
 
 
 def read_rows(files: WeightFiles, tensor: Tensor, first: int, count: int) -> Array:
-    """Read ``count`` rows (along the first dimension) as stored: bfloat16 comes as uint16."""
+    """Read `count` rows (along the first dimension) in the type in which they are stored; bfloat16 as uint16."""
     data: Array = np.empty((count, *tensor.shape[1:]), STORED_AS[tensor.dtype])
     files.read_into(tensor.shard, tensor.start + first * math.prod(tensor.shape[1:]) * data.itemsize, data)
     return data

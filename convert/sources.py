@@ -19,22 +19,22 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """What the user knows it by."""
+        """Return the name by which the user knows the tensor."""
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """Return the number of rows."""
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of each, as read."""
+        """Return the bytes of a row as it is read."""
 
     @property
     def unit(self) -> int:
-        """They are read in multiples of this many."""
+        """Return the number of rows that must be read together: a multiple of it at a time."""
 
     def read(self, first: int, count: int) -> tuple[Array, str]:
-        """Return some rows as they go into the file but for their type, and the type: see ``encode``."""
+        """Return `count` rows from row `first` on in the type of the source, and that type: see `encode`."""
 
 
 @dataclass(frozen=True)
@@ -43,27 +43,27 @@ class Stored:
 
     files: WeightFiles
     tensor: Tensor
-    patch: Patch | None  # what adapters change
+    patch: Patch | None  # the changes of adapters
     transform: Transform | None
 
     @property
     def name(self) -> str:
-        """Its name in the checkpoint."""
+        """Return its name in the checkpoint."""
         return self.tensor.name
 
     @property
     def rows(self) -> int:
-        """The length of its first dimension."""
+        """Return the length of its first dimension."""
         return self.tensor.shape[0]
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row in the checkpoint."""
+        """Return the bytes of a row in the checkpoint."""
         return self.tensor.nbytes // self.rows
 
     @property
     def unit(self) -> int:
-        """As many rows as its transform needs together."""
+        """Return the number of rows that its transform works on together."""
         return self.transform.unit if self.transform else 1
 
     def read(self, first: int, count: int) -> tuple[Array, str]:
@@ -80,19 +80,19 @@ class Stored:
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor made from the configuration, in float32."""
+    """A small tensor computed from the configuration, in float32."""
 
     name: str
     array: Array
-    rows = unit = 1
+    rows = unit = 1  # read as a whole
 
     @property
     def row_bytes(self) -> int:
-        """Its size: it is small."""
+        """Return the bytes of the whole tensor."""
         return self.array.nbytes
 
     def read(self, first: int, count: int) -> tuple[Array, str]:
-        """Return it whole."""
+        """Return the whole tensor."""
         return self.array, "F32"
 
 
@@ -107,21 +107,21 @@ class Packed:
 
     @property
     def name(self) -> str:
-        """Its name in the file."""
+        """Return its name in the file."""
         return self.entry.name
 
     @property
     def rows(self) -> int:
-        """Rows of all its matrices."""
+        """Return the number of rows in all its matrices."""
         return self.entry.nbytes // self.row_bytes
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row in the file."""
+        """Return the bytes of a row in the file."""
         return encoded_size(self.entry.shape[-1:], self.entry.kind)
 
     def read(self, first: int, count: int) -> tuple[Array, str]:
-        """Read rows; those of a quantised type are bytes."""
+        """Read rows; of a quantised type they come as bytes."""
         dtype = STORED_AS.get(self.entry.kind.name, np.dtype("u1"))
         data: Array = np.empty((count, self.row_bytes // dtype.itemsize), dtype)
         self.files.read_into(self.file, self.entry.start + first * self.row_bytes, data)

@@ -30,7 +30,7 @@ class TokenizerFiles:
 
     tokenizer: Mapping[str, Any]  # tokenizer.json, empty if there is none
     settings: Mapping[str, Any]  # tokenizer_config.json
-    names: Mapping[str, str]  # role -> text, see ``named``
+    names: Mapping[str, str]  # role -> text, see `named`
     config: Mapping[str, Any]  # config.json
     generation: Mapping[str, Any]  # generation_config.json
 
@@ -66,7 +66,7 @@ def find_special(
     end: str | None = None,
     eot: int | None = None,
 ) -> Special:
-    """Work out the special tokens. ``ids`` maps token texts to ids, ``control`` holds the ids of control tokens.
+    """Work out the special tokens. `ids` maps token texts to ids, `control` holds the ids of control tokens.
 
     end: a token that ends an answer whatever the files say, where the vocabulary has it. eot: the id of the end of a
     turn, likewise. Raises LoadError where nothing fits.
@@ -163,7 +163,7 @@ def _what_is_added(tokenizer: Mapping[str, Any], names: dict[str, str], special:
 
 
 def _between(template: Any, before: list[str], after: list[str]) -> list[str]:
-    """Return the special tokens between two texts in a template such as ``[<s>, A, <s>, B]``."""
+    """Return the special tokens between two texts in a template such as `[<s>, A, <s>, B]`."""
     pieces = [piece for piece in template if isinstance(piece, dict)] if isinstance(template, list) else []
     texts = []
     for piece in pieces:
@@ -178,7 +178,7 @@ def _between(template: Any, before: list[str], after: list[str]) -> list[str]:
 
 
 def _around(template: Any) -> tuple[list[str], list[str]]:
-    """Return the special tokens before and after the text in a template such as ``[<s>, A, </s>]``."""
+    """Return the special tokens before and after the text in a template such as `[<s>, A, </s>]`."""
     sides: tuple[list[str], list[str]] = ([], [])
     side = 0
     for piece in template if isinstance(template, list) else []:

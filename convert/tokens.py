@@ -49,9 +49,9 @@ class Tokens:
     hole: float = 0.0  # the score of a row that no token has
 
     def lay_out(self, rows: int, beyond: Collection[str] = ()) -> list[Token]:
-        """Return a token for each of the embedding's ``rows``, with ``[PADi]`` in the holes.
+        """Return a token for each of the embedding's `rows`, with `[PADi]` in the holes.
 
-        A token beyond the rows is an error unless its text is among ``beyond``, and so are two of the same text: on
+        A token beyond the rows is an error unless its text is among `beyond`, and so are two of the same text: on
         those, llama.cpp ends the whole process.
         """
         outside = [f"{text!r} ({number})" for text, number in self.ids.items() if number >= rows and text not in beyond]

@@ -80,7 +80,7 @@ def read_vocabulary(
     config: Mapping[str, Any],
     rules: VocabularyRules = PLAIN,
 ) -> Vocabulary:
-    """Read the vocabulary for an embedding of ``rows`` rows, by an architecture's rules. Raises LoadError."""
+    """Read the vocabulary for an embedding of `rows` rows, by an architecture's rules. Raises LoadError."""
     settings = folder.json("tokenizer_config.json")
     tokenizer = folder.json("tokenizer.json", TOKENIZER_LIMIT)
     names = {**named(folder.json("special_tokens_map.json")), **named(settings)}
@@ -155,7 +155,7 @@ def _byte_level(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def _texts(value: Any) -> list[str]:
-    """Return the texts in a list of tokens, each a string or an object with ``content``."""
+    """Return the texts in a list of tokens, each a string or an object with `content`."""
     entries = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
     texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
     return [text for text in texts if isinstance(text, str)]

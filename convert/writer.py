@@ -1,6 +1,6 @@
-"""From a plan to a GGUF file, the weights streaming through in chunks of rows.
+"""Write a GGUF file as planned. The weights stream through in chunks of rows, so that memory stays small.
 
-Some threads read and encode a chunk each, and this one writes them in order.
+Several threads read and encode one chunk each; the calling thread writes the chunks in order.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .output import check_output, check_space, whole_file
 from .plan import AS_USUAL, WORKERS, ConversionPlan, Planned, plan_checkpoint, step
 from .quantize import QuantizeOptions, canonical_outtype
 
-Progress = Callable[[str, int, int], None]  # GGUF tensor name, bytes of the file's weights done, and in all
-Verify = Callable[[Path], Iterable[str]]  # looks at the finished file before it gets its name; says what it found
+Progress = Callable[[str, int, int], None]  # takes a tensor's name, the bytes of weights written, and all bytes
+Verify = Callable[[Path], Iterable[str]]  # checks the file before it gets its name; returns remarks
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What ``write_plan`` did."""
+    """A file that was written."""
 
     output: Path
     architecture: str
@@ -41,8 +41,8 @@ class Conversion:
     bytes: int
     template: str | None
     seconds: float
-    peak_mb: float  # highest memory of the whole process so far, verification apart; 0 where the system does not say
-    checks: tuple[str, ...]  # what was proven, and what the user should know; what is bad begins with "warning: "
+    peak_mb: float  # largest memory of the process before the verification; 0 where the system does not tell
+    checks: tuple[str, ...]  # what was proven, and remarks for the user; those of bad things begin with "warning: "
 
 
 def write_gguf(
@@ -59,7 +59,7 @@ def write_gguf(
     progress: Progress | None = None,
     verify: Verify | None = None,
 ) -> Conversion:
-    """Convert ``checkpoint`` to the GGUF file ``output``; see ``plan_checkpoint`` and ``write_plan``."""
+    """Convert `checkpoint` to the GGUF file `output`; see `plan_checkpoint` and `write_plan`."""
     canonical_outtype(outtype)
     check_output(output, force)
     plan = plan_checkpoint(
@@ -82,18 +82,18 @@ def write_plan(
     progress: Progress | None = None,
     verify: Verify | None = None,
 ) -> Conversion:
-    """Write the GGUF file ``output``. Memory stays small whatever the model.
+    """Write the GGUF file `output`.
 
-    force: replace an existing file. progress: called after every chunk; it may raise, to stop. verify: called with the
-    path of the finished file before it gets its name; what it returns is added to the checks, what it raises stops.
+    force: replace an existing file. progress: called after every chunk; it stops the writing by raising. verify: called
+    with the path of the complete file before that gets its name; its remarks join the checks, and it may raise.
 
-    Raises UsageError, CannotWrite or LoadError; whatever is raised, nothing is left behind.
+    Raises UsageError, CannotWrite or LoadError; no file is left behind then.
     """
     begun = time.perf_counter()
     check_output(output, force)
     _not_its_own_source(plan.origin, output)
     check_space(output, plan.bytes)
-    proven = [line for proof in plan.before for line in proof()]
+    proven = [line for proof in plan.proofs for line in proof()]
     with whole_file(output) as part:
         with part.open("wb") as file, plan.files:
             file.write(plan.head)
@@ -115,7 +115,7 @@ def write_plan(
 
 
 class Piece(NamedTuple):
-    """Some rows of a tensor."""
+    """Rows of a tensor that are read and encoded together."""
 
     tensor: Planned
     first: int
@@ -123,7 +123,7 @@ class Piece(NamedTuple):
 
 
 def _pieces(plan: ConversionPlan) -> Iterator[Piece]:
-    """Cut the tensors into chunks, in order; none crosses from one expert's matrix into another's."""
+    """Cut the tensors into chunks, in order. No chunk holds rows of two experts: each has its own importance."""
     for tensor in plan.tensors:
         rows = tensor.source.rows
         together = rows if tensor.importance is None else rows // len(tensor.importance)
@@ -142,7 +142,7 @@ def _encode_piece(piece: Piece) -> Encoded:
 
 
 def _encoded(pieces: Iterator[Piece]) -> Generator[tuple[Piece, Encoded], None, None]:
-    """Read and encode in several threads, a few chunks ahead; yield in order."""
+    """Read and encode chunks in several threads, a few ahead of the writer; yield them in order."""
     ahead: deque[tuple[Piece, Future[Encoded]]] = deque()
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="encode") as pool:
         try:
@@ -160,10 +160,10 @@ def _encoded(pieces: Iterator[Piece]) -> Generator[tuple[Piece, Encoded], None, 
 
 
 def _write_tensors(plan: ConversionPlan, file: BinaryIO, progress: Progress | None) -> list[str]:
-    """Write the weights. Returns a sentence if float16 was too small for some."""
+    """Write the weights. Returns a warning if some are too large for float16."""
     total, done, size = sum(tensor.nbytes for tensor in plan.tensors), 0, 0
     too_large: dict[str, float] = {}
-    with closing(_encoded(_pieces(plan))) as encoded:  # whatever is raised here, no thread reads on
+    with closing(_encoded(_pieces(plan))) as encoded:  # so that no thread reads on if anything is raised
         for (tensor, first, count), (data, largest) in encoded:
             file.write(np.ascontiguousarray(data).data.cast("B"))
             size += data.nbytes
