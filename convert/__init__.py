@@ -2,7 +2,7 @@
 
     from metaalign_edge_convert import open_checkpoint, write_gguf
 
-    checkpoint = open_checkpoint(Path("my-model"))        # everything but the weights is read and checked
+    checkpoint = open_checkpoint(Path("my-model"))        # reads and checks everything but the weights
     write_gguf(checkpoint, Path("my-model.gguf"))         # the weights stream through
 
     adapter = open_adapter(Path("my-lora"), checkpoint)

@@ -153,6 +153,5 @@ def _numbers(adapter: PeftAdapter, half: Half) -> Array:
         return numbers.T if pair.embedding else numbers
     if pair.strength != adapter.strength:
         numbers = numbers * np.float32(pair.strength / adapter.strength)
-    return (
-        half.transform.apply(numbers) if half.transform else numbers
-    )  # to reorder or pick rows of B @ A is to do it to B
+    # The transforms pick and reorder rows: done to B, it is done to B @ A.
+    return half.transform.apply(numbers) if half.transform else numbers

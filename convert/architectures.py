@@ -1,8 +1,8 @@
-"""What an architecture is: one small piece of data. The pieces fill the registry themselves.
+"""Architectures as data: each is one small piece, and puts itself into a registry.
 
-A piece says which Hugging Face classes it covers, its name in GGUF, its hyper-parameters in the order in which they
-are written, its tensors with their shapes, and what it must refuse. Code stands only where a table cannot say it.
-The tables follow llama.cpp's converter (MIT), so that the files come out byte for byte the same.
+A piece lists the Hugging Face classes that it covers, its name in GGUF, its hyper-parameters in the order in which they
+are written, its tensors with their shapes, and the models that it must refuse. Code stands only where a table does not
+suffice. The tables follow llama.cpp's converter (MIT), so that the files come out byte for byte the same.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ Pair = tuple[str, Value]  # a GGUF key below the architecture's name, and its va
 
 @dataclass(frozen=True)
 class Key:
-    """A whole number (`u32`) or a number (`f32`) in GGUF, and the names it goes by in config.json."""
+    """A hyper-parameter that GGUF stores as an integer (`u32`) or a float (`f32`)."""
 
-    name: str
-    kind: str
-    sources: tuple[str, ...]
+    name: str  # of its key in GGUF, below the architecture's name
+    kind: str  # u32 or f32
+    sources: tuple[str, ...]  # its names in config.json; the first that is there counts
 
     def pairs(self, config: Config) -> Iterable[Pair]:
-        """Return the one pair that this key makes."""
+        """Return the key and its value, as the only pair."""
         integer = self.kind == "u32"
         return [(self.name, config.integer(*self.sources) if integer else float(config.number(*self.sources)))]
 
 
 @dataclass(frozen=True)
 class Computed:
-    """Hyper-parameters that take code: any number of pairs, none too."""
+    """Hyper-parameters that take code to compute: any number of pairs, or none."""
 
     pairs: Callable[[Config], Iterable[Pair]]
 
@@ -52,31 +52,31 @@ class Transform:
 
     unit: int
     apply: Callable[[Array], Array]
-    arithmetic: bool = False  # it computes with the numbers, so bfloat16 comes as float32, not as uint16
+    arithmetic: bool = False  # it computes with the numbers, so that it needs bfloat16 as float32, not as uint16
 
 
-Make = Callable[[Config, int], Transform]  # takes the number of rows
-Guard = Callable[[Config], "str | None"]  # refuses what GGUF cannot express; returns what the user should know
+Make = Callable[[Config, int], Transform]  # makes a transform for a tensor with this number of rows
+Guard = Callable[[Config], "str | None"]  # refuses what GGUF cannot express; returns a remark for the user, if any
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the GGUF tensors that a Hugging Face tensor is taken apart into."""
+    """One of several GGUF tensors that a Hugging Face tensor is split into."""
 
-    gguf: str  # its name; `{}` is the layer
-    rows: str  # the name of its number of rows
-    transform: Make  # picks the rows
+    gguf: str  # its name; `{}` stands for the number of the layer
+    rows: str  # its number of rows, as a key of `Architecture.sizes`
+    transform: Make  # makes the transform that picks its rows
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One Hugging Face tensor: its name (`{}` is the layer), the names of its sizes, and when it exists."""
+    """A tensor that a Hugging Face checkpoint must hold, in each layer if `{}` stands in its name."""
 
-    name: str
-    shape: tuple[str, ...]
-    when: Callable[[Config], bool] = lambda config: True
+    name: str  # `{}` stands for the number of the layer
+    shape: tuple[str, ...]  # as keys of `Architecture.sizes`
+    when: Callable[[Config], bool] = lambda config: True  # whether a model has it
     transform: Make | None = None
-    parts: tuple[Part, ...] = ()  # where one tensor becomes several
+    parts: tuple[Part, ...] = ()  # the GGUF tensors that it is split into, if it is
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,17 @@ class Architecture:
     """One architecture, as data."""
 
     name: str  # in GGUF, and the prefix of its keys
-    classes: Mapping[str, Mapping[str, Any]]  # Hugging Face class -> what it assumes where config.json is silent
+    classes: Mapping[str, Mapping[str, Any]]  # Hugging Face class -> its defaults for what config.json leaves out
     keys: tuple[Key | Computed, ...]  # in the order of writing; FILE_TYPE marks where general.file_type goes
     tensors: tuple[Rule, ...]
-    sizes: Callable[[Config], Mapping[str, int]]  # what the names in the shapes mean
+    sizes: Callable[[Config], Mapping[str, int]]  # the numbers that the shapes of the rules refer to
     guards: tuple[Guard, ...]
-    extra: Callable[[Config], Iterable[tuple[str, Array]]] = lambda config: ()  # tensors made from the configuration
-    first: Computed = Computed(lambda config: ())  # keys that the reference writes before all others
-    vocabulary: VocabularyRules = PLAIN  # what its vocabularies do otherwise than most
+    extra: Callable[[Config], Iterable[tuple[str, Array]]] = lambda config: ()  # tensors computed from config.json
+    first: Computed = Computed(lambda config: ())  # keys that llama.cpp's converter writes before all others
+    vocabulary: VocabularyRules = PLAIN  # how its vocabularies differ from most
 
     def expected(self, config: Config) -> dict[str, tuple[Rule, tuple[int, ...]]]:
-        """Say which tensors the checkpoint must hold: name -> its rule and shape."""
+        """Return the tensors that the checkpoint must hold: name -> rule and shape."""
         sizes = self.sizes(config)
         found: dict[str, tuple[Rule, tuple[int, ...]]] = {}
         for rule in self.tensors:
@@ -128,7 +128,7 @@ def register(piece: Architecture) -> Architecture:
 def find(values: Mapping[str, Any]) -> tuple[Architecture, Config, tuple[str, ...]]:
     """Find the piece for a config.json and lay the file over its class's defaults.
 
-    Returns them with what the guards want the user to know. Raises LoadError.
+    Returns piece and configuration, and the guards' remarks for the user. Raises LoadError.
     """
     classes = values.get("architectures")
     if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
@@ -137,13 +137,14 @@ def find(values: Mapping[str, Any]) -> tuple[Architecture, Config, tuple[str, ..
     if name not in ARCHITECTURES:
         raise LoadError(_unsupported(name, values))
     piece = ARCHITECTURES[name]
-    text = values.get("text_config")  # where a model that also sees keeps what concerns its text
+    text = values.get("text_config")  # the part for text in the config.json of a vision model
     config = Config({**values, **(text if isinstance(text, dict) else {})}, piece.classes[name])
     notes = [note for guard in (refuse_quantized, refuse_experts, *piece.guards) if (note := guard(config))]
     return piece, config, tuple(notes)
 
 
-OTHER_KINDS = (  # what a class's name, or a key of its config.json, says about a model that is not for us
+# Kinds of models that cannot be converted: a pattern for names of their classes, a key in their config.json, and why.
+OTHER_KINDS = (
     (r"moe|mixtral|dbrx|grok|deepseekv[23]|gptoss|llama4", "num_experts", "it is a mixture of experts"),
     (r"mamba|jamba|hybrid|rwkv|lfm2|recurrent|falconh1|next|qwen3_5", "mamba_d_state", "it has layers with a state"),
     (r"conditionalgeneration|vision|vl|llava|audio|omni", "vision_config", "it reads more than text"),
@@ -152,7 +153,7 @@ OTHER_KINDS = (  # what a class's name, or a key of its config.json, says about 
 
 
 def _unsupported(name: str, values: Mapping[str, Any]) -> str:
-    """Say that a class is not supported, why if that can be seen, and what comes nearest."""
+    """Return the message that a class is not supported, with the reason if it is known, or the most similar class."""
     whys = (why for pattern, key, why in OTHER_KINDS if re.search(pattern, name, re.I) or values.get(key))
     why = next(whys, "")
     near = difflib.get_close_matches(name, ARCHITECTURES, 1, 0.7)
@@ -163,7 +164,7 @@ def _unsupported(name: str, values: Mapping[str, Any]) -> str:
     )
 
 
-# -- what many architectures refuse -----------------------------------------------------------------------------------
+# -- guards that several architectures share --------------------------------------------------------------------------
 
 
 def refuse_quantized(config: Config) -> None:
@@ -199,7 +200,7 @@ def refuse_activation(*allowed: str, key: str = "hidden_act") -> Guard:
 
 
 def refuse_window(config: Config) -> None:
-    """Refuse a sliding window that would be noticed: llama.cpp attends to everything here."""
+    """Refuse a sliding window smaller than the context: llama.cpp attends to the whole context here."""
     window, context = config.get("sliding_window"), config.integer("max_position_embeddings")
     if window is None or config.get("use_sliding_window") is False:
         return
@@ -216,7 +217,7 @@ SILU = refuse_activation("silu", "swish")
 
 
 def refuse_set(*names: str) -> Guard:
-    """Refuse switches that llama.cpp has nothing to do with for the architecture."""
+    """Refuse a model with one of these switches on, if llama.cpp ignores them for the architecture."""
 
     def guard(config: Config) -> None:
         for name in names:
@@ -229,7 +230,7 @@ def refuse_set(*names: str) -> Guard:
 
 
 def refuse_other_head_size(config: Config) -> None:
-    """Refuse heads whose sizes do not add up to the hidden size, where llama.cpp takes that for granted."""
+    """Refuse heads whose sizes do not add up to the hidden size, which llama.cpp takes for granted."""
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
     if heads * config.head_dim != hidden:
         raise LoadError(
@@ -239,7 +240,10 @@ def refuse_other_head_size(config: Config) -> None:
 
 
 def refuse_rope(*kinds: str, share: bool = False, layered: bool = False) -> Guard:
-    """Refuse RoPE of other `kinds`; turning a share of each head, and layers that differ, unless they may."""
+    """Refuse RoPE of any kind but `kinds`.
+
+    share: a part of each head may be rotated. layered: layers may have different RoPE.
+    """
 
     def guard(config: Config) -> str | None:
         rope = config.rope
@@ -262,12 +266,12 @@ PERIODS = ("sliding_window_pattern", "_sliding_window_pattern")
 
 
 def sliding(config: Config, period: int) -> list[bool]:
-    """Say of each layer whether it has a sliding window: all but every `period`-th."""
+    """Return for each layer whether it has a sliding window: all but every `period`-th have one."""
     return [number % period != 0 for number in range(1, config.integer("num_hidden_layers", high=1024) + 1)]
 
 
 def refuse_layers(period: int) -> Guard:
-    """Refuse any order of sliding and full attention but the one that llama.cpp computes: every `period`-th full."""
+    """Refuse any order of layers but the one that llama.cpp computes: every `period`-th with full attention."""
 
     def guard(config: Config) -> None:
         found = config.get("layer_types")
@@ -296,7 +300,7 @@ def refuse_theta(theta: float) -> Guard:
 
 
 def refuse_untied(config: Config) -> None:
-    """Refuse an output head of its own, where llama.cpp has no place for it."""
+    """Refuse an untied output head: llama.cpp has no place for it."""
     if not config.flag("tie_word_embeddings"):
         raise LoadError(
             "config.json: tie_word_embeddings is false, but llama.cpp takes the output head of this architecture from "
@@ -305,7 +309,7 @@ def refuse_untied(config: Config) -> None:
 
 
 def refuse_tied(config: Config) -> None:
-    """Refuse an output head taken from the embedding, where llama.cpp wants one of its own."""
+    """Refuse an output head that is tied to the embedding: llama.cpp wants one of its own."""
     if config.flag("tie_word_embeddings"):
         raise LoadError(
             "config.json: tie_word_embeddings is true, but llama.cpp wants an output head of its own in this "

@@ -1,6 +1,6 @@
-"""What many architectures have in common: sizes, keys, tensors and the ways in which RoPE is written.
+"""Building blocks of architectures: sizes, keys, tensors, and RoPE as GGUF stores it.
 
-A piece is put together from these, so that it only says what is special about it.
+A piece is put together from them and adds only what is special about the architecture.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ When = Callable[[Config], bool]
 
 
 def sizes(config: Config) -> dict[str, int]:
-    """Return the sizes that the shapes below are written in."""
+    """Return the sizes that the shapes of the tensors below refer to."""
     heads, kv_heads = config.integer("num_attention_heads"), kv_head_count(config)
     if heads % kv_heads:
         raise LoadError(f"config.json: {heads} heads cannot share {kv_heads} key-value heads evenly")
@@ -43,17 +43,17 @@ def kv_head_count(config: Config) -> int:
 
 
 def never(config: Config) -> bool:
-    """Say no."""
+    """Return False, for a tensor that no model has."""
     return False
 
 
 def always(config: Config) -> bool:
-    """Say yes."""
+    """Return True, for a tensor that every model has."""
     return True
 
 
 def switch(name: str) -> When:
-    """Return a question: whether the switch `name` of config.json is on."""
+    """Return a function that says whether the switch `name` of config.json is on."""
     return lambda config: config.flag(name)
 
 
@@ -69,7 +69,7 @@ def own_head(config: Config) -> bool:
 
 
 def pair_up(heads: int, rows: int) -> Transform:
-    """Reorder each head's rows from two halves (transformers) to pairs (llama.cpp's RoPE for this architecture)."""
+    """Reorder the rows of each head: transformers rotates row i with row i + size/2, llama.cpp with its neighbour."""
     size = rows // heads
 
     def apply(chunk: Array) -> Array:
@@ -81,17 +81,17 @@ def pair_up(heads: int, rows: int) -> Transform:
 
 
 def turn_queries(config: Config, rows: int) -> Transform:
-    """Pair up the rows of a query projection."""
+    """Reorder the rows of a query projection; see `pair_up`."""
     return pair_up(config.integer("num_attention_heads"), rows)
 
 
 def turn_keys(config: Config, rows: int) -> Transform:
-    """Pair up the rows of a key projection."""
+    """Reorder the rows of a key projection; see `pair_up`."""
     return pair_up(kv_head_count(config), rows)
 
 
 def add_one(config: Config, rows: int) -> Transform:
-    """Add one to the weights of a norm that multiplies by one more than they say, in the type they are stored in."""
+    """Add one to the weights of a norm that multiplies by `1 + weight`, in the type in which they are stored."""
     return Transform(1, lambda chunk: chunk + chunk.dtype.type(1), arithmetic=True)
 
 
@@ -99,7 +99,7 @@ def add_one(config: Config, rows: int) -> Transform:
 
 
 def rope_scaling(config: Config) -> Iterable[Pair]:
-    """Write what stretches RoPE; llama3 is a tensor instead, and the default is silence."""
+    """Yield the keys that scale RoPE. The kind llama3 is stored as a tensor instead; the default needs no key."""
     rope = config.rope
     if rope.kind not in ("linear", "yarn"):
         return
@@ -119,10 +119,11 @@ def rope_scaling(config: Config) -> Iterable[Pair]:
 
 
 def rope_frequencies(config: Config) -> Iterable[tuple[str, Array]]:
-    """Make the tensor of divisors by which Llama 3.1 stretches its low frequencies.
+    """Yield the tensor of divisors by which Llama 3.1 scales the frequencies of RoPE.
 
-    High frequencies stay (1), low ones are divided by the factor, and those between are blended. In float32 and as
-    reciprocals times a number, as torch does it, so that the bits agree; its power is a correctly rounded one.
+    High frequencies keep their value (divisor 1), low ones are divided by the factor, those between are interpolated.
+    The steps are in float32 and in the order of torch, so that the bits agree; only the power is computed in float64,
+    as torch rounds it correctly.
     """
     rope = config.rope
     if rope.kind != "llama3":
@@ -143,7 +144,7 @@ def rope_frequencies(config: Config) -> Iterable[tuple[str, Array]]:
 
 
 def rope_base(config: Config) -> Iterable[Pair]:
-    """Write the base frequency, and that of the layers with a sliding window where they have their own."""
+    """Yield the base frequency, and that of the layers with a sliding window if it differs."""
     yield "rope.freq_base", float(config.rope.theta)
     if config.local_rope is not None:
         yield "rope.freq_base_swa", float(config.local_rope.theta)
@@ -153,13 +154,13 @@ def rope_base(config: Config) -> Iterable[Pair]:
 
 
 def head_sizes(config: Config) -> Iterable[Pair]:
-    """Write the size of a head."""
+    """Yield the size of a head."""
     yield "attention.key_length", config.head_dim
     yield "attention.value_length", config.head_dim
 
 
 def given_head_sizes(config: Config) -> Iterable[Pair]:
-    """Write the size of a head where config.json says one."""
+    """Return the keys for the size of a head if config.json states it."""
     return () if config.get("head_dim") is None else head_sizes(config)
 
 
@@ -173,14 +174,14 @@ NORM_EPS = Key("attention.layer_norm_rms_epsilon", "f32", ("rms_norm_eps",))
 ROPE = (Computed(rope_scaling), Computed(rope_base))
 HEAD_SIZES, GIVEN_HEAD_SIZES = Computed(head_sizes), Computed(given_head_sizes)
 NO_HEAD_SIZES = Computed(lambda config: ())
-LLAMA_KEYS = (  # what the relatives of Llama add
+LLAMA_KEYS = (  # that Llama and its relatives write besides the general ones
     Key("vocab_size", "u32", ("vocab_size",)),
     Computed(lambda config: [("rope.dimension_count", config.head_dim)]),
 )
 
 
 def general(heads: Computed = GIVEN_HEAD_SIZES) -> tuple[Key | Computed, ...]:
-    """Return the keys that most architectures write, in the reference's order."""
+    """Return the keys that most architectures write, in the order of llama.cpp's converter."""
     shape = (BLOCKS, CONTEXT, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS)
     return (*shape, *ROPE, NORM_EPS, heads, FILE_TYPE)
 
@@ -205,7 +206,7 @@ def norms(*names: str, size: str = "hidden", change: Make | None = None) -> tupl
 
 
 def attention(paired: bool = False, bias: When = never, out_bias: When = never) -> tuple[Rule, ...]:
-    """Return the projections of attention; `paired` where llama.cpp turns neighbours, not halves."""
+    """Return the projections of attention. paired: reorder queries and keys for llama.cpp's RoPE; see `pair_up`."""
     queries, keys = (turn_queries, turn_keys) if paired else (None, None)
     return (
         Rule(LAYER + "self_attn.q_proj.weight", ("q", "hidden"), transform=queries),

@@ -1,4 +1,4 @@
-"""tokenizer.json: byte-level BPE, and SentencePiece's BPE as the tokenizers library writes it."""
+"""Read tokenizer.json: byte-level BPE, or SentencePiece's BPE in the form of the tokenizers library."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 PREFIX = {"type": "Prepend", "prepend": "▁"}
 UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
-BYTE_LEVEL_SHARE = 0.05  # of tokens that begin with the letter for a space: about half do, or else next to none
+BYTE_LEVEL_SHARE = 0.05  # of tokens that begin with Ġ, a space: half do in byte-level vocabularies, none in others
 UNSUPPORTED = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
 
 
@@ -49,7 +49,7 @@ def check_model(tokenizer: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def refuse_broken(vocab: Mapping[str, Any]) -> None:
-    """Refuse a byte-level vocabulary that has lost its pre-tokenizer. Raises LoadError."""
+    """Refuse a byte-level vocabulary without its pre-tokenizer, as some programs wrongly save it. Raises LoadError."""
     if sum(token.startswith("Ġ") for token in vocab) > BYTE_LEVEL_SHARE * len(vocab):
         raise LoadError(
             f"{SOURCE}: a byte-level vocabulary without its byte-level pre-tokenizer, as some versions of "
@@ -60,9 +60,9 @@ def refuse_broken(vocab: Mapping[str, Any]) -> None:
 def read_byte_level(
     tokenizer: Mapping[str, Any], settings: Mapping[str, Any], named: set[str]
 ) -> tuple[Tokens, list[str], list[str]]:
-    """Return the tokens of byte-level BPE, its merges, and what the user should know. Raises LoadError.
+    """Return the tokens of byte-level BPE, its merges, and remarks for the user. Raises LoadError.
 
-    named: texts that the checkpoint calls special tokens.
+    named: texts that other files of the checkpoint call special tokens.
     """
     model = check_model(tokenizer)
     by_id, ids, added, marked = _by_id(model, tokenizer, settings, named)
@@ -82,10 +82,10 @@ def read_byte_level(
 def read_sentencepiece_style(
     tokenizer: Mapping[str, Any], settings: Mapping[str, Any], named: set[str], by_looks: bool
 ) -> tuple[Tokens, bool, list[str]]:
-    """Return the tokens of SentencePiece's BPE, whether a space comes before the text, and what the user should know.
+    """Return the tokens of SentencePiece's BPE, whether a space comes before the text, and remarks for the user.
 
-    The file has merges where tokenizer.model has scores. A piece's score is the place of the first merge that makes it,
-    negated: what is merged first scores highest. Raises LoadError.
+    GGUF wants scores, but the file has merges. The score of a piece is minus the index of the first merge that makes
+    it: what is merged first scores highest. Raises LoadError.
     """
     model = check_model(tokenizer)
     prefix, notes = _spaces(tokenizer)
@@ -95,7 +95,7 @@ def read_sentencepiece_style(
     for left, right in _merges(model, ids):
         places.setdefault(left + right, count)
         count += 1
-    last = -float(count)  # below every merge: what no merge makes is not to be merged before the rest
+    last = -float(count)  # the score of pieces that no merge makes, below all others
     unknown = model.get("unk_token")
     for number, token in by_id.items():
         kind = token.kind
@@ -116,7 +116,7 @@ def _by_id(
     named: set[str],
     by_looks: bool = True,
 ) -> tuple[dict[int, Token], dict[str, int], list[Added], set[str]]:
-    """Return tokens by id, ids by text, the added tokens, and the named texts that there are."""
+    """Return tokens by id, ids by text, the added tokens, and those texts of `named` that are in the vocabulary."""
     added = added_in_tokenizer(tokenizer) + added_in_settings(settings)
     base = (check_token(SOURCE, *entry) for entry in model["vocab"].items())
     ids = ids_of(SOURCE, chain(base, ((entry.text, entry.number) for entry in added)))
@@ -136,7 +136,7 @@ def _by_id(
 
 
 def _merges(model: Mapping[str, Any], ids: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """Yield the merges as pairs; both spellings of tokenizer.json are read."""
+    """Yield the merges as pairs. Files write a merge as 'a b' or as [a, b]."""
     entries = model.get("merges")
     if not isinstance(entries, list) or not entries:
         raise LoadError(f"{SOURCE}: no merges in it")
@@ -151,7 +151,7 @@ def _merges(model: Mapping[str, Any], ids: Mapping[str, int]) -> Iterator[tuple[
 
 
 def _spaces(tokenizer: Mapping[str, Any]) -> tuple[bool, list[str]]:
-    """Say whether a space comes before the text, and refuse what llama.cpp's SentencePiece tokenizer cannot do."""
+    """Return whether a space comes before the text, and remarks; refuse steps that llama.cpp has no equivalent of."""
     prefix, notes = False, []
     for step in _steps(tokenizer.get("normalizer"), "normalizers"):
         if step == PREFIX:
@@ -177,7 +177,7 @@ def _spaces(tokenizer: Mapping[str, Any]) -> tuple[bool, list[str]]:
 
 
 def _steps(step: Any, inner: str) -> list[Mapping[str, Any]]:
-    """Return the steps of a normalizer or pre-tokenizer, alone or in sequence."""
+    """Return the steps of a normalizer or pre-tokenizer; `inner` is the key under which a sequence lists them."""
     if step is None:
         return []
     if not isinstance(step, dict):
@@ -188,7 +188,7 @@ def _steps(step: Any, inner: str) -> list[Mapping[str, Any]]:
 
 
 def _greedy(tokenizer: Mapping[str, Any]) -> list[str]:
-    """Say which tokens take the spaces beside them, which llama.cpp's do not."""
+    """Return a remark on added tokens that swallow spaces beside them, which llama.cpp does not do."""
     added = tokenizer.get("added_tokens") or []
     greedy = [repr(token["content"]) for token in added if token.get("lstrip") or token.get("rstrip")]
     return [f"llama.cpp keeps the spaces beside {some(greedy)}, which transformers drops"] if greedy else []

@@ -1,4 +1,4 @@
-"""Chat templates: found wherever a checkpoint keeps them, and copied, never rendered."""
+"""Chat templates of a checkpoint: found in all places where it may keep them, and copied, never rendered."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from metaalign_edge_runtime.errors import LoadError
 
 from .folder import Folder
 
-ORIGINAL = "original"  # the name under which a replaced template is kept
+ORIGINAL = "original"  # name that the checkpoint's own template gets in the file if another replaces it
 
 
 def read_templates(folder: Folder) -> dict[str, str]:
-    """Read the checkpoint's chat templates: name -> template, `default` for the one in use.
+    """Read the chat templates of a checkpoint: name -> template; `default` is the one in use.
 
-    A file of its own wins over tokenizer_config.json, as it does in transformers.
+    A separate file comes before tokenizer_config.json, as in transformers.
     """
     found = _named(folder.json("tokenizer_config.json").get("chat_template"), "tokenizer_config.json")
     found |= _named(folder.json("chat_template.json").get("chat_template"), "chat_template.json")
@@ -34,7 +34,7 @@ def read_templates(folder: Folder) -> dict[str, str]:
 
 
 def _named(value: Any, source: str) -> dict[str, str]:
-    """Take one template, a list of `{name, template}`, or a mapping of names to templates."""
+    """Read `chat_template`: one template, a list of `{name, template}`, or a mapping of names to templates."""
     if value is None:
         return {}
     if isinstance(value, str):
@@ -47,12 +47,12 @@ def _named(value: Any, source: str) -> dict[str, str]:
 
 
 def _plain(name: str) -> str:
-    """Make a name fit for a GGUF key."""
+    """Return a name with only those letters that a GGUF key may have."""
     return "".join(letter if letter in ascii_letters + digits else "_" for letter in name)
 
 
 def templates_to_write(own: Mapping[str, str], chosen: str | None) -> dict[str, str]:
-    """Return what goes into the file: the chosen template first in rank, the checkpoint's own never lost."""
+    """Return the templates for the GGUF file: `chosen` as the default, and all of the checkpoint's own."""
     if chosen is None or own.get("default") in (None, chosen):
         return {**own, **({} if chosen is None else {"default": chosen})}
     return {**own, ORIGINAL: own["default"], "default": chosen}

@@ -1,4 +1,4 @@
-"""A checkpoint, opened: everything about it is known and checked, and no weight has been read."""
+"""Open a checkpoint: everything in it is checked and mapped to GGUF, but no weight is read."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .vocabulary import Vocabulary, read_vocabulary
 IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")  # buffers that old versions saved
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-OTHER_PARTS = ("vision_tower.", "multi_modal_projector.")  # of a model that also sees, next to its language model
+OTHER_PARTS = ("vision_tower.", "multi_modal_projector.")  # of a vision model, beside its language model
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor of the file that is read from the checkpoint."""
+    """A tensor of the GGUF file that comes from the checkpoint."""
 
     name: str  # in GGUF
     shape: tuple[int, ...]
@@ -42,56 +42,56 @@ class Checkpoint:
     folder: Folder
     piece: Architecture
     config: Config
-    mapped: list[tuple[Tensor, Rule]]  # in the order of the shards
-    tied_head: Tensor | None  # a saved copy of the embedding, to be left out
+    mapped: list[tuple[Tensor, Rule]]  # every tensor with its rule, in the order of the shards
+    tied_head: Tensor | None  # a head that was saved though it is tied to the embedding; it is left out
     vocabulary: Vocabulary
     templates: dict[str, str]
-    notes: tuple[str, ...] = ()  # what the user should know
-    patches: Mapping[str, Patch] = field(default_factory=dict)  # by tensor name, what adapters change
+    notes: tuple[str, ...] = ()  # remarks for the user
+    patches: Mapping[str, Patch] = field(default_factory=dict)  # tensor name -> changes of adapters
 
     @property
     def architecture(self) -> str:
-        """The architecture's name in GGUF."""
+        """Return the name of the architecture in GGUF."""
         return self.piece.name
 
     @property
     def name(self) -> str:
-        """The model's name: the folder's, or the hub's id."""
+        """Return the name of the model: its id on the hub, or the name of the folder."""
         return self.folder.hub_id or self.folder.name
 
     @property
     def parameters(self) -> int:
-        """Weights that will be in the file."""
+        """Return the number of weights in the GGUF file."""
         made = sum(array.size for _, array in self.piece.extra(self.config))
         return made + sum(math.prod(tensor.shape) for tensor, _ in self.mapped)
 
     @property
     def chat_template(self) -> str | None:
-        """The checkpoint's own chat template."""
+        """Return the chat template of the checkpoint, None if it has none."""
         return self.templates.get("default")
 
     @property
     def tokens(self) -> frozenset[str]:
-        """The texts of its added and special tokens."""
+        """Return the texts of the added and special tokens."""
         return self.vocabulary.marked
 
     @cached_property
     def embedding(self) -> str:
-        """The name of the embedding's tensor."""
+        """Return the name of the embedding in the checkpoint."""
         return next(output.tensor.name for output in self.outputs() if output.name == "token_embd.weight")
 
     @cached_property
     def head(self) -> str:
-        """The name of the head's tensor, also where there is none because it is tied to the embedding."""
+        """Return the name of the output head in the checkpoint, even if it is tied to the embedding and absent."""
         return next((output.tensor.name for output in self.outputs() if output.name == "output.weight"), HEAD)
 
     @property
     def tied(self) -> bool:
-        """Whether head and embedding are one."""
+        """Return whether head and embedding are one tensor."""
         return self.head not in self.piece.expected(self.config)
 
     def outputs(self) -> list[Output]:
-        """Return the tensors of the file that are read from the checkpoint, in the order of the file."""
+        """Return the tensors of the GGUF file that come from the checkpoint, in the order of the file."""
         names = self.piece.gguf_names(self.config.integer("num_hidden_layers"))
         sizes = self.piece.sizes(self.config)
         found = []
@@ -109,14 +109,14 @@ class Checkpoint:
 
 
 def text_model_name(name: str) -> str:
-    """Return a tensor's name as it is in a model of text only."""
+    """Return the name that a tensor of a vision model's language part has in a model without vision."""
     return name.replace("language_model.", "")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open the checkpoint in the folder `path` and check everything but the weights themselves.
+    """Open the checkpoint in the folder `path` and check everything but the weights.
 
-    Raises NotFound if there is none, LoadError if it cannot be converted.
+    Raises NotFound if the folder holds none, LoadError if it cannot be converted.
     """
     try:
         return _open(path)
@@ -156,7 +156,10 @@ def _check_range(key: str, value: object) -> None:
 def _map(
     tensors: dict[str, Tensor], expected: dict[str, tuple[Rule, tuple[int, ...]]], config: Config
 ) -> tuple[list[tuple[Tensor, Rule]], Tensor | None]:
-    """Match what is there with what must be there, exactly. Raises LoadError naming what is amiss."""
+    """Map every tensor to its rule: none may be missing, left over or misshapen. Raises LoadError with their names.
+
+    Returns the mapped tensors, and a head that was saved though it is tied.
+    """
     named = (replace(tensor, name=text_model_name(tensor.name)) for tensor in tensors.values())
     kept = {tensor.name: tensor for tensor in named if not tensor.name.endswith(IGNORED)}
     tied_head = kept.pop(HEAD, None) if HEAD not in expected else None

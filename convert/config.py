@@ -1,4 +1,4 @@
-"""config.json, made uniform: absent keys filled in as transformers does, and every number checked."""
+"""config.json: absent keys are filled in as transformers does it, and every number is checked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from metaalign_edge_runtime.errors import LoadError, some
 
-# The parameters that each kind of RoPE scaling takes; those with a question mark may be absent, a star is a list.
+# The parameters of each kind of RoPE scaling: `?` marks those that may be absent, `*` lists of numbers.
 ROPE_KINDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -30,49 +30,49 @@ ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "orig
 
 @dataclass(frozen=True)
 class Rope:
-    """How positions turn the heads: a base frequency, and what stretches it."""
+    """The rotary position embedding of a model: its base frequency, and the parameters of its scaling."""
 
     kind: str  # a key of ROPE_KINDS
     theta: float
     parameters: Mapping[str, float]
     lists: Mapping[str, list[float]]
-    share: float  # of each head that is turned
+    share: float  # of each head that is rotated, up to 1
 
 
 class Config:
-    """The values of config.json over the defaults of its class. A value is checked when it is asked for."""
+    """The values of config.json, or the defaults of the model's class. A value is checked when it is read."""
 
     def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         """Lay `values` over `defaults`; a null counts as absent, as it does in transformers."""
         self._values = {**defaults, **{key: value for key, value in values.items() if value is not None}}
-        # null is a value of its own for the one key where the class's default is not what null means
+        # Only here does null differ from the default of the class: it means that there is no window.
         if "sliding_window" in values:
             self._values["sliding_window"] = values["sliding_window"]
 
     def changed(self, **values: Any) -> Config:
-        """Return the same configuration with some other `values`."""
+        """Return a copy of the configuration with some values replaced."""
         return Config({**self._values, **values}, {})
 
     def get(self, name: str) -> Any:
-        """Return the raw value of `name`, None if it has none."""
+        """Return the unchecked value of `name`, None if it is absent."""
         return self._values.get(name)
 
     def flag(self, name: str) -> bool:
-        """Return a yes or no; absent is no."""
+        """Return a boolean; an absent one is False."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
             raise LoadError(f"config.json: {name} is {value!r}, not true or false")
         return bool(value)
 
     def integer(self, *names: str, high: int = 2**31 - 1) -> int:
-        """Return the first of `names` that is there, a whole number from 1 to `high`."""
+        """Return the value of the first of `names` that is there, a whole number from 1 to `high`."""
         name, value = self._first(names)
         if type(value) is not int or not 1 <= value <= high:
             raise LoadError(f"config.json: {name} is {value!r}, not a whole number from 1 to {high:,}")
         return value
 
     def number(self, *names: str) -> float:
-        """Return the first of `names` that is there, a number above 0."""
+        """Return the value of the first of `names` that is there, a number above 0."""
         return positive(*self._first(names))
 
     def _first(self, names: tuple[str, ...]) -> tuple[str, Any]:
@@ -83,7 +83,7 @@ class Config:
 
     @property
     def head_dim(self) -> int:
-        """Size of one attention head."""
+        """Return the size of an attention head."""
         if self.get("head_dim") is not None:
             size = self.integer("head_dim")
         else:
@@ -97,16 +97,16 @@ class Config:
 
     @property
     def rope(self) -> Rope:
-        """The RoPE parameters, from `rope_parameters` (transformers 5) or `rope_scaling` (4).
+        """Return the RoPE of the layers, from `rope_parameters` (transformers 5) or `rope_scaling` (4).
 
-        Where layers with a sliding window have their own, these are those of the layers without.
+        Where layers with a sliding window differ, this is the RoPE of the layers with full attention.
         """
         given = self._rope_given
         return self._rope(given.get("full_attention", given))
 
     @property
     def local_rope(self) -> Rope | None:
-        """The RoPE parameters of the layers with a sliding window, None if they have none of their own."""
+        """Return the RoPE of the layers with a sliding window, None if it is that of all layers."""
         given = self._rope_given
         if "sliding_attention" in given:
             return self._rope(given["sliding_attention"])
@@ -150,14 +150,14 @@ class Config:
 
 
 def positives(name: str, values: Any) -> list[float]:
-    """Return `values` if it is a list of finite numbers above 0."""
+    """Return `values`, checked to be a list of finite numbers above 0. Raises LoadError."""
     if not isinstance(values, list):
         raise LoadError(f"config.json: {name} is {values!r}, not a list of numbers")
     return [positive(name, value) for value in values]
 
 
 def positive(name: str, value: Any) -> float:
-    """Return `value` if it is a finite number above 0, as it is: a whole number stays one."""
+    """Return `value`, checked to be a finite number above 0; an integer stays one. Raises LoadError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-30 < value < 1e30:
         raise LoadError(f"config.json: {name} is {value!r}, not a number above 0")
     return value

@@ -1,7 +1,6 @@
-"""GGUF's head, which stands before the weights: packed quickly, and read from files that others made.
+"""The head of a GGUF file, all that stands before the weights: packed quickly, and read from files of others.
 
-Format: magic, version, the numbers of tensors and keys; each key with type and value; each tensor's name, shape (the
-fastest first), type and offset; padding. Nothing in a file is believed before it is checked.
+Everything in a file is checked before it is used. The layout stands in `GGUFFile`.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from metaalign_edge_runtime.llama.gguf import MAGIC, GGUFArray, GGUFFile, GGUFRe
 from .ggml import encoded_size
 
 ALIGNMENT = 32  # bytes; every tensor begins at a multiple
-COUNT_LIMIT = 100_000  # keys, and tensors
+COUNT_LIMIT = 100_000  # of keys and of tensors in a file
 
 
 class Packer(GGUFWriter):
-    """The library's writer, which packs a vocabulary's texts one by one, in seconds: these are packed at once."""
+    """The gguf library's writer, but fast for vocabularies: it packs each text by itself, which takes seconds."""
 
     def _pack_val(self, val: Any, vtype: Value, add_vtype: bool, sub_type: Value | None = None) -> bytes:
         if vtype is not Value.ARRAY or not isinstance(val, list) or not val or sub_type is not None:
@@ -44,16 +43,16 @@ class Packer(GGUFWriter):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a GGUF file."""
+    """A tensor of a GGUF file."""
 
     name: str
-    shape: tuple[int, ...]  # the slowest first, as numpy has it
+    shape: tuple[int, ...]  # the slowest dimension first, as in numpy
     kind: Type
     start: int  # bytes from the start of the file
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file, before padding."""
+        """Return the bytes in the file, without padding."""
         return encoded_size(self.shape, self.kind)
 
 
@@ -62,7 +61,7 @@ class Head:
     """The part of a GGUF file that stands before the weights."""
 
     metadata: Mapping[str, bytes]  # by key, type and value as they stand in the file
-    values: Mapping[str, Any]  # by key, the value; of an array, where it lies
+    values: Mapping[str, Any]  # by key, the value; of an array, its GGUFArray
     entries: tuple[Entry, ...]
 
     def text(self, key: str) -> str | None:
@@ -77,7 +76,7 @@ class Head:
 
 
 def pack_value(value: int | str) -> bytes:
-    """Pack the type and the value of a key: a whole number (u32) or a text."""
+    """Pack the type and the value of a key, a whole number (u32) or a text."""
     if isinstance(value, int):
         return struct.pack("<II", Value.UINT32, value)
     text = value.encode("utf-8")
@@ -85,7 +84,7 @@ def pack_value(value: int | str) -> bytes:
 
 
 def pack_head(metadata: Mapping[str, bytes], tensors: Sequence[tuple[str, tuple[int, ...], Type]]) -> bytes:
-    """Pack a whole head, padding included, as llama.cpp does: dimensions of 1 at the slow end are left out."""
+    """Pack a whole head with its padding. Like llama.cpp it leaves out slowest dimensions of size 1."""
     parts = [MAGIC, struct.pack("<IQQ", gguf.GGUF_VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
         name = key.encode("utf-8")
@@ -103,7 +102,7 @@ def pack_head(metadata: Mapping[str, bytes], tensors: Sequence[tuple[str, tuple[
 
 
 def padded(size: int) -> int:
-    """Round up to the next place where a tensor may begin."""
+    """Round up a size to the next multiple of ALIGNMENT."""
     return size + -size % ALIGNMENT
 
 
@@ -138,7 +137,7 @@ def _entry(source: str, info: TensorInfo, start: int) -> Entry:
 
 
 def unpack_texts(packed: bytes) -> tuple[str, ...]:
-    """Return the texts of an array of texts, packed as in `Head.metadata`; none if it is anything else."""
+    """Return the texts of an array that is packed as in `Head.metadata`; nothing if it is no array of texts."""
     reader = GGUFReader(packed, 0)
     array = reader.value(reader.scalar("<I"))
     if not isinstance(array, GGUFArray) or array.kind != reader.STRING:

@@ -1,4 +1,4 @@
-"""The keys of the file: general, the architecture's, the tokenizer's, in the order of llama.cpp's converter (MIT)."""
+"""The keys of a GGUF file, in the order of llama.cpp's converter (MIT): general, architecture, tokenizer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .encode import OUTTYPES
 from .metadata import read_metadata, read_sampling
 from .vocabulary import Vocabulary
 
-TEMPLATE_KEY = "metaalign.template"  # the template's name, for programs that know the three-tier dialog
+TEMPLATE_KEY = "metaalign.template"  # key for the name of our template, so that a model is known to use three tiers
 
 
 def describe(
     checkpoint: Checkpoint, outtype: str, pre: str, templates: Mapping[str, str], template_name: str | None
 ) -> GGUFWriter:
-    """Return a writer that holds every key of the file, and no tensors yet."""
+    """Return a writer that holds all keys of the file, but no tensors yet."""
     writer = Packer(None, checkpoint.architecture)
     for name, value in checkpoint.piece.first.pairs(checkpoint.config):
         _add(writer, f"{checkpoint.architecture}.{name}", value, writer.add_uint32)
@@ -45,7 +45,7 @@ def describe(
 
 
 def _add(writer: GGUFWriter, name: str, value: Value, add_int: Callable[[str, int], None]) -> None:
-    """Add a key of the type that its value has; whole numbers come in several, so the caller says which."""
+    """Add a key with a value of any type; GGUF has several types of integers, so `add_int` adds those."""
     if isinstance(value, str):
         writer.add_string(name, value)
     elif isinstance(value, bool):
@@ -59,7 +59,7 @@ def _add(writer: GGUFWriter, name: str, value: Value, add_int: Callable[[str, in
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, pre: str, templates: Mapping[str, str]) -> None:
-    """Add the tokenizer's keys, and the chat templates among them."""
+    """Add the keys of the tokenizer, which include the chat templates."""
     special = vocabulary.special
     _add_space_prefix(writer, vocabulary, "first")
     writer.add_tokenizer_model(vocabulary.model)
@@ -72,7 +72,7 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, pre: str, templat
     if vocabulary.merges is not None:
         writer.add_token_merges(vocabulary.merges)
     for role, number in special.ids.items():
-        if role != "cls":  # the one role that GGUF has no key for
+        if role != "cls":  # GGUF has no key for it
             getattr(writer, f"add_{role}_token_id")(number)
     _add_what_is_added(writer, special.adds)
     _add_templates(writer, templates)
@@ -85,14 +85,14 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, pre: str, templat
 
 
 def _add_space_prefix(writer: GGUFWriter, vocabulary: Vocabulary, place: str) -> None:
-    """Add the key in the one place where the architecture has it."""
+    """Add the key add_space_prefix if it belongs to this place among the keys."""
     if vocabulary.space_prefix is not None and vocabulary.space_prefix[0] == place:
         writer.add_add_space_prefix(vocabulary.space_prefix[1])
 
 
 def _add_what_is_added(writer: GGUFWriter, adds: Mapping[str, bool]) -> None:
     for role, value in adds.items():
-        if role in ("bos", "eos", "sep"):  # the roles that GGUF has such keys for
+        if role in ("bos", "eos", "sep"):  # GGUF has no such keys for other roles
             getattr(writer, f"add_add_{role}_token")(value)
 
 
@@ -107,7 +107,7 @@ def _add_templates(writer: GGUFWriter, templates: Mapping[str, str]) -> None:
 
 
 def write_head(writer: GGUFWriter, file: BinaryIO) -> None:
-    """Write everything that comes before the weights into an open file, and the padding up to them."""
+    """Write the head with its padding into an open file. Raises LoadError for values that GGUF cannot hold."""
     writer.fout = [file]  # type: ignore[list-item]  # given a path, the library would open it by itself
     writer.state = WriterState.EMPTY
     try:

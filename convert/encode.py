@@ -1,4 +1,4 @@
-"""Tensor types in GGUF, and numbers on their way from one to another, a chunk of rows at a time."""
+"""Encode chunks of rows in the tensor types of GGUF, and choose the type of a tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metaalign_edge_runtime.errors import LoadError
 from .ggml import from_float32, to_float32
 from .shards import STORED_AS, Array
 
-# The types that are written as llama.cpp's converter writes them: the type of the matrices, and general.file_type
+# Types that llama.cpp's converter can write: the type of the matrices, and the value of general.file_type.
 OUTTYPES: dict[str, tuple[Type, LlamaFileType]] = {
     "f32": (Type.F32, LlamaFileType.ALL_F32),
     "f16": (Type.F16, LlamaFileType.MOSTLY_F16),
@@ -23,18 +23,18 @@ OUTTYPES: dict[str, tuple[Type, LlamaFileType]] = {
 }
 Q8_0_BLOCK = 32  # numbers that share a scale; blocks never cross a row
 HALF_LIMIT = 65520.0  # from here on, float16 rounds to infinity
-WIDE = (Type.F32, Type.BF16)  # types that hold any weight; the others are float16, or have scales in float16
+WIDE = (Type.F32, Type.BF16)  # types with the range of float32; others are float16 or have float16 scales
 
 
 class Encoded(NamedTuple):
-    """Rows in the file's type."""
+    """A chunk of rows in the type of the file."""
 
-    data: Array  # its bytes are what counts
-    largest: float  # magnitude among the numbers
+    data: Array  # of any numpy type: only its bytes count
+    largest: float  # largest magnitude among the numbers
 
 
 def choose_type(name: str, shape: tuple[int, ...], wanted: Type) -> Type:
-    """Choose the type of the GGUF tensor `name`: vectors, norms and biases stay float32, as llama.cpp expects."""
+    """Return the type for the GGUF tensor `name`: `wanted`, but float32 for vectors, norms and biases."""
     if len(shape) <= 1 or name.endswith("_norm.weight") or not name.endswith(".weight"):
         return Type.F32
     if wanted is Type.Q8_0 and shape[-1] % Q8_0_BLOCK:
@@ -43,7 +43,7 @@ def choose_type(name: str, shape: tuple[int, ...], wanted: Type) -> Type:
 
 
 def encode(name: str, rows: Array, dtype: str, kind: Type, importance: Array | None = None) -> Encoded:
-    """Turn rows as stored (`dtype`: F32, F16, BF16 as uint16, or a quantised type as bytes) into those of `kind`.
+    """Encode rows as `kind`. They come as `dtype`: F32, F16, BF16 as uint16, or a quantised type as bytes.
 
     importance: see `from_float32`. Raises LoadError, naming the tensor `name`, for NaN and infinity.
     """
@@ -64,8 +64,9 @@ def encode(name: str, rows: Array, dtype: str, kind: Type, importance: Array | N
 def magnitude(rows: Array, dtype: str) -> float:
     """Return the largest magnitude in `rows` (F32, F16 or BF16); NaN or infinity if there is one.
 
-    The bits of floating-point numbers are in the order of their magnitudes, so that the largest whole number, taken
-    with a sign and without, is the answer: three times as fast as looking at the numbers, and no memory is taken.
+    Read as integers, floating-point numbers of one sign have the order of their magnitudes: the largest signed integer
+    is the largest positive number, the largest unsigned one the negative number furthest from zero. That is three times
+    as fast as comparing the numbers, and takes no memory.
     """
     bits = rows.itemsize * 8
     signed, unsigned = np.dtype(f"i{rows.itemsize}"), np.dtype(f"u{rows.itemsize}")
@@ -79,7 +80,7 @@ def magnitude(rows: Array, dtype: str) -> float:
 
 @cache
 def _table(dtype: str, kind: Type) -> Array:
-    """Return what each of the 65,536 patterns of one 16-bit type becomes in the other: quicker than any arithmetic."""
+    """Return the table from all 65,536 patterns of one 16-bit type to the other; it is faster than any arithmetic."""
     patterns = np.arange(1 << 16, dtype=np.uint16)
     stored = patterns.view(np.float16) if dtype == "F16" else patterns
     with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""A checkpoint's folder, read with care: whoever made the files may have meant harm."""
+"""The folder of a checkpoint. Its files are not trusted: they may have been made to do harm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from metaalign_edge_runtime.errors import LoadError, NotFound
 
 MB = 1_000_000
-TEXT_LIMIT = 4 * MB  # bytes; configurations and chat templates are a few thousand
+TEXT_LIMIT = 4 * MB  # bytes; configurations and chat templates have a few thousand
 
 
 class Folder:
@@ -38,7 +38,7 @@ class Folder:
                 self.hub_id = snapshots.parent.name.removeprefix("models--").replace("--", "/")
 
     def names(self) -> list[str]:
-        """List the folder's file names, sorted."""
+        """List the names of the files in the folder, sorted."""
         try:
             return sorted(os.listdir(self.root))
         except OSError as error:
@@ -46,24 +46,24 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Say whether there is a file `name`."""
-        return os.path.exists(self.root / name)  # unlike Path's, it never raises
+        return os.path.exists(self.root / name)  # Path.exists may raise
 
     def open(self, name: str) -> BinaryIO:
-        """Open `name` for reading. Raises LoadError for a link that leads out, and for what is no file."""
+        """Open the file `name`. Raises LoadError for a link out of the folder, and for anything but a regular file."""
         path = self.root / name
         try:
             target = path.resolve(strict=True)
             inside = target.is_relative_to(self.root) or (self._blobs is not None and target.parent == self._blobs)
             if not inside:
                 raise LoadError(f"{name}: a link out of the checkpoint's folder; copy the file itself there")
-            if not stat.S_ISREG(target.stat().st_mode):  # a pipe would make us wait for ever
+            if not stat.S_ISREG(target.stat().st_mode):  # a pipe would be waited for
                 raise LoadError(f"{name}: not a regular file")
             return target.open("rb")
-        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        except (OSError, RuntimeError) as error:  # before Python 3.13, circular links raise RuntimeError
             raise LoadError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
     def bytes(self, name: str, limit: int) -> bytes:
-        """Read `name` whole; more than `limit` bytes are refused."""
+        """Read the whole file `name`. Raises LoadError if it has more than `limit` bytes."""
         with self.open(name) as file:
             try:
                 data = file.read(limit + 1)
@@ -89,11 +89,11 @@ class Folder:
 
 
 def parse_json(text: str, name: str) -> dict[str, Any]:
-    """Parse a JSON object out of the file `name`. Keys that stand twice, NaN and deep nesting are refused."""
+    """Parse the JSON object in the file `name`. Raises LoadError, also for repeated keys, NaN and deep nesting."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
-        if len(found) != len(pairs):  # Python would keep the last one and hide the mistake
+        if len(found) != len(pairs):  # Python would silently keep the last one
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise ValueError(f"the key {twice!r} stands twice")

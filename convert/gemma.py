@@ -1,7 +1,7 @@
-"""Gemma 1, 2 and 3, whose norms multiply by one more than their weights say.
+"""Gemma 1, 2 and 3, whose norms multiply by `1 + weight`.
 
-llama.cpp has much of them built in: the base frequency, the order of the layers, how scores are scaled. What differs
-from that in a config.json is refused.
+Much of them is fixed in llama.cpp: the base frequency, the order of the layers, the scale of the scores. A config.json
+that differs from it is refused.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ AROUND = norms(  # a norm before and after attention, and before and after feed-
 
 
 def refuse_scale(layers_of_27b: int) -> Guard:
-    """Refuse scores scaled by anything but the size of a head, or, as in the 27B model alone, hidden size by heads."""
+    """Refuse scores that are not scaled by the size of a head or, in the 27B model, by hidden size / heads.
+
+    layers_of_27b: the number of layers by which llama.cpp knows that model.
+    """
 
     def guard(config: Config) -> None:
         found = config.number("query_pre_attn_scalar")
@@ -82,7 +85,7 @@ def refuse_scale(layers_of_27b: int) -> Guard:
 
 
 def refuse_exact_gelu(config: Config) -> None:
-    """Refuse another activation; "gelu" stands in old files and was always computed as the tanh version."""
+    """Refuse any other activation; old files say "gelu" but mean the tanh version, too."""
     found = config.get("hidden_activation") or config.get("hidden_act") or GELU
     if found not in (GELU, "gelu"):
         raise LoadError(f"config.json: the activation {found!r}, but llama.cpp computes {GELU} for this architecture")

@@ -1,7 +1,7 @@
-"""Numbers from one type to another: ggml's own C routines where llama-cpp-python is installed, else numpy.
+"""Convert numbers between the types of ggml: with its own C routines if llama-cpp-python is installed, else numpy.
 
-Both give the same bytes; ggml is up to thirty times as fast, and alone knows how to make most quantised types. While it
-computes, other threads of Python run.
+Both give the same bytes. ggml is up to thirty times as fast, is needed for most quantised types, and lets other Python
+threads run meanwhile.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from metaalign_edge_runtime.errors import LoadError
 from .shards import Array
 
 NAMES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
-IN_NUMPY = (Type.F32, Type.F16, Type.BF16, Type.Q8_0)  # what can be made without ggml
+IN_NUMPY = (Type.F32, Type.F16, Type.BF16, Type.Q8_0)  # types that do not need ggml
 FROM_FLOAT32 = {Type.F16: "ggml_fp32_to_fp16_row", Type.BF16: "ggml_fp32_to_bf16_row_ref"}
 TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
 class TypeTraits(ctypes.Structure):
-    """The head of ggml's `ggml_type_traits`."""
+    """The first fields of ggml's struct `ggml_type_traits`."""
 
     _fields_ = [
         ("type_name", ctypes.c_char_p),
@@ -42,10 +42,10 @@ class TypeTraits(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Load ggml out of llama-cpp-python, without importing that; None where it is not installed."""
+    """Load the ggml of llama-cpp-python without importing that; None if it is not installed."""
     try:
         spec = importlib.util.find_spec("llama_cpp")
-    except ValueError:  # a module that somebody put together by hand
+    except ValueError:  # a module made at run time has no spec
         return None
     for folder in (spec.submodule_search_locations if spec else None) or ():
         try:
@@ -57,20 +57,20 @@ def library() -> ctypes.CDLL | None:
             ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
             ggml.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
             ggml.ggml_get_type_traits.restype = ctypes.POINTER(TypeTraits)
-        except (OSError, AttributeError):  # built in another way, or too old or too new
+        except (OSError, AttributeError):  # not there, or another version of ggml
             continue
         return ggml
     return None
 
 
 def encoded_size(shape: tuple[int, ...], kind: Type) -> int:
-    """Return the bytes that a tensor takes in GGUF."""
+    """Return the bytes of a tensor in GGUF, without padding."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     return math.prod(shape) // block * size
 
 
 def to_float32(rows: Array, dtype: str) -> Array:
-    """Return `rows` as float32. `dtype` is how they are stored; of a quantised type they are rows of bytes."""
+    """Return `rows` of the type `dtype` as float32; rows of a quantised type come as bytes."""
     if dtype == "F32":
         return rows
     kind, ggml = Type[dtype], library()
@@ -91,8 +91,8 @@ def to_float32(rows: Array, dtype: str) -> Array:
 def from_float32(numbers: Array, kind: Type, importance: Array | None = None) -> Array:
     """Return the bytes of float32 `numbers` in `kind`, as an array of any type and shape.
 
-    importance: one float32 per column, for the quantised types that weigh their errors. Raises LoadError where it
-    takes ggml and there is none.
+    importance: the weight of the error in each column (float32), for quantised types. Raises LoadError if `kind` needs
+    ggml and that is not installed.
     """
     if kind is Type.F32:
         return numbers
@@ -123,6 +123,6 @@ def _in_numpy(numbers: Array, kind: Type) -> Array:
 
 
 def needs_importance(kind: Type) -> bool:
-    """Say whether ggml ends the process rather than make `kind` without an importance matrix."""
+    """Say whether `kind` needs an importance matrix: without one, ggml would end the process."""
     ggml = library()
     return ggml is not None and bool(ggml.ggml_quantize_requires_imatrix(int(kind)))

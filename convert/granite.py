@@ -1,4 +1,4 @@
-"""Granite 3: Llama, with a factor at each of four places."""
+"""Granite 3: Llama with four scale factors, for attention, embedding, residuals and logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InternLM2: Llama under other names, with queries, keys and values of each group side by side in one tensor."""
+"""InternLM2: Llama with other names, and with the queries, keys and values of each group in one tensor."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from .vocabulary import VocabularyRules
 
 
 def fused_sizes(config: Config) -> dict[str, int]:
-    """Return the sizes, with that of the tensor that holds queries, keys and values."""
+    """Return the usual sizes, and that of the tensor with queries, keys and values."""
     found = sizes(config)
     return found | {"qkv": found["q"] + 2 * found["kv"]}
 
 
 def pick(place: Callable[[int], slice], paired: bool = True) -> Make:
-    """Make a transform that picks heads out of every group of queries, one key and one value.
+    """Return a maker of transforms that pick heads out of every group: its queries, its key, then its value.
 
-    place: which heads of a group, given how many of them are queries. paired: reorder their rows for llama.cpp's RoPE.
+    place: takes the number of queries in a group, returns the heads to pick. paired: reorder rows; see `pair_up`.
     """
 
     def make(config: Config, rows: int) -> Transform:

@@ -1,4 +1,4 @@
-"""Llama; Mistral, the same graph with other defaults; and InternLM3, which names its biases otherwise."""
+"""Llama; Mistral, the same model with other defaults; and InternLM3, the same with other names for its biases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .blocks import (
 )
 from .vocabulary import VocabularyRules
 
-# The rows of Code Llama with infilling, and of Granite and SmolLM; llama.cpp's converter knows them by these numbers.
+# 32,016 rows: Code Llama with infilling. 49,152 rows: Granite and SmolLM. llama.cpp's converter tells them so, too.
 RULES = VocabularyRules(space_prefix="settings first", eot_by_rows={32016: 32010}, no_bos_rows=frozenset({49152}))
 DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu", "rope_theta": 10000.0}
 

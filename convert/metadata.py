@@ -1,7 +1,7 @@
-"""general.*: who made the model, what it is called, and how its makers sample from it.
+"""The keys `general.*`: names and makers of the model, and how they sample from it.
 
-The gguf library's own heuristics do the guessing, so that names come out as llama.cpp's converter writes them. What
-they are fed is read here, bounded and checked, and without `_name_or_path`, which is often a path on somebody's disk.
+The heuristics of the gguf library guess the names, so that they are those of llama.cpp's converter. Their input is read
+and checked here; it leaves out `_name_or_path`, which is often a path on somebody's disk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .folder import MB, Folder
 
 README_LIMIT = 8 * MB
 FRONT_MATTER_LIMIT = 256_000  # characters
-# What generation_config.json calls it, what GGUF does, and its type; in the order of writing. The first name wins.
+# Names in generation_config.json (the first that is there counts), name in GGUF, type; in the order of writing.
 SAMPLING = (
     (("sequence",), "sequence", str),
     (("top_k",), "top_k", int),
@@ -41,13 +41,13 @@ LISTS = {
     "license", "tags", "pipeline_tag", "language", "languages", "base_model", "base_models", "base_model_sources",
     "dataset", "datasets", "dataset_sources",
 }  # fmt: skip  # the keys of a model card that may hold more than one text
-PATH = re.compile(r"(base_model:(\w+:)?)?(~?/|\.\.?/|[A-Za-z]:\\)")  # as it is, or in a tag
-# A name like this switches on rules in llama.cpp that look up Phi-3's own tokens and fail without them.
+PATH = re.compile(r"(base_model:(\w+:)?)?(~?/|\.\.?/|[A-Za-z]:\\)")  # a path, also behind a tag's `base_model:`
+# For a model with such a name, llama.cpp looks up the tokens of Phi-3, and fails where they are missing.
 PHI3 = re.compile(r"phi-?3", re.IGNORECASE)
 
 
 def read_metadata(folder: Folder, parameters: int) -> gguf.Metadata:
-    """Collect what is known about a model of so many parameters; of an adapter, the number comes negative."""
+    """Collect the metadata of a model. parameters: their number; for an adapter, the negative of it."""
     params = {"_name_or_path": folder.hub_id} if folder.hub_id else {}
     guess = gguf.Metadata.apply_metadata_heuristic
     try:
@@ -62,14 +62,14 @@ def read_metadata(folder: Folder, parameters: int) -> gguf.Metadata:
 
 
 def _model_card(folder: Folder) -> dict[str, Any]:
-    """Read the front matter of README.md. A README is prose: one that cannot be understood is passed over."""
+    """Read the front matter of README.md; one that is no YAML is ignored, as a README is only prose."""
     lines = (folder.text("README.md", README_LIMIT) or "").splitlines()
     if not lines or lines[0] != "---" or "---" not in lines[1:]:
         return {}
     front = "\n".join(lines[1 : lines.index("---", 1)]) + "\n"
     if len(front) > FRONT_MATTER_LIMIT:
         return {}
-    # "no" is Norwegian here, and a tab is two spaces: what model cards mean, though not what YAML says
+    # In YAML, "no" is False and tabs are errors; in model cards, "no" means Norwegian and a tab two spaces.
     front = front.replace("- no\n", '- "no"\n').replace("\t", "  ")
     try:
         card = yaml.safe_load(front)
@@ -82,19 +82,19 @@ def _model_card(folder: Folder) -> dict[str, Any]:
 
 
 def _entries(value: Any) -> Any:
-    """Turn what stands in a list and is neither text nor object into text, as the heuristics expect."""
+    """Turn the items of a list that are neither texts nor objects into texts, which the heuristics expect."""
     if not isinstance(value, list):
         return value
     return [item if isinstance(item, (str, dict)) else str(item) for item in value if not _is_path(item)]
 
 
 def _is_path(value: Any) -> bool:
-    """Say whether this is a path on somebody's disk, which training programs write where a hub id belongs."""
+    """Say whether a value is a path on somebody's disk: training programs write some where an id belongs."""
     return isinstance(value, str) and PATH.match(value) is not None
 
 
 def read_sampling(folder: Folder) -> Iterator[tuple[str, int | float | str]]:
-    """Read how the model's makers sample from it: GGUF key and value. What is not of its type is passed over."""
+    """Yield GGUF keys and values for how the makers sample from the model; values of a wrong type are left out."""
     generation = folder.json("generation_config.json")
     for names, key, kind in SAMPLING:
         value: Any = next((generation[name] for name in names if generation.get(name) is not None), None)
@@ -107,7 +107,7 @@ def read_sampling(folder: Folder) -> Iterator[tuple[str, int | float | str]]:
 
 
 def _only_texts(metadata: gguf.Metadata) -> None:
-    """Turn what YAML made numbers and dates of back into texts, and drop what is neither text nor number."""
+    """Turn numbers and dates, which YAML made of texts, back into texts, and drop lists and objects."""
     for name in TEXTS:
         setattr(metadata, name, _text(getattr(metadata, name)))
     licenses = metadata.license if isinstance(metadata.license, list) else [metadata.license]

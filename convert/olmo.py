@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms after attention and feed-forward, and over all queries and all keys at once."""
+"""OLMo 2 and 3: norms after attention and feed-forward, and norms over all queries and over all keys together."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AFTER = (
     *norms("self_attn.k_norm", size="kv"),
 )
 GUARDS = (SILU, refuse_set("attention_bias"), refuse_other_head_size, refuse_tied)
-PERIOD = 4  # in OLMo 3, one layer in so many attends to everything
+PERIOD = 4  # in OLMo 3, every fourth layer has full attention
 
 OLMO2 = register(
     Architecture(

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: queries, keys and values in one tensor, and gate and up in another, both kept as they are."""
+"""Phi-3 and Phi-4: one tensor for queries, keys and values, and one for gate and up; GGUF keeps them whole."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ TRAINED = Key("rope.scaling.original_context_length", "u32", ("original_max_posi
 
 
 def fused_sizes(config: Config) -> dict[str, int]:
-    """Return the sizes, with those of the two tensors that hold several."""
+    """Return the usual sizes, and those of the two fused tensors."""
     found = sizes(config)
     return found | {"qkv": found["q"] + 2 * found["kv"], "gate_up": 2 * found["ff"]}
 
 
 def turned(config: Config) -> int:
-    """Return how many numbers of each head RoPE turns."""
+    """Return how many numbers of each head RoPE rotates."""
     return int(config.rope.share * config.integer("hidden_size")) // config.integer("num_attention_heads")
 
 
 def attention_factor(config: Config) -> Iterable[Pair]:
-    """Write by how much a stretched context makes attention stronger (LongRoPE, Ding et al. 2024)."""
+    """Yield the factor of LongRoPE that scales attention in an extended context (Ding et al. 2024)."""
     if config.rope.kind != "longrope":
         return
     trained = config.integer("original_max_position_embeddings")
@@ -51,7 +51,7 @@ def attention_factor(config: Config) -> Iterable[Pair]:
 
 
 def rope_factors(config: Config) -> Iterable[tuple[str, Array]]:
-    """Make the two tensors of divisors, for a long context and for a short one."""
+    """Yield the two tensors of frequency divisors, for long contexts and for short ones."""
     if config.rope.kind != "longrope":
         return
     for kind in ("long", "short"):
@@ -59,19 +59,19 @@ def rope_factors(config: Config) -> Iterable[tuple[str, Array]]:
 
 
 def refuse_other_factors(config: Config) -> None:
-    """Refuse divisors that are not one for each pair that is turned."""
+    """Refuse lists of divisors without exactly one for each pair of numbers that RoPE rotates."""
     for name, factors in config.rope.lists.items():
         if len(factors) != turned(config) // 2:
             raise LoadError(f"config.json: {len(factors)} numbers in {name}, not {turned(config) // 2}")
 
 
 def window(config: Config) -> Iterable[Pair]:
-    """Write the window; 0, where there is none, is how llama.cpp tells Phi-4 from Phi-3."""
+    """Yield the sliding window; 0 stands for none, and tells llama.cpp that the model is a Phi-4."""
     yield "attention.sliding_window", config.integer("sliding_window") if config.get("sliding_window") else 0
 
 
 def mention_window(config: Config) -> str | None:
-    """Say that llama.cpp attends to everything, where the model was trained with a window."""
+    """Return a remark if the model was trained with a sliding window, which llama.cpp ignores."""
     found = config.get("sliding_window")
     if found and config.integer("sliding_window") < config.integer("max_position_embeddings"):
         return f"llama.cpp attends to everything, not to the last {found} tokens only: beyond them answers may differ"

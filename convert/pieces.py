@@ -1,4 +1,4 @@
-"""All architectures: importing this module fills the registry. A new one is one more name here."""
+"""All architectures: importing this module fills the registry. A new piece is one more name here."""
 
 from . import gemma, granite, internlm, llama, olmo, phi, qwen, smollm, stablelm
 

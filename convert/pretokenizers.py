@@ -1,9 +1,9 @@
-r"""Which of llama.cpp's pre-tokenizers splits text the way a tokenizer.json does: a table, looked up by structure.
+r"""A table that finds llama.cpp's pre-tokenizer for a tokenizer.json: the one that splits text in the same way.
 
-llama.cpp knows a pre-tokenizer by a name, tokenizer.json by its parts. The name is found by comparing the parts, never
-by the model's class or by hashing what some text becomes: both change when a vocabulary is extended. The names and
-what they mean follow llama.cpp's `llama-vocab.cpp` (MIT). Where several names mean the same, the table has the one
-that leaves spaces alone when it turns tokens back into text, if there is one.
+llama.cpp names its pre-tokenizers, tokenizer.json lists their parts. The parts are compared, neither the class of the
+model nor the tokens of a sample text: those change when a vocabulary is extended. Names and meanings follow
+`llama-vocab.cpp` of llama.cpp (MIT). Of several names for the same split, the table has one that keeps spaces when
+tokens are turned back into text, if there is one.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 from metaalign_edge_runtime.errors import LoadError
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # what llama.cpp's names look like
-SENTENCEPIECE_PRE = "default"  # what the key holds for SentencePiece, which splits nothing beforehand
-# Contractions in any case, and the other way in which files spell them.
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # the form of llama.cpp's names
+SENTENCEPIECE_PRE = "default"  # the name for SentencePiece, which has no pre-tokenizer
+# English contractions in upper and lower case, and another regular expression for the same in some files.
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SAME = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-SPELLINGS = {SAME: CONTRACTIONS, "\r": r"\r", "\n": r"\n", r"\p{N}{1}|": r"\p{N}|"}  # of the same, in files
+SPELLINGS = {SAME: CONTRACTIONS, "\r": r"\r", "\n": r"\n", r"\p{N}{1}|": r"\p{N}|"}  # other spellings in files -> ours
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 MARKED_WORDS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
@@ -35,28 +35,28 @@ SIGNS_AND_SLASHES = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 
 
 def cl100k(words: str, digits: str, signs: str = SIGNS) -> str:
-    """Build the regular expression that GPT-4 introduced and many vary."""
+    """Return GPT-4's regular expression, or a variant with other words, digits or signs."""
     return f"{CONTRACTIONS}|{words}|{digits}|{signs}|{SPACES}"
 
 
 def o200k(ending: str, digits: str) -> str:
-    """Build GPT-4o's regular expression: words broken where lower case turns into upper case."""
+    """Return GPT-4o's regular expression, which also splits words between lower and upper case, or a variant."""
     words = "|".join(word + ending for word in CASED_WORDS)
     return f"{words}|{digits}|{SIGNS_AND_SLASHES}|{SPACES}"
 
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One row: llama.cpp's name, the parts that it equals, and whether whole words skip the merges."""
+    """A row of the table."""
 
-    name: str
-    parts: tuple[str, ...]
-    ignore_merges: bool = False
-    approximate: str = ""  # where llama.cpp's version is known to differ
+    name: str  # llama.cpp's
+    parts: tuple[str, ...]  # of tokenizer.json, as in `Signature`
+    ignore_merges: bool = False  # a whole word that is a token stays one, whatever the merges say
+    approximate: str = ""  # texts that llama.cpp is known to split differently
 
 
 def split(regex: str) -> str:
-    """Write a Split step the way `signature` does."""
+    """Return the part of a signature for a Split step."""
     return f"split({regex})"
 
 
@@ -107,7 +107,7 @@ TABLE = (
     PreTokenizer("exaone-moe", (split(EXAONE_MOE), BYTES)),
     PreTokenizer("jais-2", (split(JAIS2), BYTES)),
 )
-# One name of each way in which llama.cpp splits byte-level text, to be tried where the table knows no name.
+# One name for each way in which llama.cpp splits byte-level text. They are tried if the table has no match.
 DISTINCT = (
     *dict.fromkeys(row.name for row in TABLE),
     "falcon", "youtu", "ufakzeka", "laguna", "afmoe", "superbpe", "spark2_5", "kimi-k2", "chameleon",
@@ -117,23 +117,23 @@ DISTINCT = (
 
 @dataclass(frozen=True)
 class Signature:
-    """What a tokenizer.json does before merging, in a form that can be compared."""
+    """The steps of a tokenizer.json before its merges, as texts that can be compared."""
 
     parts: tuple[str, ...]
     ignore_merges: bool
 
     def __str__(self) -> str:
-        """Write it for a message."""
+        """Return the steps as a text for messages."""
         return " + ".join(self.parts) + (" + ignore_merges" if self.ignore_merges else "")
 
     @property
     def row(self) -> PreTokenizer | None:
-        """The row of the table that equals it, None if there is none."""
+        """Return the row of the table with the same steps, None if there is none."""
         return next((row for row in TABLE if (row.parts, row.ignore_merges) == (self.parts, self.ignore_merges)), None)
 
 
 def signature(tokenizer: Mapping[str, Any]) -> Signature:
-    """Read the signature out of a parsed tokenizer.json. Raises LoadError if it has no such shape."""
+    """Return the signature of a parsed tokenizer.json. Raises LoadError if its pre-tokenizer is malformed."""
     model = tokenizer.get("model")
     ignore_merges = isinstance(model, dict) and model.get("ignore_merges") is True
     return Signature(tuple(_parts(tokenizer.get("pre_tokenizer"))), ignore_merges)
@@ -148,7 +148,7 @@ def _parts(step: Any) -> list[str]:
     if kind == "Sequence" and isinstance(step.get("pretokenizers"), list):
         return [part for inner in step["pretokenizers"] for part in _parts(inner)]
     if kind == "ByteLevel":
-        # a space put before the text is not among the things that llama.cpp can do here
+        # llama.cpp cannot put a space before the text here, so that "space+" matches no row
         space = "space+" if step.get("add_prefix_space") else ""
         return [space + ("bytes" if step.get("use_regex") is False else "bytes(words)")]
     if kind == "Digits":
@@ -165,8 +165,8 @@ def _split(step: Mapping[str, Any]) -> str:
         return f"split by {pattern}"
     for spelling, ours in SPELLINGS.items():
         regex = regex.replace(spelling, ours)
-    # "isolated" cuts around every match; "removed" + "invert" keeps the matches only, which for expressions that match
-    # everything is the same
+    # "Isolated" splits around every match, "Removed" with "invert" keeps only the matches: the same for an expression
+    # that matches all text.
     everything = regex.endswith(r"|\s+")
     if behavior == "Isolated" or (behavior == "Removed" and step.get("invert") is True and everything):
         return f"split({regex})"

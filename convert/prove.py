@@ -1,8 +1,8 @@
-"""The proof that llama.cpp will split text as the checkpoint's own tokenizer does.
+"""Prove that llama.cpp will tokenize as the checkpoint's own tokenizer does.
 
-The vocabulary alone is written to a temporary GGUF file, llama.cpp loads it, and its tokens for some forty texts, for
-the chat template's own and for the added tokens are compared with those of the `tokenizers` library, where both are
-installed.
+The vocabulary alone is written to a temporary GGUF file, which llama.cpp loads. Its tokens for some forty texts, for
+the lines of the chat template and for the added tokens must be those of the `tokenizers` library. Both libraries must
+be installed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .describe import add_vocabulary, write_head
 from .pretokenizers import DISTINCT, NAME, SENTENCEPIECE_PRE, TABLE
 from .vocabulary import TOKENIZER_LIMIT, Vocabulary
 
-# Each text is here for a rule that some pre-tokenizer has: contractions, digits, spaces, signs, scripts.
+# Each text tries a rule of some pre-tokenizer: contractions, digits, spaces, signs, scripts.
 TEXTS = (
     "Hello, world!",
     "hello world",
@@ -70,17 +70,17 @@ TEXTS = (
     "\\n is not a line break, nor is \\\\t a tab",
 )
 
-APPROXIMATELY = 4  # texts that may differ where the table says that llama.cpp only comes close
-ADDED_TOKENS = 200  # at most so many are tried
-LINE = 1000  # characters; long ones would take some of llama.cpp's expressions deep into recursion
+APPROXIMATELY = 4  # texts that may differ with a pre-tokenizer that the table calls approximate
+ADDED_TOKENS = 200  # to try at most
+LINE = 1000  # characters of a line; on longer ones, llama.cpp's regular expressions may recurse too deeply
 MISSING = "not tried out: {} is not installed"
 
 
 def choose_pre_tokenizer(checkpoint: Checkpoint, given: str | None) -> str:
-    """Return llama.cpp's name for the checkpoint's pre-tokenizer: `given`, or found.
+    """Return llama.cpp's name for the pre-tokenizer of a checkpoint: `given` if the user gives one.
 
-    It is found in the table, or else by trying: of all the ways in which llama.cpp splits text, exactly one must give
-    the tokens that tokenizer.json gives, on every text. Raises LoadError.
+    Otherwise it is found in the table or, failing that, by trying: of all the ways in which llama.cpp splits text,
+    exactly one must give the tokens of tokenizer.json on every text. Raises LoadError.
     """
     vocabulary = checkpoint.vocabulary
     if given is not None and not NAME.fullmatch(given):
@@ -108,10 +108,10 @@ def choose_pre_tokenizer(checkpoint: Checkpoint, given: str | None) -> str:
 
 
 def prove_pre_tokenizer(checkpoint: Checkpoint, pre: str) -> str:
-    """Compare llama.cpp, given the pre-tokenizer `pre`, with the tokenizer itself.
+    """Compare llama.cpp, using the pre-tokenizer `pre`, with the tokenizer of the checkpoint.
 
-    They must agree on TEXTS, on the lines of the chat template, and on the added tokens. Returns a sentence on what was
-    found; raises LoadError if they differ where nothing known explains it.
+    They must agree on TEXTS, on the lines of the chat template, and on the added tokens. Returns the result as a
+    sentence; raises LoadError if they differ on more texts than the table expects.
     """
     vocabulary = checkpoint.vocabulary
     byte_level = vocabulary.signature is not None
@@ -141,17 +141,17 @@ def prove_pre_tokenizer(checkpoint: Checkpoint, pre: str) -> str:
 
 
 class _Proof:
-    """What tokenizer.json makes of the texts, to be compared with what llama.cpp makes of them."""
+    """Texts and their tokens by tokenizer.json, to be compared with those by llama.cpp."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Tokenize with the tokenizers library. Raises ImportError without it or llama_cpp, LoadError."""
+        """Tokenize with the tokenizers library. Raises ImportError without it or llama_cpp, LoadError if it fails."""
         import llama_cpp  # noqa: F401
         import tokenizers
 
         self.checkpoint = checkpoint
         data = checkpoint.folder.bytes("tokenizer.json", TOKENIZER_LIMIT)
         texts = [*TEXTS, *template_lines(checkpoint)]
-        # before a text that begins with one, llama.cpp puts a space and the newer tokenizer.json none
+        # Before a text that begins with a space, llama.cpp puts another one; "Metaspace" does not.
         self.left_out = checkpoint.vocabulary.signature is None and b'"Metaspace"' in data
         self.texts = [text for text in texts if not (self.left_out and text.startswith(" "))]
         self.texts += added_tokens(checkpoint)
@@ -160,18 +160,18 @@ class _Proof:
             self.wanted = [reference.encode(text, add_special_tokens=False).ids for text in self.texts]
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # a panic in the library is no Exception
+        except BaseException as error:  # a panic of the library is a BaseException
             raise LoadError(f"tokenizer.json: the tokenizers library cannot use it ({error})") from None
 
     def differences(self, pre: str) -> list[str]:
-        """Return the texts of which llama.cpp makes other tokens, given the pre-tokenizer `pre`."""
+        """Return the texts for which llama.cpp with the pre-tokenizer `pre` has other tokens."""
         with _vocabulary_file(self.checkpoint, pre) as path:
             found = tokenize_with_llama(path, self.texts)
         return [text for text, ours, theirs in zip(self.texts, found, self.wanted, strict=True) if ours != theirs]
 
 
 def template_lines(checkpoint: Checkpoint) -> list[str]:
-    """Return what stands between the added tokens in the chat template's source: lines like those it will render."""
+    """Return the lines between added tokens in the source of the chat template: it will render text like them."""
     source = checkpoint.chat_template or ""
     marked = sorted((text for text in checkpoint.tokens if text in source), key=len, reverse=True)
     parts = re.split("|".join(map(re.escape, marked)), source) if marked else [source]
@@ -180,7 +180,7 @@ def template_lines(checkpoint: Checkpoint) -> list[str]:
 
 
 def added_tokens(checkpoint: Checkpoint) -> list[str]:
-    """Return some of the added tokens, those of the chat template first; not those that take spaces for something."""
+    """Return up to ADDED_TOKENS added tokens, those in the chat template first, without those that contain spaces."""
     source = checkpoint.chat_template or ""
     plain = [text for text in checkpoint.tokens if text.strip() == text and "▁" not in text]
     return sorted(plain, key=lambda text: (text not in source, text))[:ADDED_TOKENS]
@@ -198,7 +198,7 @@ def _vocabulary_file(checkpoint: Checkpoint, pre: str) -> Iterator[Path]:
 
 
 def write_vocabulary(path: Path, architecture: str, vocabulary: Vocabulary, pre: str) -> None:
-    """Write a GGUF file of nothing but a vocabulary. Raises OSError, and LoadError if GGUF cannot hold it."""
+    """Write a GGUF file with a vocabulary only. Raises OSError, and LoadError if GGUF cannot hold it."""
     writer = Packer(None, architecture)
     add_vocabulary(writer, vocabulary, pre, {})
     with path.open("wb") as file:
@@ -206,10 +206,10 @@ def write_vocabulary(path: Path, architecture: str, vocabulary: Vocabulary, pre:
 
 
 def tokenize_with_llama(path: Path, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenize with llama.cpp, special tokens too, loading nothing but the vocabulary. Raises LoadError."""
+    """Tokenize texts with llama.cpp, special tokens included; only the vocabulary is loaded. Raises LoadError."""
     import llama_cpp
 
-    log = logging.getLogger("llama-cpp-python")  # llama.cpp's log goes through here
+    log = logging.getLogger("llama-cpp-python")  # llama-cpp-python sends llama.cpp's log there
     level = log.level
     log.setLevel(logging.CRITICAL + 1)
     try:

@@ -1,9 +1,9 @@
-"""The types that llama.cpp quantises to, and which tensor gets which.
+"""The types of a quantised file: those of llama.cpp, and which tensor gets which.
 
-The mixtures, such as Q4_K_M, are decided inside llama.cpp's `llama_model_quantize` and nowhere else. It is asked for
-a trial run on a file that has a head and holes for weights, and says in its log what each tensor would become; then the
-weights stream through ggml here: the same bytes, in little memory and without an intermediate file. The names, the
-types that need an importance matrix and its two file formats follow llama.cpp's llama-quantize (MIT).
+Only llama.cpp's `llama_model_quantize` knows the mixtures, such as Q4_K_M. It makes a dry run on a file with a head
+but without weights, and logs the type of each tensor. Then the weights stream through ggml here: the bytes are the
+same, but it takes little memory and no intermediate file. The names, the types that need an importance matrix and the
+two formats of its file follow llama.cpp's llama-quantize (MIT).
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ from .ggml import needs_importance
 from .shards import Array
 
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-NOT_MADE = (FileType.GUESSED, 39)  # 39, NVFP4, is a type that llama.cpp reads only
+NOT_MADE = (FileType.GUESSED, 39)  # llama.cpp can read 39, NVFP4, but not write it
 MIXTURES = {  # name in llama-quantize -> general.file_type
     file_type.name.removeprefix("MOSTLY_").removeprefix("ALL_"): file_type
     for file_type in FileType
     if file_type not in NOT_MADE
 }
-WEIGHED = (Type.IQ3_XXS, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ1_M, Type.IQ1_S)  # useless without importance
-EDGES = ("token_embd.weight", "output.weight")  # these excepted
-IMATRIX_LIMIT = 2**31  # bytes
+# Types that are unusable without an importance matrix.
+WEIGHED = (Type.IQ3_XXS, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ1_M, Type.IQ1_S)
+EDGES = ("token_embd.weight", "output.weight")  # tensors that need none for these types
+IMATRIX_LIMIT = 2**31  # bytes of an importance matrix, and of a tensor in it
+# A line of the log of a dry run: name of the tensor, type, and new type if that changes.
 TRIAL_LINE = re.compile(
     r"^\[ *\d+/ *\d+\] (\S+) +- \[.*?\], type = +(\w+), size = .*?(?:-> .*\((\w+)\))?$", re.MULTILINE
 )
@@ -47,41 +49,41 @@ TRIAL_LINE = re.compile(
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """How to quantise, beyond the type; the names are those of llama-quantize."""
+    """How to quantise, besides the type of the file; the names are those of llama-quantize."""
 
     imatrix: Path | None = None  # an importance matrix, as llama-imatrix writes it
     leave_output_tensor: bool = False  # keep output.weight as it is stored
     output_tensor_type: str | None = None  # a type for output.weight
     token_embedding_type: str | None = None  # a type for token_embd.weight
-    tensor_types: tuple[str, ...] = ()  # PATTERN=TYPE each: a type for the tensors whose names the pattern finds
+    tensor_types: tuple[str, ...] = ()  # each PATTERN=TYPE: the type for tensors whose names match
     pure: bool = False  # one type for all matrices, no mixture
 
     def __bool__(self) -> bool:
-        """Say whether anything was asked for."""
+        """Say whether any option differs from the default."""
         return self != QuantizeOptions()
 
 
 @dataclass(frozen=True)
 class Importance:
-    """How much each column of each matrix matters."""
+    """An importance matrix: weights for the error in each column of each matrix."""
 
-    name: str  # of the file
+    name: str  # of its file
     weights: Mapping[str, Array]  # GGUF tensor -> float32
-    datasets: tuple[str, ...] = ()
-    chunks: int = 0
+    datasets: tuple[str, ...] = ()  # files of the texts that it was computed from
+    chunks: int = 0  # of those texts
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a file becomes."""
+    """The contents of a quantised file."""
 
-    metadata: Mapping[str, bytes]
+    metadata: Mapping[str, bytes]  # as in `Head.metadata`
     types: Mapping[str, Type]  # GGUF tensor -> its type, in the order of the file
     importance: Mapping[str, Array] = field(default_factory=dict)  # GGUF tensor -> (experts, columns), float32
 
 
 def canonical_outtype(outtype: str) -> str:
-    """Return the one spelling of an output type: f32, f16, bf16, q8_0, else llama.cpp's. Raises UsageError."""
+    """Return the canonical spelling of an output type: f32, f16, bf16, q8_0, else llama.cpp's. Raises UsageError."""
     if outtype.lower() in OUTTYPES:
         return outtype.lower()
     name = ALIASES.get(outtype.upper(), outtype.upper())
@@ -92,10 +94,10 @@ def canonical_outtype(outtype: str) -> str:
 
 
 def quantized(path: Path, head: Head, outtype: str, options: QuantizeOptions) -> Quantized:
-    """Say what the GGUF file `path` with the head `head` becomes. Only the head is looked at.
+    """Return the contents of the GGUF file `path` if it is quantised to `outtype`. Only its head is read.
 
-    Raises LoadError if llama.cpp is not installed or refuses, and where an importance matrix is missing or for
-    another model.
+    Raises LoadError if llama.cpp is not installed or refuses, or if the importance matrix is missing or that of another
+    model.
     """
     name = outtype.upper()
     matrix = read_imatrix(options.imatrix) if options.imatrix is not None else None
@@ -120,7 +122,7 @@ def quantized(path: Path, head: Head, outtype: str, options: QuantizeOptions) ->
 
 
 def _metadata(head: Head, name: str, matrix: Importance | None) -> dict[str, bytes]:
-    """Return the keys as llama.cpp leaves them: all that there were, and those that it sets at the end."""
+    """Return the keys that llama.cpp writes: those of the source, then those about the quantisation."""
     last: dict[str, int | str] = {
         gguf.Keys.General.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
         gguf.Keys.General.FILE_TYPE: int(MIXTURES[name]),
@@ -137,7 +139,7 @@ def _metadata(head: Head, name: str, matrix: Importance | None) -> dict[str, byt
 
 
 def _cut(text: str) -> str:
-    """Cut a text to what llama.cpp has room for."""
+    """Cut a text to 127 bytes, the room that llama.cpp has for it."""
     return text.encode("utf-8")[:127].decode("utf-8", "ignore")
 
 
@@ -147,7 +149,7 @@ def _weights_for(entry: Entry, matrix: Importance | None) -> Array | None:
         return None
     experts = entry.shape[-3] if len(entry.shape) > 2 else 1
     if found.size != experts * entry.shape[-1]:
-        if entry.name == EDGES[0]:  # llama-imatrix counts tokens there
+        if entry.name == EDGES[0]:  # here llama-imatrix counts tokens, not columns
             return None
         raise LoadError(
             f"{matrix.name}: {found.size:,} values for {entry.name}, which has {experts * entry.shape[-1]:,} columns; "
@@ -160,7 +162,7 @@ def _weights_for(entry: Entry, matrix: Importance | None) -> Array | None:
 
 
 def _trial(path: Path, name: str, options: QuantizeOptions, matrix: Importance | None) -> dict[str, Type]:
-    """Let llama.cpp plan, and return the type of each tensor, in the order of writing."""
+    """Return the type of each tensor by llama.cpp's dry run, in the order of writing."""
     try:
         from llama_cpp import llama_cpp as llama
     except ImportError:
@@ -195,7 +197,7 @@ def _trial(path: Path, name: str, options: QuantizeOptions, matrix: Importance |
 
 @contextmanager
 def _log(llama: Any) -> Iterator[list[str]]:
-    """Collect llama.cpp's log, which else goes to stderr or wherever it was sent before."""
+    """Yield a list that collects the lines of llama.cpp's log; afterwards the log goes where it went before."""
     lines: list[str] = []
     callback = llama.llama_log_callback(lambda level, text, data: lines.append(text.decode("utf-8", "replace")))
     before, data = llama.llama_log_callback(), ctypes.c_void_p()
@@ -225,7 +227,7 @@ def _override(text: str) -> tuple[bytes, Type]:
 
 
 def read_imatrix(path: Path) -> Importance:
-    """Read what llama-imatrix wrote, in its format of today (GGUF) or in its old one. Raises LoadError."""
+    """Read a file of llama-imatrix, in today's format (GGUF) or the old one. Raises NotFound or LoadError."""
     try:
         with path.open("rb") as file:
             found = _read_new(path, file) if is_gguf(path) else _read_old(path, file)
@@ -257,7 +259,7 @@ def _read_new(path: Path, file: BinaryIO) -> Importance:
         if sums.size % seen.size:
             raise LoadError(f"{path.name}: {sums.size} sums for {stem} and {seen.size} counts")
         sums = sums.reshape(seen.size, -1)
-        ones = np.ones_like(sums)  # for experts that no text reached
+        ones = np.ones_like(sums)  # the weights of experts that no text reached
         weights[stem] = np.divide(sums, seen, out=ones, where=seen > 0).reshape(-1)
     return Importance(path.name, weights, unpack_texts(head.metadata["imatrix.datasets"]), chunks)
 
@@ -270,7 +272,7 @@ def _numbers(file: BinaryIO, entry: Entry) -> Array:
 
 
 def _read_old(path: Path, file: BinaryIO) -> Importance:
-    """Read a number of entries (name, calls, values); then, sometimes, the chunks and the dataset."""
+    """Read the old format: a count of entries (name, calls, values), then perhaps the chunks and the dataset."""
     data = path.read_bytes() if path.stat().st_size < IMATRIX_LIMIT else b""
     at = 0
 

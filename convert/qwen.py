@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5, whose queries, keys and values have biases, and Qwen 3, which norms queries and keys instead."""
+"""Qwen 2 and 2.5, with biases for queries, keys and values; Qwen 3, with norms for queries and keys instead."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""tokenizer.model, SentencePiece's own file: a protobuf message, read here without either library.
+"""tokenizer.model, the file of SentencePiece: a protobuf message, read without either library.
 
-The message's fields are SentencePiece's (Apache 2.0); what GGUF makes of them follows llama.cpp's converter (MIT).
+The fields are SentencePiece's (Apache 2.0); their meaning in GGUF follows llama.cpp's converter (MIT).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .tokens import Added, Token, Tokens, added_in_settings, added_in_tokenizer,
 
 SOURCE = "tokenizer.model"
 VARINT, FIXED64, TEXT, FIXED32 = 0, 1, 2, 5  # protobuf's wire types
-UNIGRAM, BPE = 1, 2  # of SentencePiece's four models; Unigram is what a silent file means
-# SentencePiece's user-defined pieces (4) are found by merging, too, unless the tokenizer lists them as added tokens.
+UNIGRAM, BPE = 1, 2  # two of SentencePiece's four models; a file that names none means Unigram
+# SentencePiece's types of pieces. User-defined ones (4) are normal, unless the tokenizer lists them as added tokens.
 KINDS = {
     1: TokenType.NORMAL,
     2: TokenType.UNKNOWN,
@@ -30,31 +30,32 @@ KINDS = {
     5: TokenType.UNUSED,
     6: TokenType.BYTE,
 }
-ADDED_SCORE = -1000.0
-HOLE_SCORE = -10000.0
+ADDED_SCORE = -1000.0  # of added tokens
+HOLE_SCORE = -10000.0  # of rows of the embedding without a token
+# Types of tokens that tokenizer.json does not change, as tokenizer.model or another file has set them.
 SETTLED = {TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.BYTE}
-SPARE = ("[UNUSED", "<unused")  # pieces that are there to be replaced
+SPARE = ("[UNUSED", "<unused")  # beginnings of pieces that are placeholders for added tokens
 NUL = "\0"
-STAND_IN = "🐉"  # for the piece that is the character NUL, which the library never uses and llama.cpp reads as no text
+STAND_IN = "🐉"  # replaces the piece NUL: SentencePiece never uses it, and llama.cpp would read it as an empty text
 
 
 class Malformed(ValueError):
-    """The bytes are no such protobuf message."""
+    """The bytes are not the expected protobuf message."""
 
 
 @dataclass
 class Model:
-    """What tokenizer.model says."""
+    """The contents of tokenizer.model."""
 
     pieces: list[tuple[str, float, int]] = field(default_factory=list)  # text, score, SentencePiece's type
     kind: int = UNIGRAM
     space_prefix: bool = True  # a space is put before the text
     squeezes_spaces: bool = True
-    normalizes: bool = False  # Unicode, by a table in the file
+    normalizes: bool = False  # Unicode is normalised, by a table in the file
 
 
 def parse_model(data: bytes) -> Model | None:
-    """Parse a ModelProto; None if `data` is none, as when the file is tiktoken's under the same name."""
+    """Parse a ModelProto; return None if `data` is none: tiktoken's file has the same name."""
     model = Model()
     try:
         for number, value in _fields(data):
@@ -88,7 +89,7 @@ def _piece(data: bytes) -> tuple[str, float, int]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield a message's fields: number, and a whole number or bytes."""
+    """Yield the fields of a message: the number of the field, and its value, an integer or bytes."""
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
@@ -110,7 +111,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """Read a number of at most ten bytes; return it and the place behind it."""
+    """Read a varint, an integer of at most ten bytes; return it and the offset behind it."""
     value = 0
     for count, byte in enumerate(data[place : place + 10]):
         value |= (byte & 0x7F) << 7 * count
@@ -139,10 +140,10 @@ def read_pieces(
     by_looks: bool,
     unused: str | None,
 ) -> tuple[Tokens, list[str]]:
-    """Return the model's pieces with the added tokens over them, and what the user should know of it.
+    """Return the pieces of the model, replaced by added tokens where they have the same id, and remarks for the user.
 
-    by_looks: take an added token that looks like a control token for one, marked or not, and a piece that is an added
-    token for what the piece is; otherwise go by the marks alone. unused: how pieces begin that are not in use. Raises
+    by_looks: an added token that looks like a control token is one, marked or not, and a piece that is also an added
+    token keeps its type; otherwise only the marks count. unused: beginning of pieces that are not in use. Raises
     LoadError.
     """
     if model.kind != BPE:
@@ -181,10 +182,10 @@ def _overlay(
     tokenizer: Mapping[str, Any],
     by_looks: bool,
 ) -> list[Added]:
-    """Lay the added tokens over the pieces, each source over the ones before it; return them all.
+    """Put the added tokens into `by_id`; return all of them. A later source replaces tokens of an earlier one.
 
-    tokenizer.json has the last word only on what no other file has settled: it is the one place where transformers 5
-    keeps them.
+    The sources are added_tokens.json, tokenizer_config.json and, for tokens that those leave open, tokenizer.json, the
+    only one that transformers 5 writes.
     """
     found = []
     for text, number in folder.json("added_tokens.json").items():

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama, with every fourth layer left without positions."""
+"""SmolLM3: Llama without RoPE in every fourth layer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from .blocks import BEFORE, LLAMA_KEYS, attention, ends, feed_forward, general, 
 from .config import Config
 from .llama import RULES
 
-PERIOD = 4  # llama.cpp has it built in
+PERIOD = 4  # fixed in llama.cpp
 
 
 def refuse_other_rope_layers(config: Config) -> None:
-    """Refuse positions left out in any layers but every fourth."""
+    """Refuse a model that leaves out RoPE in other layers than every fourth."""
     count = config.integer("num_hidden_layers", high=1024)
     wanted = [int((number + 1) % PERIOD != 0) for number in range(count)]
     found = config.get("no_rope_layers")

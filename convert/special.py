@@ -1,7 +1,7 @@
-"""The tokens with a job: which begin and end a text, which are added by themselves, and which stop an answer.
+"""Special tokens: those that begin and end a text, those that are added to every text, and those that stop an answer.
 
-The rules follow llama.cpp's converter (MIT): tokenizer_config.json names tokens, tokenizer.json gives their ids, and
-config.json fills in what is left.
+The rules follow llama.cpp's converter (MIT): tokenizer_config.json names the tokens, tokenizer.json gives their ids,
+and config.json has ids for the rest.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from metaalign_edge_runtime.errors import LoadError
 
 from .tokens import added_in_tokenizer
 
-LATER_STOPS = ("eot", "eom")  # GGUF's places for end tokens beyond the first
+LATER_STOPS = ("eot", "eom")  # roles in GGUF for a second and a third end token
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-# Texts at which llama.cpp stops by itself, whatever else a vocabulary says (llama-vocab.cpp).
+# Tokens with these texts stop llama.cpp in any vocabulary (llama-vocab.cpp).
 STOPS = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
@@ -26,9 +26,9 @@ STOPS = {
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What the checkpoint's files say, each a parsed JSON object."""
+    """The files of a checkpoint about special tokens, each a parsed JSON object, empty if there is no file."""
 
-    tokenizer: Mapping[str, Any]  # tokenizer.json, empty if there is none
+    tokenizer: Mapping[str, Any]  # tokenizer.json
     settings: Mapping[str, Any]  # tokenizer_config.json
     names: Mapping[str, str]  # role -> text, see `named`
     config: Mapping[str, Any]  # config.json
@@ -37,18 +37,18 @@ class TokenizerFiles:
 
 @dataclass
 class Special:
-    """Ids by role and what is added to every text; dictionaries are in the order of writing."""
+    """The special tokens by role. Dictionaries are in the order of writing."""
 
     ids: dict[str, int] = field(default_factory=dict)
-    adds: dict[str, bool] = field(default_factory=dict)
-    unsaid: dict[str, bool] = field(default_factory=dict)  # what is added, where no file says it
+    adds: dict[str, bool] = field(default_factory=dict)  # whether the token is added to every text
+    unsaid: dict[str, bool] = field(default_factory=dict)  # the same for roles on which all files are silent
     eot: int | None = None  # the end of a turn, by a rule of the architecture
-    extra_stops: dict[str, int] = field(default_factory=dict)  # end tokens that nothing above and no STOPS covers
-    adds_nothing: bool = False  # tokenizer.json says that no token goes before a text
+    extra_stops: dict[str, int] = field(default_factory=dict)  # further end tokens, which STOPS does not list
+    adds_nothing: bool = False  # tokenizer.json adds no token before a text
 
 
 def named(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tokens that tokenizer_config.json or special_tokens_map.json names: role -> text."""
+    """Return the tokens that tokenizer_config.json or special_tokens_map.json (`settings`) names: role -> text."""
     found = {}
     for role in ROLES:
         entry = settings.get(f"{role}_token")
@@ -66,10 +66,11 @@ def find_special(
     end: str | None = None,
     eot: int | None = None,
 ) -> Special:
-    """Work out the special tokens. `ids` maps token texts to ids, `control` holds the ids of control tokens.
+    """Find the special tokens of a vocabulary.
 
-    end: a token that ends an answer whatever the files say, where the vocabulary has it. eot: the id of the end of a
-    turn, likewise. Raises LoadError where nothing fits.
+    ids: text -> id. tokens: the texts by id. control: the ids of control tokens. end: the text of a token that ends an
+    answer whatever the files say, if the vocabulary has it. eot: the id of the token that ends a turn, if the
+    architecture fixes it. Raises LoadError if the files contradict each other, or name no end token.
     """
     special, names = Special(eot=eot), dict(files.names)
     for role, stand_in in (("bos", "cls"), ("eos", "sep")):
@@ -82,7 +83,7 @@ def find_special(
         if isinstance(flag, bool):
             special.adds.setdefault(role, flag)  # tokenizer.json has the last word
         if role in names:
-            # the two that matter are found anywhere, the rest only where llama.cpp's converter looks for them
+            # Like llama.cpp's converter: bos and eos may be any token, the others must be added tokens.
             known = ids if role in ("bos", "eos") else added
             if names[role] in known:
                 special.ids[role] = known[names[role]]
@@ -107,7 +108,7 @@ def find_special(
 
 
 def _stops(files: TokenizerFiles, tokens: list[str], control: set[int], special: Special) -> None:
-    """Find an end token if none has been named yet, and the further ones at which transformers would stop."""
+    """Set the end token if no file names one, and the further end tokens that stop transformers."""
     name, value = "generation_config.json", files.generation.get("eos_token_id")
     if value is None:
         name, value = "config.json", files.config.get("eos_token_id")
@@ -119,7 +120,7 @@ def _stops(files: TokenizerFiles, tokens: list[str], control: set[int], special:
         if not stops:  # llama.cpp would take token 11, whatever that is
             raise LoadError("no file names an end token; add eos_token to tokenizer_config.json")
         special.ids["eos"] = stops[0]
-    # an ordinary word among them is the leftover default of a configuration class, not a decision
+    # Only control tokens count: an ordinary word is a leftover default of a configuration class.
     extra = [stop for stop in dict.fromkeys(stops) if stop in control and tokens[stop] not in STOPS]
     extra = [stop for stop in extra if stop not in (special.ids["eos"], special.eot)]
     places = [place for place in LATER_STOPS if place != "eot" or special.eot is None]
@@ -129,7 +130,7 @@ def _stops(files: TokenizerFiles, tokens: list[str], control: set[int], special:
 
 
 def _what_is_added(tokenizer: Mapping[str, Any], names: dict[str, str], special: Special) -> None:
-    """Read off tokenizer.json what goes before and after every text, as far as bos and eos can say it."""
+    """Read from tokenizer.json whether bos and eos are added to every text; refuse any other tokens around it."""
     post = tokenizer.get("post_processor")
     if not isinstance(post, dict):
         return

@@ -1,4 +1,4 @@
-"""StableLM 2: layer norms with biases, and a quarter of each head turned."""
+"""StableLM 2: layer norms with biases, and RoPE for a quarter of each head."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from .config import Config
 
 
 def turned(config: Config) -> int:
-    """Return how many numbers of each head RoPE turns."""
+    """Return how many numbers of each head RoPE rotates."""
     return int(config.rope.share * (config.integer("hidden_size") // config.integer("num_attention_heads")))
 
 
 def sequential(config: Config) -> bool:
-    """Say whether feed-forward reads what attention wrote, after a norm of its own."""
+    """Say whether feed-forward follows attention, with a norm between; otherwise both read the same input."""
     return not config.flag("use_parallel_residual")
 
 

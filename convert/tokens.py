@@ -1,4 +1,4 @@
-"""Tokens by id: what every kind of vocabulary comes down to, and what llama.cpp would not survive."""
+"""Tokens by id, as all kinds of vocabularies have them, and checks for those that would crash llama.cpp."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gguf import TokenType
 from metaalign_edge_runtime.errors import LoadError, some
 
 NEVER_NORMAL = {"<pad>", "<mask>", "<2mass>", "[@BOS@]"}  # control tokens that some models forget to mark
-BRACKETS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))  # around texts that are plainly control tokens
+BRACKETS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))  # begin and end of texts that are surely control tokens
 
 
 @dataclass(frozen=True, slots=True)  # there may be hundreds of thousands
@@ -20,19 +20,19 @@ class Token:
 
     text: str
     kind: TokenType
-    score: float = 0.0  # the higher, the sooner its parts are merged; byte-level BPE has none
+    score: float = 0.0  # SentencePiece merges the parts of tokens with higher scores first; byte-level BPE has none
 
 
 @dataclass(frozen=True)
 class Added:
-    """A token that stands outside the model proper."""
+    """An added token: the tokenizer finds it before it splits and merges the rest of a text."""
 
     text: str
     number: int
     special: bool
 
     def token(self, control: bool, score: float = 0.0) -> Token:
-        """Return it as GGUF has it: user-defined tokens with real spaces, for llama.cpp looks for them in the text."""
+        """Return it as GGUF has it; user-defined tokens have spaces for ▁, as llama.cpp looks for them in the text."""
         if control:
             return Token(self.text, TokenType.CONTROL, score)
         return Token(self.text.replace("▁", " "), TokenType.USER_DEFINED, score)
@@ -40,19 +40,19 @@ class Added:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A vocabulary without its holes filled: what is known of it before the embedding's rows come in."""
+    """A vocabulary as the files have it: there may be rows of the embedding without a token, and the reverse."""
 
-    source: str  # the file it is from, for messages
+    source: str  # name of the file, for messages
     by_id: Mapping[int, Token]
-    ids: Mapping[str, int]  # by the text that the checkpoint's files use
+    ids: Mapping[str, int]  # by the text in the files
     marked: frozenset[str]  # the texts of added and special tokens
-    hole: float = 0.0  # the score of a row that no token has
+    hole: float = 0.0  # the score for rows without a token
 
     def lay_out(self, rows: int, beyond: Collection[str] = ()) -> list[Token]:
-        """Return a token for each of the embedding's `rows`, with `[PADi]` in the holes.
+        """Return a token for each of the `rows` of the embedding, `[PADi]` for rows without one.
 
-        A token beyond the rows is an error unless its text is among `beyond`, and so are two of the same text: on
-        those, llama.cpp ends the whole process.
+        Raises LoadError for a token beyond the rows whose text is not in `beyond`, and for two tokens of the same
+        text, at which llama.cpp would end the process.
         """
         outside = [f"{text!r} ({number})" for text, number in self.ids.items() if number >= rows and text not in beyond]
         if outside:
@@ -73,7 +73,7 @@ class Tokens:
 
 
 def check_token(source: str, text: Any, number: Any) -> tuple[str, int]:
-    """Return a token's text and id, if they are a text that GGUF can hold and an id. Raises LoadError."""
+    """Return text and id of a token, checked: GGUF must be able to hold them. Raises LoadError."""
     if not isinstance(text, str):
         raise LoadError(f"{source}: token {number!r} is {text!r}, not a text")
     if type(number) is not int or number < 0:
@@ -89,12 +89,12 @@ def check_token(source: str, text: Any, number: Any) -> tuple[str, int]:
 
 
 def looks_special(text: str) -> bool:
-    """Say whether an added token is plainly a control token, marked as one or not."""
+    """Say whether an added token is a control token by its text, though it may not be marked as one."""
     return text in NEVER_NORMAL or any(text.startswith(a) and text.endswith(b) for a, b in BRACKETS)
 
 
 def added_in_settings(settings: Mapping[str, Any]) -> list[Added]:
-    """Read the added tokens that transformers 4 listed in tokenizer_config.json. Raises LoadError."""
+    """Read the added tokens in a parsed tokenizer_config.json, where transformers 4 lists them. Raises LoadError."""
     source = "tokenizer_config.json"
     decoder = settings.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
@@ -108,7 +108,7 @@ def added_in_settings(settings: Mapping[str, Any]) -> list[Added]:
 
 
 def added_in_tokenizer(tokenizer: Mapping[str, Any]) -> list[Added]:
-    """Read the added tokens out of a parsed tokenizer.json. Raises LoadError."""
+    """Read the added tokens in a parsed tokenizer.json. Raises LoadError."""
     entries = tokenizer.get("added_tokens") or []
     if not isinstance(entries, list):
         raise LoadError("tokenizer.json: added_tokens is not a list")
@@ -123,7 +123,7 @@ def _added(source: str, entry: Mapping[str, Any], number: Any) -> Added:
 
 
 def ids_of(source: str, pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Map texts to ids. Raises LoadError if a text has two."""
+    """Map texts to ids. Raises LoadError if a text has two ids."""
     ids: dict[str, int] = {}
     for text, number in pairs:
         if ids.setdefault(text, number) != number:

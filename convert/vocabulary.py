@@ -1,6 +1,6 @@
-"""The vocabulary out of the checkpoint's own files: no tokenizer library, and none of its versions, comes between.
+"""Read the vocabulary from the files of a checkpoint, without a tokenizer library.
 
-Which kind it is, the files say, never the name of a class: tokenizer.model if it is SentencePiece's, else
+Its kind is found in the files, never by the name of a class: tokenizer.model if it is SentencePiece's, else
 tokenizer.json.
 """
 
@@ -24,23 +24,24 @@ from .tokens import Token, Tokens
 TOKENIZER_LIMIT = 200 * MB
 REMEDY = "write one with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
 SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"  # what GGUF calls the two kinds
-SPACE_BY_DEFAULT = {SENTENCEPIECE: True, BYTE_LEVEL: False}  # what llama.cpp does before a text unless told
+SPACE_BY_DEFAULT = {SENTENCEPIECE: True, BYTE_LEVEL: False}  # whether llama.cpp puts a space before a text by default
 
 
 @dataclass(frozen=True)
 class VocabularyRules:
-    """What an architecture's vocabulary does otherwise than the rest: llama.cpp's converter has a method for each."""
+    """How the vocabulary of an architecture differs from others. llama.cpp's converter has a method for each."""
 
-    # Where the key add_space_prefix goes, and what it says: as tokenizer_config.json has it, before all others or
-    # after the tokens; as tokenizer.model has it, after the tokens; false, at the end; or only where it must be said.
+    # The value and the place of the key add_space_prefix. settings first: that of tokenizer_config.json, before all
+    # keys. settings: the same, after the tokens. model: that of tokenizer.model, after the tokens. never: false, at the
+    # end. unsaid: only if llama.cpp's default is wrong, at the end.
     space_prefix: Literal["settings first", "settings", "model", "never", "unsaid"] = "unsaid"
-    by_looks: bool = True  # added tokens that look like control tokens are such, and pieces stay what they are
-    unused: str | None = None  # how SentencePiece pieces begin that are not in use
-    end: str | None = None  # ends an answer, whatever the files say, where the vocabulary has it
-    eot: int | None = None  # the id of the end of a turn
-    eot_by_rows: Mapping[int, int] | None = None  # the same, for models with so many rows
-    no_bos_rows: frozenset[int] = frozenset()  # models with so many rows begin without bos, whatever the files say
-    beyond: frozenset[str] = frozenset()  # tokens that have no row in the embedding, and are left out
+    by_looks: bool = True  # added tokens that look like control tokens are control tokens; see `read_pieces`
+    unused: str | None = None  # beginning of SentencePiece pieces that are not in use
+    end: str | None = None  # token that ends an answer whatever the files say, if the vocabulary has it
+    eot: int | None = None  # id of the token that ends a turn
+    eot_by_rows: Mapping[int, int] | None = None  # rows of the embedding -> the same id, for single models
+    no_bos_rows: frozenset[int] = frozenset()  # models with these numbers of rows never add bos
+    beyond: frozenset[str] = frozenset()  # tokens without a row in the embedding, to be left out
 
 
 PLAIN = VocabularyRules()
@@ -58,13 +59,13 @@ class Vocabulary:
     signature: Signature | None  # byte-level BPE's only
     special: Special
     marked: frozenset[str]  # the texts of added and special tokens
-    space_prefix: tuple[Literal["first", "middle", "last"], bool] | None  # place among the keys, and value
-    notes: tuple[str, ...]
+    space_prefix: tuple[Literal["first", "middle", "last"], bool] | None  # place of the key add_space_prefix, and value
+    notes: tuple[str, ...]  # remarks for the user
 
 
 @dataclass(frozen=True)
 class _Read:
-    """What one of the three routes found."""
+    """The result of one of the three readers: of tokenizer.model, or of either kind of tokenizer.json."""
 
     model: str
     tokens: Tokens
@@ -80,7 +81,7 @@ def read_vocabulary(
     config: Mapping[str, Any],
     rules: VocabularyRules = PLAIN,
 ) -> Vocabulary:
-    """Read the vocabulary for an embedding of `rows` rows, by an architecture's rules. Raises LoadError."""
+    """Read the vocabulary for an embedding of `rows` rows, by the rules of an architecture. Raises LoadError."""
     settings = folder.json("tokenizer_config.json")
     tokenizer = folder.json("tokenizer.json", TOKENIZER_LIMIT)
     names = {**named(folder.json("special_tokens_map.json")), **named(settings)}
@@ -115,7 +116,7 @@ def _read(
     names: Mapping[str, str],
     rules: VocabularyRules,
 ) -> _Read:
-    """Choose the route by what the files are, and take it."""
+    """Read the vocabulary with the reader that the files need. Raises LoadError."""
     notes: list[str] = []
     if folder.has("tokenizer.model"):
         pieces = parse_model(folder.bytes("tokenizer.model", TOKENIZER_LIMIT))
@@ -155,14 +156,14 @@ def _byte_level(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def _texts(value: Any) -> list[str]:
-    """Return the texts in a list of tokens, each a string or an object with `content`."""
+    """Return the texts of a list of tokens; each token is a text or an object with `content`."""
     entries = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
     texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
     return [text for text in texts if isinstance(text, str)]
 
 
 def _has_every_byte(source: str, table: list[Token]) -> None:
-    """Refuse a vocabulary without byte tokens: a letter that it lacks would make llama.cpp end the process."""
+    """Refuse a vocabulary that lacks tokens for bytes: at an unknown letter, llama.cpp would end the process."""
     texts = {token.text for token in table}
     missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in texts and (byte > 127 or chr(byte) not in texts)]
     if missing:
@@ -173,7 +174,7 @@ def _has_every_byte(source: str, table: list[Token]) -> None:
 
 
 def _say_what_is_added(special: Special, model: str, no_bos: bool) -> None:
-    """Fill in what no file says, for each of llama.cpp's tokenizers has a default of its own."""
+    """Set whether bos and eos are added where no file says so: llama.cpp's defaults differ by tokenizer."""
     if "bos" not in special.adds:
         by_default = model == SENTENCEPIECE and not special.adds_nothing and "bos" in special.ids
         special.unsaid["bos"] = by_default and not no_bos
@@ -186,14 +187,14 @@ def _say_what_is_added(special: Special, model: str, no_bos: bool) -> None:
 def _space_prefix(
     rules: VocabularyRules, settings: Mapping[str, Any], read: _Read
 ) -> tuple[Literal["first", "middle", "last"], bool] | None:
-    """Return where the key add_space_prefix goes and its value, None where llama.cpp's default is right."""
+    """Return the place of the key add_space_prefix and its value, None if llama.cpp's default is right."""
     given = settings.get("add_prefix_space")
     if rules.space_prefix == "never":
         return "last", False
     if rules.space_prefix == "model":
         return "middle", read.space_prefix
     if rules.space_prefix != "unsaid" and isinstance(given, bool):
-        # tokenizer.json does what it does, whatever the settings of a class may say
+        # Without tokenizer.model, the steps in tokenizer.json decide, not the settings of a class.
         value = given if read.tokens.source == "tokenizer.model" or read.model == BYTE_LEVEL else read.space_prefix
         return "first" if rules.space_prefix == "settings first" else "middle", value
     if read.space_prefix != SPACE_BY_DEFAULT[read.model]:
