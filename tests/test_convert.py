@@ -239,7 +239,7 @@ def test_memory_stays_small_whatever_the_tensor(tmp_path: Path) -> None:
     write_container(folder / "model.safetensors", json.dumps(header).encode(), b"")
     os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size + end)
     script = (
-        "import sys; from pathlib import Path; from metaalign_edge_convert import *\n"
+        "import sys; from pathlib import Path; import metaalign_edge; from metaalign_edge_convert import *\n"
         "done = write_gguf(open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), outtype='f16', check=False)\n"
         "print(done.peak_mb)"
     )
@@ -343,7 +343,7 @@ def test_a_wrong_pre_tokenizer_does_not_pass_the_proof(folder: Path) -> None:
 
 def test_without_the_tokenizers_library_the_proof_is_left_out_and_says_so(folder: Path) -> None:
     script = (
-        "import sys; sys.modules['tokenizers'] = None; from pathlib import Path; from metaalign_edge_convert import *\n"
+        "import sys; sys.modules['tokenizers'] = None; from pathlib import Path; import metaalign_edge; from metaalign_edge_convert import *\n"
         "print(*write_gguf(open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2])).checks)"
     )
     command = [sys.executable, "-c", script, str(folder), str(folder.parent / "out.gguf")]
@@ -781,6 +781,7 @@ def test_an_interruption_leaves_nothing_behind(error: BaseException, folder: Pat
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+import metaalign_edge
 from metaalign_edge_convert import open_checkpoint, write_gguf
 
 def kill(name, done, total):

@@ -177,7 +177,7 @@ def test_without_ggml_the_file_is_the_same(
 
 def test_without_ggml_other_types_say_what_they_take(wide: Path, tmp_path: Path) -> None:
     script = (
-        "import sys; sys.modules['llama_cpp'] = None; from pathlib import Path; from metaalign_edge_convert import *\n"
+        "import sys; sys.modules['llama_cpp'] = None; from pathlib import Path; import metaalign_edge; from metaalign_edge_convert import *\n"
         "write_gguf(open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), outtype='Q4_K_M', check=False)"
     )
     command = [sys.executable, "-c", script, str(wide), str(tmp_path / "x.gguf")]
