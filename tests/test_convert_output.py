@@ -555,17 +555,17 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Be in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_plan_is_what_is_written_then(wide: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_is_what_is_written_then(wide: Path, empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["convert", str(wide), "--outtype", "q4_k_m"]
     assert edge.run([*command, "--dry-run", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
-    assert list(here.iterdir()) == []
+    assert list(empty.iterdir()) == []
     assert edge.run([*command, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result.keys() == {
@@ -574,8 +574,8 @@ def test_the_plan_is_what_is_written_then(wide: Path, here: Path, capsys: pytest
     same = ("output", "architecture", "parameters", "outtype", "bytes", "template")
     assert {key: planned[key] for key in same} == {key: result[key] for key in same}
     assert result["output"] == "tiny-chat-Q4_K_M.gguf"
-    assert (here / result["output"]).stat().st_size == result["bytes"]
-    found = list(types(here / result["output"]).values())
+    assert (empty / result["output"]).stat().st_size == result["bytes"]
+    found = list(types(empty / result["output"]).values())
     assert {kind: row["count"] for kind, row in planned["tensors"].items()} == {
         kind: found.count(kind) for kind in found
     }
@@ -591,10 +591,10 @@ def test_the_plan_is_what_is_written_then(wide: Path, here: Path, capsys: pytest
     assert "MB needed" in text
 
 
-def test_a_gguf_file_is_a_source_too(source: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gguf_file_is_a_source_too(source: Path, empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert edge.run(["convert", str(source), "--outtype", "Q6_K"]) == 0
     assert capsys.readouterr().err.startswith("tiny-chat-Q6_K.gguf: llama, ")
-    assert gguf.GGUFReader(here / "tiny-chat-Q6_K.gguf").fields["metaalign.template"].contents() == "metaalign"
+    assert gguf.GGUFReader(empty / "tiny-chat-Q6_K.gguf").fields["metaalign.template"].contents() == "metaalign"
     for arguments, code, message in (
         (["--template", "metaalign"], 2, "is a GGUF file and keeps what it has"),
         (["--outtype", "Q6_K"], 2, "tiny-chat-Q6_K.gguf: exists already; use --force"),
@@ -603,13 +603,13 @@ def test_a_gguf_file_is_a_source_too(source: Path, here: Path, capsys: pytest.Ca
     ):
         assert edge.run(["convert", str(source), *arguments]) == code
         assert message in capsys.readouterr().err
-    assert [path.name for path in here.iterdir()] == ["tiny-chat-Q6_K.gguf"]
+    assert [path.name for path in empty.iterdir()] == ["tiny-chat-Q6_K.gguf"]
 
 
 def test_weights_too_large_for_float16_are_told_of_without_being_asked(
-    here: Path, says: Callable[..., tuple[str, str]]
+    empty: Path, says: Callable[..., tuple[str, str]]
 ) -> None:
-    folder = make_checkpoint(here / "tiny")
+    folder = make_checkpoint(empty / "tiny")
     weights = random_weights(CONFIG)
     weights["model.layers.0.mlp.up_proj.weight"][:] = 3e38
     write_weights(folder, weights)
@@ -618,13 +618,13 @@ def test_weights_too_large_for_float16_are_told_of_without_being_asked(
     assert second.startswith("metaalign-edge: warning: what the result computes are no numbers; use --outtype bf16")
 
 
-def test_a_result_that_does_not_load_is_not_kept(here: Path, refuses: Callable[..., str]) -> None:
-    folder = make_checkpoint(here / "tiny")
-    template = here / "bad.jinja"
+def test_a_result_that_does_not_load_is_not_kept(empty: Path, refuses: Callable[..., str]) -> None:
+    folder = make_checkpoint(empty / "tiny")
+    template = empty / "bad.jinja"
     template.write_text("{{ raise_exception('never') }}{{ messages }}")
     said = refuses(7, "convert", str(folder), "--template", str(template))
     assert "the result fails its check, so it was removed (--no-check keeps it)" in said
-    assert {path.name for path in here.iterdir()} == {"tiny", "bad.jinja"}
+    assert {path.name for path in empty.iterdir()} == {"tiny", "bad.jinja"}
 
 
 def test_ctrl_c_stops_at_once_and_leaves_nothing(tmp_path: Path) -> None:
