@@ -36,7 +36,8 @@ from .options.groups import (
 from .options.loading import open_scheduler
 from .options.query import read_query
 from .terminal import report
-from .terminal.repl import Repl, dialog_of
+from .terminal.repl import Repl
+from .terminal.repl_state import dialog_of
 from .terminal.reply import Reply
 from .terminal.screen import Aside, Screen
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from terminal import Emulator, Terminal
 
-from metaalign_edge_commands.terminal.repl import Repl
+from metaalign_edge_commands.terminal import repl_commands
 from metaalign_edge_commands.terminal.reply import rows_of
 from metaalign_edge_runtime.stores import files, profiles
 from metaalign_edge_runtime.stores.sessions import Transcript, session_path
@@ -47,7 +47,7 @@ def test_the_conversation_at_a_terminal(tiny: Path) -> None:
     terminal.until("no question")
     terminal.type("/help\n")
     help_text = terminal.until("stop an answer")
-    assert all(word in help_text for word in Repl.WORDS)
+    assert all(word in help_text for word in repl_commands.COMMANDS)
     terminal.type("/exit\n")
     assert terminal.leave() == 0
 
@@ -204,15 +204,19 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation_and_ctrl_d_leaves(slo
 
 
 def test_completion_knows_commands_profiles_and_sessions() -> None:
-    assert Repl.completions("/p") == [("/pref", 2)] and Repl.completions("what /p") == []
-    assert Repl.completions("/") == [(name, 1) for name in Repl.WORDS]
-    assert ("@child", 3) in Repl.completions("/pref @ch") and ("@child", 3) in Repl.completions("/again @json+@ch")
-    assert ("@expert", 3) in Repl.completions("/compare @child @ex") and Repl.completions("/nonsense @") == []
-    assert Repl.completions("/strength p") == [("pref", 1)] and len(Repl.completions("/think ")) == 3
+    assert repl_commands.completions("/p") == [("/pref", 2)] and repl_commands.completions("what /p") == []
+    assert repl_commands.completions("/") == [(name, 1) for name in repl_commands.COMMANDS]
+    assert ("@child", 3) in repl_commands.completions("/pref @ch") and ("@child", 3) in repl_commands.completions(
+        "/again @json+@ch"
+    )
+    assert ("@expert", 3) in repl_commands.completions("/compare @child @ex") and repl_commands.completions(
+        "/nonsense @"
+    ) == []
+    assert repl_commands.completions("/strength p") == [("pref", 1)] and len(repl_commands.completions("/think ")) == 3
     transcript = Transcript(session_path("garden"))
     transcript.clear()
     transcript.save()
-    assert Repl.completions("/load g") == [("garden", 1)]
+    assert repl_commands.completions("/load g") == [("garden", 1)]
 
 
 def test_a_screen_shows_the_prompt_and_completes_and_remembers(tiny: Path, tmp_path: Path) -> None:
