@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import asdict
 
 import typer
@@ -60,7 +59,7 @@ def answer_once(
     request = Request(dialog, seed, show=show, think=Aside(screen).write)
     complete = False
     try:
-        with scheduler.interrupt, reply.alone() if reply else contextlib.nullcontext():
+        with scheduler.interrupt:
             answer = edge.answer_one(scheduler, request, before)
         complete = True
         if reply:

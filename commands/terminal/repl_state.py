@@ -43,7 +43,7 @@ class ReplState:
         """Write the answer to a dialog's newest query on the screen; Ctrl-C ends it early and keeps what it said."""
         reply = Reply(self.screen, self.markdown)
         self.chat.interrupt.raised = False
-        with self.chat.interrupt, reply.alone():
+        with self.chat.interrupt:
             request = Request(dialog, self.seed, show=reply.show, think=Aside(self.screen).write)
             answer = edge.answer_one(self.chat, request, lambda prompt: report.warn(prompt, self.screen, self.strict))
         self.seed, self.latest = (self.seed + 1) % 2**32, answer

@@ -32,8 +32,8 @@ class Screen:
         self.quiet, self.verbose = quiet, verbose
         self.terminal = at_terminal(sys.stdout)
 
-    def write(self, text: str) -> None:
-        """Write to stdout at once.
+    def write(self, text: str, escapes: bool = False) -> None:
+        """Write to stdout at once. `escapes`: the text has escape sequences for a terminal, made by this program.
 
         Raises:
             OutputClosed: the reader has gone. CannotWrite: the disk is full, or stdout is closed.
@@ -41,7 +41,7 @@ class Screen:
         if sys.stdout is None:
             raise CannotWrite("stdout is closed: redirect it to a file or to /dev/null")
         try:
-            sys.stdout.write(text.translate(CONTROLS) if self.terminal else text)
+            sys.stdout.write(text.translate(CONTROLS) if self.terminal and not escapes else text)
             sys.stdout.flush()
         except BrokenPipeError:
             raise OutputClosed from None
