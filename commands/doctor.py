@@ -8,7 +8,7 @@ from typing import Annotated
 from metaalign_edge_runtime.errors import EdgeError
 
 from .measure import health
-from .measure.health import Doctor
+from .measure.health import CHECKS, Examination
 from .options import command, in_files
 from .options.groups import JsonOption, Loaded, option
 from .terminal.screen import Screen
@@ -28,13 +28,13 @@ def doctor(network: NetworkOption = False, as_json: JsonOption = False, *, loade
 
         metaalign-edge doctor -m model.gguf -c 8192 --json
     """
-    screen, patient = Screen(), Doctor(loaded.model, loaded.settings(), network, in_files.check_standing)
+    screen, examination = Screen(), Examination(loaded.model, loaded.settings(), network, in_files.check_standing)
     columns = shutil.get_terminal_size().columns if screen.terminal else None
     checks = []
-    for check in patient.checks():
+    for check in health.run_checks(examination):
         checks.append(check)
         if not as_json:
-            screen.write(health.check_lines(check, max(map(len, patient.looks)), columns))
+            screen.write(health.check_lines(check, max(map(len, CHECKS)), columns))
     if as_json:
         screen.json({"checks": [check._asdict() for check in checks]})
     if failed := sum(check.status == "failed" for check in checks):

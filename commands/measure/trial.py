@@ -66,7 +66,7 @@ def check_logits(engine: Engine) -> str:
     return "warning: what the result computes are no numbers; use --outtype bf16 or f32, or look at the weights"
 
 
-def trial_main() -> None:
+def child_main() -> None:
     """Do what the parent asks on the command line, and print the result or the error as JSON."""
     task, *arguments = json.loads(sys.argv[1])
     try:
@@ -91,7 +91,7 @@ def in_child(seconds: float, *task: Any) -> Any:
     command = [
         sys.executable,
         "-c",
-        "import metaalign_edge, metaalign_edge_commands.measure.trial as trial; trial.trial_main()",
+        "import metaalign_edge, metaalign_edge_commands.measure.trial as trial; trial.child_main()",
         json.dumps(task),
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
