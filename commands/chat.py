@@ -31,6 +31,7 @@ from .options.groups import (
     Talk,
     gathered,
     kept_states,
+    user_info_of,
 )
 from .options.loading import open_scheduler
 from .options.query import read_query
@@ -111,7 +112,7 @@ def set_meta_prompt(transcript: Transcript, meta_prompt: MetaPrompt, context: ty
         transcript.set(system_info, latest["user_info"], transcript.label)
     else:
         label = session_text.label_of([one.given for one in preferences])
-        transcript.set(system_info, "\n".join(one.text for one in preferences), label)
+        transcript.set(system_info, user_info_of(preferences), label)
 
 
 @command

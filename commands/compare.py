@@ -56,7 +56,7 @@ def compare(
     if len(preferences) < 2:
         raise UsageError("compare needs two preferences or more: give each with --pref (a lone - is none)")
     asked, system_info = Turn(cast(str, read_query(query, no_stdin, repl=False))), meta_prompt.system_info()
-    dialogs = [Dialog(system_info, "" if one.given == "-" else one.text, (asked,)) for one in preferences]
+    dialogs = [Dialog(system_info, one.text, (asked,)) for one in preferences]
     settings = gathered(loaded, sampling, strengths, talk)
     opened = open_scheduler(loaded, rendered, settings, screen, kept_states(no_cache), len(dialogs))
     with opened as scheduler, scheduler.interrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -104,10 +105,10 @@ VerboseOption = Annotated[
 
 
 class Preference(NamedTuple):
-    """A preference as it was given, `@brief`, and its text."""
+    """A preference of the command line, or of settings."""
 
-    given: str
-    text: str
+    given: str  # as it was written: a text, `@brief`, `@json+@child`, or a lone -, which is none
+    text: str  # what the model reads
 
 
 class MetaPrompt(NamedTuple):
@@ -119,7 +120,7 @@ class MetaPrompt(NamedTuple):
     system_file: Annotated[Path | None, dialog_option("--system-file", help="Read System Info from a file.")] = None
     pref: Annotated[
         list[str] | None,
-        dialog_option("--pref", help="User Info: a text, or a profile such as @concise. Repeat to add."),
+        dialog_option("--pref", help="User Info: a text, a profile such as @concise, or - for none. Repeat to add."),
     ] = None
     pref_file: Annotated[Path | None, dialog_option("--pref-file", help="Read User Info from a file.")] = None
     no_pref: Annotated[
@@ -139,25 +140,26 @@ class MetaPrompt(NamedTuple):
         return self.system or ""
 
     def preferences(self) -> list[Preference]:
-        """Return the preferences; profiles are looked up, and the file is read, once.
+        """Read the preferences, and the profiles that they name. Call it once: --pref-file may be a pipe.
 
         Raises:
-            UsageError: one is empty, or not UTF-8. NotFound: the file is not there, or no such profile.
+            UsageError: one is empty. NotFound: a file or a profile is not there.
         """
         given = list(self.pref or [])
         if self.pref_file is not None:
             given.append(files.read_text(self.pref_file, "--pref-file").removesuffix("\n"))
         if any(not one.strip() for one in given):
             raise UsageError("the preference is empty: say what you prefer, or leave --pref out")
-        return [Preference(one, profiles.expand_profile(one)) for one in given]
+        return [Preference(one, profiles.wish_text(one)) for one in given]
 
     def dialog(self) -> Dialog:
-        """Return a dialog without turns, the preferences joined.
+        """Return a dialog without turns, with all preferences as its User Info."""
+        return Dialog(self.system_info(), user_info_of(self.preferences()))
 
-        Raises:
-            UsageError, NotFound: as above.
-        """
-        return Dialog(self.system_info(), "\n".join(one.text for one in self.preferences()))
+
+def user_info_of(preferences: Iterable[Preference]) -> str:
+    """Return the User Info that several preferences make together, a line each."""
+    return "\n".join(one.text for one in preferences if one.text)
 
 
 class Rendered(NamedTuple):
