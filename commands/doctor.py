@@ -1,4 +1,4 @@
-"""Look whether all is well: llama.cpp, devices, memory, the model and whether it fits, folders, terminal, hub."""
+"""Check what an answer needs: llama.cpp, devices, memory, the model and its fit, folders, terminal, hub."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from .options import command, in_files
 from .options.groups import JsonOption, Loaded, option
 from .terminal.screen import Screen
 
-NetworkOption = Annotated[bool, option("--network", help="Ask the hub, too, whether it can be reached.")]
-
 
 @command
-def doctor(network: NetworkOption = False, as_json: JsonOption = False, *, loaded: Loaded) -> None:
-    """Look whether all is well: llama.cpp, devices, memory, the model and whether it fits, folders, terminal, hub.
+def doctor(
+    network: Annotated[bool, option("--network", help="Also send the hub a request.")] = False,
+    as_json: JsonOption = False,
+    *,
+    model_options: Loaded,
+) -> None:
+    """Check what an answer needs: llama.cpp, devices, memory, the model and its fit, folders, terminal, hub.
 
-    Each check is ok, a warning, or failed. The exit code is 0 if none failed, else 1.
+    Each check is ok, a warning, or failed. The exit code is 1 if one failed, else 0.
 
     Examples:
 
@@ -28,7 +31,8 @@ def doctor(network: NetworkOption = False, as_json: JsonOption = False, *, loade
 
         metaalign-edge doctor -m model.gguf -c 8192 --json
     """
-    screen, examination = Screen(), Examination(loaded.model, loaded.settings(), network, in_files.check_standing)
+    screen, settings = Screen(), model_options.settings()
+    examination = Examination(model_options.model, settings, network, in_files.check_config)
     columns = shutil.get_terminal_size().columns if screen.terminal else None
     checks = []
     for check in health.run_checks(examination):

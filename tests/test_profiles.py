@@ -210,7 +210,10 @@ def test_a_default_applies_to_render_chat_batch_and_the_conversation(
     says: Says, user_info: Callable[..., str], tiny: Path, tmp_path: Path
 ) -> None:
     says("pref", "add", "rome", "I live in Rome.")
-    assert says("pref", "default") == ("", "no preference stands: `metaalign-edge pref default NAME` sets one\n")
+    assert says("pref", "default") == (
+        "",
+        "no preference applies by default: `metaalign-edge pref default NAME` chooses one\n",
+    )
     assert says("pref", "default", "rome", "@concise") == ("", "")
     assert says("pref", "default", "--json")[0] == '["@rome", "@concise"]\n'
     assert says("pref", "default")[0] == "@rome\n@concise\n"

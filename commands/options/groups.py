@@ -40,7 +40,7 @@ dialog_option, model_option, sampling_option, output_option = (
 )
 
 
-# Options of several commands, which do not come with a group there.
+# Options that more than one command or group has.
 
 QueryArgument = Annotated[
     str | None,
@@ -112,7 +112,7 @@ class Preference(NamedTuple):
 
 
 class MetaPrompt(NamedTuple):
-    """What the two Info tiers say."""
+    """The two Info tiers."""
 
     system: Annotated[
         str | None, dialog_option("-s", "--system", help="System Info: what the provider of the model wants.", env=True)
@@ -131,7 +131,7 @@ class MetaPrompt(NamedTuple):
         """Return System Info.
 
         Raises:
-            UsageError: it has two sources. NotFound: the file is not there.
+            UsageError: both options are given. NotFound: the file cannot be read.
         """
         if self.system is not None and self.system_file is not None:
             raise UsageError("--system and --system-file both give System Info: choose one")
@@ -143,7 +143,7 @@ class MetaPrompt(NamedTuple):
         """Read the preferences, and the profiles that they name. Call it once: --pref-file may be a pipe.
 
         Raises:
-            UsageError: one is empty. NotFound: a file or a profile is not there.
+            UsageError: a preference is empty. NotFound: the file or a profile does not exist.
         """
         given = list(self.pref or [])
         if self.pref_file is not None:
@@ -206,7 +206,7 @@ class Loaded(NamedTuple):
     ] = None
 
     def path(self, screen: Screen) -> Path:
-        """Return where the model is.
+        """Return the path of the model's file; download it if it is named on the hub and not here yet.
 
         Raises:
             EdgeError: as `find_model`.
@@ -222,18 +222,18 @@ class Loaded(NamedTuple):
         return models.open_model(self.path(screen))
 
     def settings(self) -> Settings:
-        """Return what the engine has to know.
+        """Return the engine's settings that concern the model.
 
         Raises:
-            UsageError: the number of tokens or of layers is none, or a scale. NotFound, LoadError: an adapter is not
-                there, or none.
+            UsageError: a number of tokens or layers, or an adapter's scale, is no number or out of range.
+            NotFound, LoadError: an adapter does not exist, or is not one.
         """
         layers, adapters = edge.checked_gpu_layers(self.gpu_layers), edge.find_adapters(self.lora or ())
         return Settings(edge.checked_context(self.ctx_size), layers, self.threads, adapters=adapters)
 
 
 class Strengths(NamedTuple):
-    """How hard each tier pulls."""
+    """How hard each tier steers the answer."""
 
     system_strength: Annotated[
         float,
@@ -254,7 +254,7 @@ class Strengths(NamedTuple):
         """Return the settings with these strengths.
 
         Raises:
-            UsageError: one is no strength.
+            UsageError: one is no number, or out of range.
         """
         system, pref = edge.checked_strength("--system-strength", self.system_strength), self.pref_strength
         return replace(
@@ -299,10 +299,10 @@ class Sampling(NamedTuple):
     ] = None
 
     def added(self, settings: Settings) -> Settings:
-        """Return the settings with these; a seed is drawn unless there is one.
+        """Return the settings with these options, and with a random seed unless --seed gives one.
 
         Raises:
-            UsageError, NotFound: the schema is none, or not there.
+            UsageError: the schema is not valid. NotFound: its file does not exist.
         """
         return replace(
             settings,
@@ -319,31 +319,31 @@ class Sampling(NamedTuple):
 
 
 class Talk(NamedTuple):
-    """How much is said on stderr."""
+    """How much is printed on stderr."""
 
     quiet: QuietOption = False
     verbose: VerboseOption = False
 
     def screen(self) -> Screen:
-        """Return the streams."""
+        """Return the two streams, at this verbosity."""
         return Screen(self.quiet, self.verbose)
 
 
 def gathered(loaded: Loaded, sampling: Sampling, strengths: Strengths, talk: Talk) -> Settings:
-    """Return the settings of a command that answers."""
+    """Return the engine's settings of a command that answers."""
     return replace(strengths.added(sampling.added(loaded.settings())), verbose=talk.verbose)
 
 
 def kept_states(no_cache: bool, fills: bool = True) -> States | None:
-    """Return the states on the disk, unless --no-cache."""
+    """Return the cache of prompt states, None with --no-cache. `fills`: new states are stored, too."""
     return None if no_cache else States(fills=fills)
 
 
 def read_schema(text: str) -> Schema:
-    """Read a schema: a file's, JSON, or the short form `name, age int`.
+    """Read the value of --json-schema: the path of a file, JSON, or the short form `name, age int`.
 
     Raises:
-        NotFound: the file is not there. UsageError: it is no JSON, or no schema that an answer can fit.
+        NotFound: the file does not exist. UsageError: it is not JSON, or no answer can fit the schema.
     """
     inline = text.lstrip().startswith("{")
     file = not inline and (
