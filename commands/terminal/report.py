@@ -61,7 +61,7 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
     plan = model.plan
     every = model.gpu_layers == len(plan.places)
     layers = "all layers" if every else f"{model.gpu_layers} layers" if model.gpu_layers else "everything"
-    if plan.crawls:
+    if plan.reads_from_disk:
         main = plan.needs[0]
         screen.note(
             f"metaalign-edge: warning: {in_bytes(sum(main))} are needed for {model.file.path.name}, and "
