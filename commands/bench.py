@@ -12,7 +12,7 @@ from metaalign_edge_runtime.stores import files
 from .measure import outputs, speeds
 from .measure.speeds import BENCH_PROMPT, BENCH_TOKENS
 from .options import command
-from .options.groups import ChartOption, JsonOption, Loaded, Talk, TemplateOption, option
+from .options.groups import ChartOption, JsonOption, ModelOptions, TemplateOption, Verbosity, option
 
 
 @command
@@ -24,8 +24,8 @@ def bench(
     as_json: JsonOption = False,
     chart: ChartOption = None,
     *,
-    model_options: Loaded,
-    verbosity: Talk,
+    model_options: ModelOptions,
+    verbosity: Verbosity,
 ) -> None:
     """Measure a model's speed here: reading, writing, several answers at a time, strengths, the first token.
 

@@ -17,18 +17,18 @@ from .options import command
 from .options.groups import (
     ContinueOption,
     JsonOption,
-    Loaded,
     MarkdownOption,
     MetaPrompt,
+    ModelOptions,
     NoCacheOption,
     QueryArgument,
-    Rendered,
-    Sampling,
+    RenderingOptions,
+    SamplingOptions,
     SessionOption,
     StdinOption,
     StreamOption,
-    Strengths,
-    Talk,
+    StrengthOptions,
+    Verbosity,
     gathered,
     kept_states,
     user_info_of,
@@ -38,12 +38,12 @@ from .options.query import read_query
 from .terminal import report
 from .terminal.repl import Repl
 from .terminal.repl_state import dialog_of
-from .terminal.reply import Reply
-from .terminal.screen import Aside, Screen
+from .terminal.reply import AnswerPrinter
+from .terminal.screen import ReasoningPrinter, Screen
 
 
 def answer_once(
-    scheduler: Scheduler, transcript: Transcript, query: str, screen: Screen, strict: bool, reply: Reply | None
+    scheduler: Scheduler, transcript: Transcript, query: str, screen: Screen, strict: bool, reply: AnswerPrinter | None
 ) -> None:
     """Answer one query on stdout, as JSON without a `reply`; a session keeps it, also what was cut off.
 
@@ -57,7 +57,7 @@ def answer_once(
         begun.append(prompt.answer)
 
     dialog, seed, show = dialog_of(transcript, query), scheduler.settings.seed, reply.show if reply else lambda _: None
-    request = Request(dialog, seed, show=show, think=Aside(screen).write)
+    request = Request(dialog, seed, show=show, think=ReasoningPrinter(screen).write)
     complete = False
     try:
         with scheduler.interrupt:
@@ -123,16 +123,16 @@ def chat(
     meta_prompt: MetaPrompt,
     name: SessionOption = None,
     newest: ContinueOption = False,
-    rendered: Rendered,
-    strengths: Strengths,
-    loaded: Loaded,
-    sampling: Sampling,
+    rendered: RenderingOptions,
+    strengths: StrengthOptions,
+    loaded: ModelOptions,
+    sampling: SamplingOptions,
     as_json: JsonOption = False,
     stream: StreamOption = True,
     markdown: MarkdownOption = False,
     no_cache: NoCacheOption = False,
     no_stdin: StdinOption = False,
-    talk: Talk,
+    talk: Verbosity,
 ) -> None:
     """Answer a query under a preference; without a query, at a terminal, hold a conversation.
 
@@ -160,5 +160,5 @@ def chat(
         if asked is None:
             Repl(scheduler, transcript, screen, rendered.strict_tiers, markdown).run()
         else:
-            reply = None if as_json else Reply(screen, markdown, stream)
+            reply = None if as_json else AnswerPrinter(screen, markdown, stream)
             answer_once(scheduler, transcript, asked, screen, rendered.strict_tiers, reply)

@@ -10,7 +10,7 @@ from metaalign_edge_runtime.errors import EdgeError
 from .measure import health
 from .measure.health import CHECKS, Examination
 from .options import command, in_files
-from .options.groups import JsonOption, Loaded, option
+from .options.groups import JsonOption, ModelOptions, option
 from .terminal.screen import Screen
 
 
@@ -19,7 +19,7 @@ def doctor(
     network: Annotated[bool, option("--network", help="Also send the hub a request.")] = False,
     as_json: JsonOption = False,
     *,
-    model_options: Loaded,
+    model_options: ModelOptions,
 ) -> None:
     """Check what an answer needs: llama.cpp, devices, memory, the model and its fit, folders, terminal, hub.
 

@@ -19,15 +19,15 @@ from .options.groups import (
     OUTPUT,
     ChartOption,
     JsonOption,
-    Loaded,
     MaxTokensOption,
+    ModelOptions,
     ParallelOption,
     RemindOption,
-    Strengths,
-    Talk,
+    StrengthOptions,
     TemplateOption,
     TempOption,
     ThinkOption,
+    Verbosity,
     option,
 )
 
@@ -81,9 +81,9 @@ def eval(
     chart: ChartOption = None,
     answers: AnswersOption = None,
     *,
-    strengths: Strengths,
-    loaded: Loaded,
-    talk: Talk,
+    strengths: StrengthOptions,
+    loaded: ModelOptions,
+    talk: Verbosity,
 ) -> None:
     """Measure whether a model follows preferences: a program decides, and every rate has its 95 % interval.
 

@@ -278,13 +278,13 @@ def test_markdown_is_rendered_when_the_answer_is_complete() -> None:
 
 PIECES = """
 import metaalign_edge
-from metaalign_edge_commands.terminal.reply import Reply
+from metaalign_edge_commands.terminal.reply import AnswerPrinter
 from metaalign_edge_commands.terminal.screen import Screen
-reply = Reply(Screen(), markdown=True)
+printer = AnswerPrinter(Screen(), markdown=True)
 for piece in ("- **tea**", "\\n- a \x1b[2Jtrap"):
-    reply.show(piece)
+    printer.show(piece)
     input()
-reply.end("- **tea**\\n- a \x1b[2Jtrap")
+printer.end("- **tea**\\n- a \x1b[2Jtrap")
 """
 
 

@@ -162,7 +162,7 @@ def user_info_of(preferences: Iterable[Preference]) -> str:
     return "\n".join(one.text for one in preferences if one.text)
 
 
-class Rendered(NamedTuple):
+class RenderingOptions(NamedTuple):
     """How a dialog becomes a prompt."""
 
     template: TemplateOption = "auto"
@@ -177,7 +177,7 @@ class Rendered(NamedTuple):
         return RenderOptions(self.remind, self.think)
 
 
-class Loaded(NamedTuple):
+class ModelOptions(NamedTuple):
     """Which model is loaded, and how."""
 
     model: ModelOption = None
@@ -232,7 +232,7 @@ class Loaded(NamedTuple):
         return Settings(edge.checked_context(self.ctx_size), layers, self.threads, adapters=adapters)
 
 
-class Strengths(NamedTuple):
+class StrengthOptions(NamedTuple):
     """How hard each tier steers the answer."""
 
     system_strength: Annotated[
@@ -264,7 +264,7 @@ class Strengths(NamedTuple):
         )
 
 
-class Sampling(NamedTuple):
+class SamplingOptions(NamedTuple):
     """How tokens are drawn."""
 
     max_tokens: MaxTokensOption = None
@@ -318,7 +318,7 @@ class Sampling(NamedTuple):
         )
 
 
-class Talk(NamedTuple):
+class Verbosity(NamedTuple):
     """How much is printed on stderr."""
 
     quiet: QuietOption = False
@@ -329,9 +329,11 @@ class Talk(NamedTuple):
         return Screen(self.quiet, self.verbose)
 
 
-def gathered(loaded: Loaded, sampling: Sampling, strengths: Strengths, talk: Talk) -> Settings:
+def gathered(
+    model: ModelOptions, sampling: SamplingOptions, strengths: StrengthOptions, verbosity: Verbosity
+) -> Settings:
     """Return the engine's settings of a command that answers."""
-    return replace(strengths.added(sampling.added(loaded.settings())), verbose=talk.verbose)
+    return replace(strengths.added(sampling.added(model.settings())), verbose=verbosity.verbose)
 
 
 def kept_states(no_cache: bool, fills: bool = True) -> States | None:

@@ -24,7 +24,17 @@ from metaalign_edge_runtime.stores import config, files, models, profiles
 from metaalign_edge_runtime.stores.config import Project
 
 from ..terminal.screen import Screen
-from .groups import Loaded, MetaPrompt, NoCacheOption, ParallelOption, Rendered, Sampling, StreamOption, Strengths, Talk
+from .groups import (
+    MetaPrompt,
+    ModelOptions,
+    NoCacheOption,
+    ParallelOption,
+    RenderingOptions,
+    SamplingOptions,
+    StreamOption,
+    StrengthOptions,
+    Verbosity,
+)
 from .signature import spread
 
 ALSO_SETTINGS = (
@@ -131,14 +141,14 @@ def settings_by_name() -> dict[str, Any]:
     def every(
         *,
         meta_prompt: MetaPrompt,
-        rendered: Rendered,
-        strengths: Strengths,
-        loaded: Loaded,
-        sampling: Sampling,
+        rendering: RenderingOptions,
+        strengths: StrengthOptions,
+        model_options: ModelOptions,
+        sampling: SamplingOptions,
         parallel: ParallelOption = 8,
         no_cache: NoCacheOption = False,
         stream: StreamOption = True,
-        talk: Talk,
+        verbosity: Verbosity,
     ) -> None: ...
 
     one = typer.Typer()

@@ -11,8 +11,8 @@ from metaalign_edge_runtime.stores import profiles
 from metaalign_edge_runtime.stores.sessions import Transcript
 
 from . import report
-from .reply import Reply
-from .screen import Aside, Screen
+from .reply import AnswerPrinter
+from .screen import ReasoningPrinter, Screen
 
 
 def dialog_of(transcript: Transcript, query: str, again: bool = False) -> Dialog:
@@ -41,13 +41,13 @@ class ReplState:
 
     def answer(self, dialog: Dialog) -> Answer:
         """Write the answer to a dialog's newest query on the screen; Ctrl-C ends it early and keeps what it said."""
-        reply = Reply(self.screen, self.markdown)
+        printer = AnswerPrinter(self.screen, self.markdown)
         self.chat.interrupt.raised = False
         with self.chat.interrupt:
-            request = Request(dialog, self.seed, show=reply.show, think=Aside(self.screen).write)
+            request = Request(dialog, self.seed, show=printer.show, think=ReasoningPrinter(self.screen).write)
             answer = edge.answer_one(self.chat, request, lambda prompt: report.warn(prompt, self.screen, self.strict))
         self.seed, self.latest = (self.seed + 1) % 2**32, answer
-        reply.end(answer.response)
+        printer.end(answer.response)
         self.screen.detail(report.describe(answer))
         return answer
 

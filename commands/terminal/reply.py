@@ -14,7 +14,7 @@ WORKING = "…\r"  # shown while an answer is awaited; whatever is written next 
 ERASE_LINE = "\x1b[K"
 
 
-class Reply:
+class AnswerPrinter:
     """Prints one answer to stdout. `stream`: as it is written, otherwise all at once.
 
     With `markdown`, on a terminal that is wide enough and knows escape sequences, the answer is rendered when it is

@@ -71,7 +71,7 @@ class Screen:
             say(text)
 
 
-class Aside:
+class ReasoningPrinter:
     """A model's reasoning on stderr: dim on a terminal, plain elsewhere and with -v only, never with -q."""
 
     def __init__(self, screen: Screen) -> None:
