@@ -289,7 +289,7 @@ def ask_hub(endpoint: str) -> Finding:
     if not endpoint.startswith(("http://", "https://")):
         raise EdgeError(f"HF_ENDPOINT={endpoint} is no address of a hub")
     no_redirects = HTTPRedirectHandler()
-    no_redirects.redirect_request = lambda *_: None  # type: ignore[method-assign]  # follow no redirection: that would be a second request
+    no_redirects.redirect_request = lambda *_: None  # type: ignore[method-assign]  # following is a second request
     started, status = time.perf_counter(), 200
     try:
         build_opener(no_redirects).open(Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()

@@ -37,27 +37,12 @@ from .groups import (
 )
 from .signature import spread
 
-ALSO_SETTINGS = (
-    "pref",
-    "stop",
-    "strict_tiers",
-    "remind",
-    "think",
-    "stream",
-    "quiet",
-    "verbose",
-)  # settings whose options have no variable
+# Settings whose options have no variable.
+ALSO_SETTINGS = ("pref", "stop", "strict_tiers", "remind", "think", "stream", "quiet", "verbose")
 IGNORED_SETTINGS: Mapping[str, tuple[str, ...]] = {  # by command
     "compare": ("pref",),  # a column for each --pref, and no other
-    "eval": (
-        "max_tokens",
-        "temp",
-        "seed",
-        "remind",
-        "think",
-        "system_strength",
-        "pref_strength",
-    ),  # a measurement must not depend on them
+    # settings must not change what it measures
+    "eval": ("max_tokens", "temp", "seed", "remind", "think", "system_strength", "pref_strength"),
 }
 SHOWN = 60  # characters of a setting's value in a note
 REPLACED_BY = {  # a setting, and the flags of other names that override it

@@ -93,7 +93,7 @@ def set_system(repl: ReplState, text: str) -> None:
 @command("/again", "@NAME|TEXT", choices=profiles.profile_words)
 def ask_again(repl: ReplState, text: str) -> None:
     """Answer the last question under another preference, this once; /keep makes it stay."""
-    repl.last_query()  # that nothing was asked yet is said first
+    repl.last_query()  # raises if nothing was asked yet
     if not text:
         raise UsageError("/again takes a preference: /again @name, or a text (/regen asks again under the same)")
     dialog = repl.last_query_under(text)
