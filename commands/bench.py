@@ -1,4 +1,4 @@
-"""Measure what this machine makes of a model: reading, writing, many at a time, strengths, the start of a call."""
+"""Measure a model's speed here: reading, writing, several answers at a time, strengths, the first token."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from metaalign_edge_runtime.stores import files
 from .measure import outputs, speeds
 from .measure.speeds import BENCH_PROMPT, BENCH_TOKENS
 from .options import command
-from .options.groups import ChartOption, JsonOption, Loaded, Talk, TemplateOption, option
-
-RoundsOption = Annotated[int, option("--rounds", help="Measure so often, and take the median.", min=1, max=100)]
+from .options.groups import ChartOption, JsonOption, ModelOptions, TemplateOption, Verbosity, option
 
 
 @command
 def bench(
-    rounds: RoundsOption = 5,
+    rounds: Annotated[
+        int, option("--rounds", help="Measurements of each kind; the median counts.", min=1, max=100)
+    ] = 5,
     template: TemplateOption = "auto",
     as_json: JsonOption = False,
     chart: ChartOption = None,
     *,
-    loaded: Loaded,
-    talk: Talk,
+    model_options: ModelOptions,
+    verbosity: Verbosity,
 ) -> None:
-    """Measure what this machine makes of a model: reading, writing, many at a time, strengths, the start of a call.
+    """Measure a model's speed here: reading, writing, several answers at a time, strengths, the first token.
 
     Examples:
 
@@ -35,14 +35,14 @@ def bench(
 
         metaalign-edge bench -m model.gguf -t 4 --json
     """
-    screen, interrupt, settings = talk.screen(), Interrupt(), loaded.settings()
+    screen, interrupt, settings = verbosity.screen(), Interrupt(), model_options.settings()
     outputs.check_outputs(None, chart)
-    file = loaded.file(screen)
+    file = model_options.file(screen)
     settings = replace(settings, context=BENCH_PROMPT + BENCH_TOKENS)
     edge.choose_template(template, file)
     with interrupt:
         found = speeds.measure(
-            file, replace(settings, temperature=0.0, verbose=talk.verbose), template, rounds, interrupt
+            file, replace(settings, temperature=0.0, verbose=verbosity.verbose), template, rounds, interrupt
         )
     if chart:
         title = f"{found.model}: what this machine makes of it"

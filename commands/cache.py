@@ -1,4 +1,4 @@
-"""What was read of meta-prompts, kept on the disk."""
+"""Show and clear the cache of prompt states on the disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ app = typer.Typer(no_args_is_help=True, help=__doc__)
 
 @app.command("show")
 def cache_show(as_json: JsonOption = False) -> None:
-    """List what is kept: how large, how often it saved the reading of a meta-prompt, and when last."""
+    """List the states: their size, how often each spared the model a prompt, and when it was used last."""
     screen, states = Screen(), States()
     files = states.files()
     size = sum(file.bytes for file in files)
@@ -45,5 +45,5 @@ def cache_show(as_json: JsonOption = False) -> None:
 
 @app.command("clear")
 def cache_clear(quiet: QuietOption = False) -> None:
-    """Remove all states. The next call reads its meta-prompt again."""
+    """Remove all states. The next call computes its meta-prompt again."""
     Screen(quiet).note(f"{counted(States().clear(), 'state')} removed")

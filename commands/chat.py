@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import asdict
 
 import typer
@@ -18,31 +17,38 @@ from .options import command
 from .options.groups import (
     ContinueOption,
     JsonOption,
-    Loaded,
     MarkdownOption,
     MetaPrompt,
+    ModelOptions,
     NoCacheOption,
     QueryArgument,
-    Rendered,
-    Sampling,
+    RenderingOptions,
+    SamplingOptions,
     SessionOption,
     StdinOption,
     StreamOption,
-    Strengths,
-    Talk,
+    StrengthOptions,
+    Verbosity,
     gathered,
     kept_states,
+    user_info_of,
 )
 from .options.loading import open_scheduler
 from .options.query import read_query
 from .terminal import report
-from .terminal.repl import Repl, dialog_of
-from .terminal.reply import Reply
-from .terminal.screen import Aside, Screen
+from .terminal.repl import Repl
+from .terminal.repl_state import dialog_of
+from .terminal.reply import AnswerPrinter
+from .terminal.screen import ReasoningPrinter, Screen
 
 
 def answer_once(
-    scheduler: Scheduler, conversation: Conversation, query: str, screen: Screen, strict: bool, reply: Reply | None
+    scheduler: Scheduler,
+    conversation: Conversation,
+    query: str,
+    screen: Screen,
+    strict: bool,
+    reply: AnswerPrinter | None,
 ) -> None:
     """Answer one query on stdout, as JSON without a `reply`; a session keeps it, also what was cut off.
 
@@ -55,11 +61,15 @@ def answer_once(
         report.warn(prompt, screen, strict)
         begun.append(prompt.answer)
 
-    dialog, show = dialog_of(conversation, query), reply.show if reply else lambda _: None
-    request = Request(dialog, scheduler.settings.seed, show=show, think=Aside(screen).write)
+    dialog, seed, show = (
+        dialog_of(conversation, query),
+        scheduler.settings.seed,
+        reply.show if reply else lambda _: None,
+    )
+    request = Request(dialog, seed, show=show, think=ReasoningPrinter(screen).write)
     complete = False
     try:
-        with scheduler.interrupt, reply.alone() if reply else contextlib.nullcontext():
+        with scheduler.interrupt:
             answer = edge.answer_one(scheduler, request, before)
         complete = True
         if reply:
@@ -111,7 +121,7 @@ def set_meta_prompt(conversation: Conversation, meta_prompt: MetaPrompt, context
         conversation.set(system_info, latest["user_info"], conversation.label)
     else:
         label = session_text.label_of([one.given for one in preferences])
-        conversation.set(system_info, "\n".join(one.text for one in preferences), label)
+        conversation.set(system_info, user_info_of(preferences), label)
 
 
 @command
@@ -122,16 +132,16 @@ def chat(
     meta_prompt: MetaPrompt,
     name: SessionOption = None,
     newest: ContinueOption = False,
-    rendered: Rendered,
-    strengths: Strengths,
-    loaded: Loaded,
-    sampling: Sampling,
+    rendered: RenderingOptions,
+    strengths: StrengthOptions,
+    loaded: ModelOptions,
+    sampling: SamplingOptions,
     as_json: JsonOption = False,
     stream: StreamOption = True,
     markdown: MarkdownOption = False,
     no_cache: NoCacheOption = False,
     no_stdin: StdinOption = False,
-    talk: Talk,
+    talk: Verbosity,
 ) -> None:
     """Answer a query under a preference; without a query, at a terminal, hold a conversation.
 
@@ -159,5 +169,5 @@ def chat(
         if asked is None:
             Repl(scheduler, conversation, screen, rendered.strict_tiers, markdown).run()
         else:
-            reply = None if as_json else Reply(screen, markdown, stream)
+            reply = None if as_json else AnswerPrinter(screen, markdown, stream)
             answer_once(scheduler, conversation, asked, screen, rendered.strict_tiers, reply)

@@ -12,15 +12,15 @@ from metaalign_edge_runtime.errors import UsageError, one_line
 from .options import command
 from .options.groups import (
     JsonOption,
-    Loaded,
     MetaPrompt,
+    ModelOptions,
     NoCacheOption,
     QueryArgument,
-    Rendered,
-    Sampling,
+    RenderingOptions,
+    SamplingOptions,
     StdinOption,
-    Strengths,
-    Talk,
+    StrengthOptions,
+    Verbosity,
     gathered,
     kept_states,
 )
@@ -35,14 +35,14 @@ def compare(
     query: QueryArgument = None,
     *,
     meta_prompt: MetaPrompt,
-    rendered: Rendered,
-    strengths: Strengths,
-    loaded: Loaded,
-    sampling: Sampling,
+    rendered: RenderingOptions,
+    strengths: StrengthOptions,
+    loaded: ModelOptions,
+    sampling: SamplingOptions,
     as_json: JsonOption = False,
     no_cache: NoCacheOption = False,
     no_stdin: StdinOption = False,
-    talk: Talk,
+    talk: Verbosity,
 ) -> None:
     """Answer a query under several preferences at once, side by side. A lone - is the answer without any.
 
@@ -56,7 +56,7 @@ def compare(
     if len(preferences) < 2:
         raise UsageError("compare needs two preferences or more: give each with --pref (a lone - is none)")
     asked, system_info = Turn(cast(str, read_query(query, no_stdin, repl=False))), meta_prompt.system_info()
-    dialogs = [Dialog(system_info, "" if one.given == "-" else one.text, (asked,)) for one in preferences]
+    dialogs = [Dialog(system_info, one.text, (asked,)) for one in preferences]
     settings = gathered(loaded, sampling, strengths, talk)
     opened = open_scheduler(loaded, rendered, settings, screen, kept_states(no_cache), len(dialogs))
     with opened as scheduler, scheduler.interrupt:

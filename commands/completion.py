@@ -1,4 +1,4 @@
-"""Print what teaches a shell to complete commands, options, profiles, models and templates."""
+"""Print a script with which a shell completes commands, options, profiles, models and templates."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .terminal.screen import Screen
 
 
 def profile_values() -> dict[str, str]:
-    """Return the profiles and what they say."""
+    """Return the profiles, each with its text."""
     found = dict.fromkeys(profiles.profile_words(), "")
     for word in found:
-        with contextlib.suppress(EdgeError):  # it cannot be read
+        with contextlib.suppress(EdgeError):  # a file that cannot be read
             found[word] = profiles.profile_text(word[1:])
     return found
 
@@ -40,9 +40,9 @@ def template_values() -> dict[str, str]:
     return {"auto": "the model's own", **dict.fromkeys(edge.shipped_templates(), "")}
 
 
-SHELLS = {"bash": "bash", "zsh": "zsh", "fish": "fish", "powershell": "ps1"}  # and what their scripts end with
-# What a shell completes: the values of a parameter, by its name, or by that behind its command's, with what they mean.
-# Anywhere else, files.
+SHELLS = {"bash": "bash", "zsh": "zsh", "fish": "fish", "powershell": "ps1"}  # the suffixes of their scripts
+# What can be a parameter's value, with a description, by the parameter's name or "COMMAND NAME". Other parameters get
+# no suggestions from here: the shell completes files.
 VALUES: dict[str, Callable[[], dict[str, str]]] = {
     "pref": profile_values,
     "template": template_values,
@@ -66,11 +66,11 @@ VALUES: dict[str, Callable[[], dict[str, str]]] = {
 
 
 def suggestions(command: Any, words: Sequence[str]) -> list[tuple[str, str]]:
-    """Return what may stand in place of the last word of a command line, with what it means.
+    """Return the completions of a command line's last word, each with a description.
 
     Args:
         command: the root of Typer's commands.
-        words: those that follow the program's name, up to the cursor.
+        words: the line up to the cursor, without the program's name.
     """
     *before, word = words
     word, waiting, place, group = word.strip("\"'"), None, 0, ""
@@ -102,12 +102,12 @@ def suggestions(command: Any, words: Sequence[str]) -> list[tuple[str, str]]:
         return [(name, one.get_short_help_str(100)) for name, one in shown.items()]
     arguments = [one for one in command.params if one.param_type_name == "argument"]
     last = len(arguments) - 1
-    place = min(place, last) if arguments and arguments[last].nargs < 0 else place  # any number of them
+    place = min(place, last) if arguments and arguments[last].nargs < 0 else place  # it takes any number of words
     return values_of(group, arguments[place], word) if place <= last else []
 
 
 def values_of(group: str, parameter: Any, word: str) -> list[tuple[str, str]]:
-    """Return the values of a parameter that begin with a word; of joined profiles, the last may still change."""
+    """Return the values of a parameter that begin with a word; in `@one+@two`, the last profile is completed."""
     joined, plus, word = word.rpartition("+") if parameter.name == "pref" else ("", "", word)
     found = VALUES.get(f"{group} {parameter.name}", VALUES.get(parameter.name, dict))()
     return [(f"{joined}{plus}{value}", says) for value, says in found.items() if value.startswith(word)]
@@ -116,10 +116,10 @@ def values_of(group: str, parameter: Any, word: str) -> list[tuple[str, str]]:
 def completion(
     shell: Annotated[str, typer.Argument(help=f"{', '.join(SHELLS)}.", show_default=False)],
     words: Annotated[
-        list[str] | None, typer.Argument(help="What the script asks: what could the last of these be?")
+        list[str] | None, typer.Argument(help="For the script: the line so far, whose last word is completed.")
     ] = None,
 ) -> None:
-    """Print what teaches a shell to complete commands, options, profiles, models and templates.
+    """Print a script with which a shell completes commands, options, profiles, models and templates.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""What the options are when they are not given."""
+"""Show and set what options are when they are not given."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KeyArgument = Annotated[
 
 @app.command("show")
 def config_show(context: typer.Context, as_json: JsonOption = False) -> None:
-    """List every setting: its value in force here, and what gives it.
+    """List every setting with its value here, and the file or variable that gives it.
 
     Examples:
 
@@ -43,7 +43,7 @@ def config_show(context: typer.Context, as_json: JsonOption = False) -> None:
 
 @app.command("path")
 def config_path() -> None:
-    """Print where the settings lie: a TOML file, which need not be there.
+    """Print the path of the settings, a TOML file. It need not exist.
 
     Examples:
 
@@ -54,7 +54,7 @@ def config_path() -> None:
 
 @app.command("get")
 def config_get(context: typer.Context, key: KeyArgument, as_json: JsonOption = False) -> None:
-    """Print the value of a setting that is in force here; of several texts, a line each.
+    """Print the value that a setting has here; several texts are a line each.
 
     Examples:
 
@@ -75,11 +75,11 @@ def config_set(
     context: typer.Context,
     key: KeyArgument,
     values: Annotated[
-        list[str], typer.Argument(metavar="VALUE...", help="One; of pref and stop, any.", show_default=False)
+        list[str], typer.Argument(metavar="VALUE...", help="One value; pref and stop take several.", show_default=False)
     ],
     quiet: QuietOption = False,
 ) -> None:
-    """Set what an option is when it is not given. Comments in the file stay.
+    """Set what an option is when it is not given. Comments in the file are kept.
 
     Examples:
 
@@ -96,7 +96,7 @@ def config_set(
         raise UsageError(f"{taken.name}: {error.message}") from None
     value = list(found) if taken.multiple else found
     if taken.name == "model" and (place := Path(values[0]).expanduser()).is_file():
-        value = os.path.abspath(place)  # whatever the working folder will be
+        value = os.path.abspath(place)  # valid from any working folder
     for text in values:
         files.check_utf8(text, f"the value of {taken.name}")
     Setting(taken, value, "config set").check()
@@ -106,7 +106,7 @@ def config_set(
 
 @app.command("unset")
 def config_unset(key: KeyArgument) -> None:
-    """Remove a setting, also one that means nothing.
+    """Remove a setting, also one that no option is named after.
 
     Examples:
 

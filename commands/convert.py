@@ -21,7 +21,7 @@ from metaalign_edge_runtime.stores import hub
 
 from .measure import trial
 from .options import command
-from .options.groups import ForceOption, JsonOption, OfflineOption, Talk, option
+from .options.groups import ForceOption, JsonOption, OfflineOption, Verbosity, option
 from .terminal.progress import progress_bar
 from .terminal.screen import Screen
 
@@ -129,7 +129,7 @@ def convert(
     writing: Writing,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
-    talk: Talk,
+    talk: Verbosity,
 ) -> None:
     """Convert a tuned Hugging Face checkpoint to GGUF, without torch.
 

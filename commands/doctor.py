@@ -1,4 +1,4 @@
-"""Look whether all is well: llama.cpp, devices, memory, the model and whether it fits, folders, terminal, hub."""
+"""Check what an answer needs: llama.cpp, devices, memory, the model and its fit, folders, terminal, hub."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from typing import Annotated
 from metaalign_edge_runtime.errors import EdgeError
 
 from .measure import health
-from .measure.health import Doctor
+from .measure.health import CHECKS, Examination
 from .options import command, in_files
-from .options.groups import JsonOption, Loaded, option
+from .options.groups import JsonOption, ModelOptions, option
 from .terminal.screen import Screen
-
-NetworkOption = Annotated[bool, option("--network", help="Ask the hub, too, whether it can be reached.")]
 
 
 @command
-def doctor(network: NetworkOption = False, as_json: JsonOption = False, *, loaded: Loaded) -> None:
-    """Look whether all is well: llama.cpp, devices, memory, the model and whether it fits, folders, terminal, hub.
+def doctor(
+    network: Annotated[bool, option("--network", help="Also send the hub a request.")] = False,
+    as_json: JsonOption = False,
+    *,
+    model_options: ModelOptions,
+) -> None:
+    """Check what an answer needs: llama.cpp, devices, memory, the model and its fit, folders, terminal, hub.
 
-    Each check is ok, a warning, or failed. The exit code is 0 if none failed, else 1.
+    Each check is ok, a warning, or failed. The exit code is 1 if one failed, else 0.
 
     Examples:
 
@@ -28,13 +31,14 @@ def doctor(network: NetworkOption = False, as_json: JsonOption = False, *, loade
 
         metaalign-edge doctor -m model.gguf -c 8192 --json
     """
-    screen, patient = Screen(), Doctor(loaded.model, loaded.settings(), network, in_files.check_standing)
+    screen, settings = Screen(), model_options.settings()
+    examination = Examination(model_options.model, settings, network, in_files.check_config)
     columns = shutil.get_terminal_size().columns if screen.terminal else None
     checks = []
-    for check in patient.checks():
+    for check in health.run_checks(examination):
         checks.append(check)
         if not as_json:
-            screen.write(health.check_lines(check, max(map(len, patient.looks)), columns))
+            screen.write(health.check_lines(check, max(map(len, CHECKS)), columns))
     if as_json:
         screen.json({"checks": [check._asdict() for check in checks]})
     if failed := sum(check.status == "failed" for check in checks):

@@ -21,15 +21,15 @@ from .options.groups import (
     OUTPUT,
     ChartOption,
     JsonOption,
-    Loaded,
     MaxTokensOption,
+    ModelOptions,
     ParallelOption,
     RemindOption,
-    Strengths,
-    Talk,
+    StrengthOptions,
     TemplateOption,
     TempOption,
     ThinkOption,
+    Verbosity,
     option,
 )
 
@@ -48,7 +48,7 @@ SizeOption = Annotated[
     option("--size", help="Cases a section of the built-in suite (60); of a file, its first.", min=1),
 ]
 SuiteSeedOption = Annotated[
-    int, option("--seed", help="Draws the built-in suite, and where --temp is not 0 the answers.", env="SEED", min=0)
+    int, option("--seed", help="Draws the built-in suite, and where --temp is not 0 the answers.", env=True, min=0)
 ]
 TierOption = Annotated[
     str, option("--ifeval-tier", help="Where IFEval's instructions stand: system, user or query (as published).")
@@ -113,9 +113,9 @@ def eval(
     temp: TempOption = 0.0,
     strength: GridOption = None,
     written: Outputs,
-    strengths: Strengths,
-    loaded: Loaded,
-    talk: Talk,
+    strengths: StrengthOptions,
+    loaded: ModelOptions,
+    talk: Verbosity,
 ) -> None:
     """Measure whether a model follows preferences: a program decides, and every rate has its 95 % interval.
 

@@ -1,4 +1,4 @@
-"""The models on this machine."""
+"""List, describe and remove the models on this machine."""
 
 from __future__ import annotations
 
@@ -22,18 +22,13 @@ app = typer.Typer(no_args_is_help=True, help=__doc__)
 NameArgument = Annotated[
     str | None, typer.Argument(metavar="NAME", help="A name that `models list` shows, or a path.", show_default=False)
 ]
-NamesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="NAME...", help="Names that `models list` shows.", show_default=False)
-]
-UnfinishedOption = Annotated[bool, option("--unfinished", help="Remove what stopped downloads left.")]
-NoDefaultOption = Annotated[bool, option("--none", help="Go back to the embedded model.")]
 
 
 @app.command("list")
 def models_list(as_json: JsonOption = False) -> None:
     """List the models in the hub's cache, in the folders of llama.cpp and LM Studio, and the embedded one.
 
-    A file that is damaged, or only half there, is listed with its error.
+    A damaged or incomplete file is listed with its error.
 
     Examples:
 
@@ -75,7 +70,7 @@ def models_list(as_json: JsonOption = False) -> None:
 
 @app.command("show")
 def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
-    """Show what a model is: its size, its template and tiers, its licence, and what a context takes.
+    """Describe a model: its size, template, tiers and licence, and the memory that its context takes.
 
     Examples:
 
@@ -118,7 +113,7 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
 
 
 def split_markers(file: ModelFile) -> tuple[list[str], list[str]]:
-    """Return the markers of a model's template: those that are tokens, which no text can forge, and mere words."""
+    """Return the markers of a model's template: those that are tokens, which no text can imitate, and the others."""
     found = dict.fromkeys(marker.strip() for marker in MARKUP.findall(file.templates.get("default", "")))
     texts, kinds = list(file.items("tokenizer.ggml.tokens")), list(file.items("tokenizer.ggml.token_type"))
     special = {text for text, kind in zip(texts, kinds, strict=False) if kind in (3, 4)}  # control, user-defined
@@ -126,8 +121,14 @@ def split_markers(file: ModelFile) -> tuple[list[str], list[str]]:
 
 
 @app.command("rm")
-def models_rm(names: NamesArgument = None, unfinished: UnfinishedOption = False, quiet: QuietOption = False) -> None:
-    """Remove models from the hub's cache. What lies in other programs' folders is theirs, and is left alone.
+def models_rm(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME...", help="Names that `models list` shows.", show_default=False)
+    ] = None,
+    unfinished: Annotated[bool, option("--unfinished", help="Remove the rest of stopped downloads.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Remove models from the hub's cache. Models in other programs' folders are left alone.
 
     Examples:
 
@@ -151,10 +152,10 @@ def models_rm(names: NamesArgument = None, unfinished: UnfinishedOption = False,
 
 
 def removable(name: str) -> Stored:
-    """Return the model of that name, if it lies in the hub's cache.
+    """Return the model of this name in the hub's cache.
 
     Raises:
-        NotFound: it does not exist. UsageError: it is not in the hub's cache, or there are several.
+        NotFound: it does not exist. UsageError: it is not in the hub's cache, or several have this name.
     """
     found = models.stored_as(name)
     if not found:
@@ -168,7 +169,10 @@ def removable(name: str) -> Stored:
 
 @app.command("default")
 def models_default(
-    context: typer.Context, name: NameArgument = None, none: NoDefaultOption = False, as_json: JsonOption = False
+    context: typer.Context,
+    name: NameArgument = None,
+    none: Annotated[bool, option("--none", help="Go back to the embedded model.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show the model that is used without -m, or choose another one.
 

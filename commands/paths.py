@@ -1,4 +1,4 @@
-"""Print where everything lies, one a line, and how large the caches are."""
+"""Print the paths of settings, profiles, sessions and caches, and the sizes of the caches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .terminal.screen import Screen
 
 
 def paths(as_json: JsonOption = False) -> None:
-    """Print where everything lies, one a line, and how large the caches are.
+    """Print the paths of settings, profiles, sessions and caches, and the sizes of the caches.
 
     Examples:
 
@@ -41,9 +41,9 @@ def paths(as_json: JsonOption = False) -> None:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of all files in a folder; 0 if there is none."""
-    sizes = 0
+    """Return the bytes of all files in a folder; 0 if it does not exist."""
+    total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):
-            sizes += path.stat().st_size if path.is_file() else 0
-    return sizes
+            total += path.stat().st_size if path.is_file() else 0
+    return total

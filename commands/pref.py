@@ -1,4 +1,4 @@
-"""Preferences with a name, and the ones that stand."""
+"""Give preferences names, and choose those that always apply."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from .terminal import tables
 from .terminal.screen import Screen, at_terminal
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
-ProfileArgument = Annotated[str, typer.Argument(metavar="NAME", help="A profile: brief or @brief.", show_default=False)]
+ProfileArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="A profile's name, with or without @.", show_default=False)
+]
 ProfilesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[NAME]...", help="Profiles: brief or @brief.", show_default=False)
+    list[str] | None, typer.Argument(metavar="[NAME]...", help="Names, with or without @.", show_default=False)
 ]
 
 
@@ -33,7 +35,7 @@ ProfilesArgument = Annotated[
 def pref_add(
     name: ProfileArgument,
     text: Annotated[
-        str | None, typer.Argument(metavar="TEXT", help="What you prefer. Default: stdin.", show_default=False)
+        str | None, typer.Argument(metavar="TEXT", help="The preference. Default: stdin.", show_default=False)
     ] = None,
     file: Annotated[Path | None, option("--file", help="Read the text from a file.")] = None,
     force: Annotated[bool, option("--force", help="Replace a profile that exists.")] = False,
@@ -66,7 +68,7 @@ def pref_add(
 
 @app.command("list")
 def pref_list(as_json: JsonOption = False) -> None:
-    """List the profiles: your own, the built-in ones, and with a * those that stand.
+    """List the profiles, your own and the built-in ones; a * marks those that apply by default.
 
     Examples:
 
@@ -75,7 +77,7 @@ def pref_list(as_json: JsonOption = False) -> None:
         metaalign-edge pref list --json
     """
     screen, built_in = Screen(), profiles.built_in_profiles()
-    own, stands = profiles.own_profiles(), in_files.standing_profiles()
+    own, defaults = profiles.own_profiles(), in_files.default_profiles()
     found: list[dict[str, Any]] = []
     for name in profiles.known_profiles():
         try:
@@ -83,7 +85,7 @@ def pref_list(as_json: JsonOption = False) -> None:
         except EdgeError as error:
             screen.note(f"metaalign-edge: warning: {one_line(error)}")
             text = ""
-        kind = {"own": name in own, "built_in": name in built_in, "default": name in stands}
+        kind = {"own": name in own, "built_in": name in built_in, "default": name in defaults}
         found.append({"name": name, "text": text, **kind})
     if as_json:
         screen.json(found)
@@ -114,15 +116,15 @@ def pref_show(name: ProfileArgument, as_json: JsonOption = False) -> None:
         name in profiles.own_profiles(),
         name in profiles.built_in_profiles(),
     )
-    kind = {"own": own, "built_in": built_in, "default": name in in_files.standing_profiles()}
+    kind = {"own": own, "built_in": built_in, "default": name in in_files.default_profiles()}
     screen.json({"name": name, "text": text, **kind}) if as_json else screen.write(f"{text}\n")
 
 
 @app.command("edit")
 def pref_edit(name: ProfileArgument, quiet: QuietOption = False) -> None:
-    """Edit a profile in $VISUAL or $EDITOR; a built-in one becomes one of your own, which wins.
+    """Edit a profile in $VISUAL or $EDITOR. Editing a built-in one makes one of your own, which replaces it.
 
-    A text that is unchanged or empty leaves all as it was.
+    If the text is unchanged or empty, nothing changes.
 
     Examples:
 
@@ -141,10 +143,12 @@ def pref_edit(name: ProfileArgument, quiet: QuietOption = False) -> None:
 
 @contextlib.contextmanager
 def edited(text: str, name: str) -> Iterator[str]:
-    """Let the user edit a text in a file of a name; yield what became of it. If that fails, the file stays.
+    """Open a text in the user's editor, in a temporary file of this name; yield the edited text.
+
+    The file is removed, or kept and named in the error if the editor or what follows fails.
 
     Raises:
-        UsageError: no editor can be started, or it leaves something that is not UTF-8. EdgeError: the editor failed.
+        UsageError: no editor can be started, or the edited text is not UTF-8. EdgeError: the editor failed.
     """
     import shlex
     import subprocess
@@ -183,10 +187,9 @@ def pref_rm(names: ProfilesArgument = None, quiet: QuietOption = False) -> None:
         raise UsageError("name the profiles to remove: `metaalign-edge pref list` shows them")
     bare = list(dict.fromkeys(map(profiles.profile_name, names)))
     gone = set(bare) - profiles.built_in_profiles().keys()
-    if lost := gone & set(in_files.standing_profiles()):
-        first = min(lost)
+    if lost := gone & set(in_files.default_profiles()):
         raise UsageError(
-            f"@{first} stands by default: change that first, with `metaalign-edge pref default NAME` or --none"
+            f"@{min(lost)} applies by default: change that first, with `metaalign-edge pref default NAME` or --none"
         )
     profiles.remove_profiles(bare)
     Screen(quiet).note(f"{', '.join(f'@{name}' for name in bare)} removed")
@@ -196,11 +199,11 @@ def pref_rm(names: ProfilesArgument = None, quiet: QuietOption = False) -> None:
 def pref_default(
     context: typer.Context,
     names: ProfilesArgument = None,
-    none: Annotated[bool, option("--none", help="Let no preference stand.")] = False,
+    none: Annotated[bool, option("--none", help="Apply no preference by default.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Say which profiles apply to every chat, batch and render, joined in this order; without a name, show them.
+    """Choose the profiles that apply to every chat, batch and render, in this order; without a name, show them.
 
     Examples:
 
@@ -221,12 +224,12 @@ def pref_default(
     if none or names:
         in_files.note_nearer(in_files.settable_key("pref"), context, screen)
         return
-    setting = in_files.standing().get("pref")
-    wishes = [] if setting is None else setting()
+    setting = in_files.config_in_force().get("pref")
+    preferences = [] if setting is None else setting()
     if as_json:
-        screen.json(wishes)
-    elif wishes:
-        screen.lines(wishes)
+        screen.json(preferences)
+    elif preferences:
+        screen.lines(preferences)
         screen.note(f"from {cast(Setting, setting).origin}")
     else:
-        screen.note("no preference stands: `metaalign-edge pref default NAME` sets one")
+        screen.note("no preference applies by default: `metaalign-edge pref default NAME` chooses one")

@@ -1,4 +1,4 @@
-"""Download a model into the hub's own cache, and print its path. What was stopped goes on where it was."""
+"""Download a model into the hub's own cache, and print its path. A stopped download is resumed."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from .options.groups import JsonOption, OfflineOption, QuietOption, VerboseOptio
 from .terminal.progress import progress_bar
 from .terminal.screen import Screen
 
-RepositoryArgument = Annotated[
-    str, typer.Argument(metavar="REPO[:QUANT]", help="A repository of the hub: user/repo, user/repo:Q4_K_M or :FILE.")
-]
-ListOption = Annotated[bool, option("--list", help="Show what there is, and what would be taken; download nothing.")]
-UpdateOption = Annotated[bool, option("--update", help="Ask the hub for a newer version of what is here.")]
-
 
 def pull(
-    wanted: RepositoryArgument,
-    show: ListOption = False,
-    update: UpdateOption = False,
+    wanted: Annotated[
+        str,
+        typer.Argument(metavar="REPO[:QUANT]", help="On the hub: user/repo, user/repo:Q4_K_M or user/repo:FILE."),
+    ],
+    show: Annotated[
+        bool, option("--list", help="List the repository's models and mark the one to be taken; download nothing.")
+    ] = False,
+    update: Annotated[
+        bool, option("--update", help="Ask the hub for a newer version of a model that is here.")
+    ] = False,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Download a model into the hub's own cache, and print its path. What was stopped goes on where it was.
+    """Download a model into the hub's own cache, and print its path. A stopped download is resumed.
 
-    Without QUANT, the best that fits this machine is taken. HF_HOME, HF_HUB_CACHE and HF_TOKEN are honoured.
+    Without QUANT, the best quantisation that fits this machine is taken. HF_HOME, HF_HUB_CACHE and HF_TOKEN count.
 
     Examples:
 
@@ -71,7 +72,7 @@ def pull(
 
 
 def show_choices(repository: str, wanted: str, as_json: bool, screen: Screen) -> None:
-    """Print the models of a repository, and which one `pull` would take.
+    """Print the models of a repository, and mark the one that `pull` would take.
 
     Raises:
         NotFound, NetworkError, UsageError: as `read_repository` and `choose`.

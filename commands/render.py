@@ -17,14 +17,14 @@ from .options import command
 from .options.groups import (
     OUTPUT,
     JsonOption,
-    Loaded,
     MetaPrompt,
     ModelOption,
+    ModelOptions,
     OfflineOption,
     QueryArgument,
-    Rendered,
+    RenderingOptions,
     StdinOption,
-    Talk,
+    Verbosity,
     option,
 )
 from .options.query import read_query
@@ -47,14 +47,14 @@ def render(
     offline: OfflineOption = False,
     *,
     meta_prompt: MetaPrompt,
-    rendered: Rendered,
+    rendered: RenderingOptions,
     tokens: Annotated[bool, option("--tokens", help="Show each token, its id and its tier.", panel=OUTPUT)] = False,
     count: Annotated[
         bool, option("--count", help="Only count the tokens; --json: of each tier.", panel=OUTPUT)
     ] = False,
     as_json: JsonOption = False,
     no_stdin: StdinOption = False,
-    talk: Talk,
+    talk: Verbosity,
 ) -> None:
     """Print exactly what the model is fed. --tokens loads the vocabulary only, so it is quick on any model.
 
@@ -68,7 +68,7 @@ def render(
     """
     screen, dialog = talk.screen(), meta_prompt.dialog()
     dialog = replace(dialog, turns=(Turn(cast(str, read_query(query, no_stdin, repl=False))),))
-    file = Loaded(model=model, offline=offline).file(screen)
+    file = ModelOptions(model=model, offline=offline).file(screen)
     chosen = edge.choose_template(rendered.template, file)
     screen.detail(f"template {chosen.name}: {chosen.why}")
     rendering = edge.render(dialog, chosen, rendered.options())

@@ -1,4 +1,4 @@
-"""Conversations that are kept: chat --session NAME, chat --continue."""
+"""List, show, export and remove the conversations kept by chat --session NAME."""
 
 from __future__ import annotations
 
@@ -16,17 +16,12 @@ from .terminal import tables
 from .terminal.screen import Screen
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
-SessionArgument = Annotated[str, typer.Argument(metavar="NAME", help="A session.", show_default=False)]
-SessionArguments = Annotated[list[str], typer.Argument(metavar="NAME...", help="Sessions.", show_default=False)]
-FormatOption = Annotated[
-    str | None, option("--format", help="md or json. Default: as the file's name ends, else md.", metavar="md|json")
-]
-ExportOption = Annotated[Path | None, option("-o", "--output", help="Write to this file. Default: stdout.")]
+SessionArgument = Annotated[str, typer.Argument(metavar="NAME", help="A session's name.", show_default=False)]
 
 
 @app.command("list")
 def sessions_list(as_json: JsonOption = False) -> None:
-    """List the sessions, the one that was used last first.
+    """List the sessions, the last used first.
 
     Example:
 
@@ -53,7 +48,7 @@ def sessions_list(as_json: JsonOption = False) -> None:
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """Sum up a session, or say what is wrong with it."""
+    """Return a session's row for `list`; of one that cannot be read, its name and the error."""
     nothing = dict.fromkeys(("turns", "first", "last", "model", "preference"))
     try:
         conversation = Conversation.read(path)
@@ -75,7 +70,7 @@ def summary(path: Path) -> dict[str, Any]:
 
 @app.command("show")
 def sessions_show(name: SessionArgument, as_json: JsonOption = False) -> None:
-    """Show what was said in a session, and the meta-prompt wherever it changed.
+    """Show the turns of a session, and the meta-prompt wherever it changed.
 
     Example:
 
@@ -89,8 +84,11 @@ def sessions_show(name: SessionArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command("rm")
-def sessions_rm(names: SessionArguments, quiet: QuietOption = False) -> None:
-    """Remove sessions; all of those named, or none if one is not there.
+def sessions_rm(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Sessions' names.", show_default=False)],
+    quiet: QuietOption = False,
+) -> None:
+    """Remove sessions: all that are named, or none if one of them does not exist.
 
     Example:
 
@@ -109,11 +107,13 @@ def sessions_rm(names: SessionArguments, quiet: QuietOption = False) -> None:
 @app.command("export")
 def sessions_export(
     name: SessionArgument,
-    output: ExportOption = None,
-    form: FormatOption = None,
+    output: Annotated[Path | None, option("-o", "--output", help="Write to this file. Default: stdout.")] = None,
+    form: Annotated[
+        str | None, option("--format", help="md or json. Default: as the file's name ends, else md.", metavar="md|json")
+    ] = None,
     force: ForceOption = False,
 ) -> None:
-    """Write a session as Markdown or JSON; preferences stand where they changed.
+    """Write a session as Markdown or JSON, with each preference where it changed.
 
     Examples:
 

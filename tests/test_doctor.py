@@ -20,7 +20,8 @@ from test_bad_input import edited
 
 import metaalign_edge as edge
 from metaalign_edge import Settings
-from metaalign_edge_commands.measure.health import Doctor
+from metaalign_edge_commands.measure import health
+from metaalign_edge_commands.measure.health import Examination
 from metaalign_edge_runtime.errors import EdgeError, LoadError
 from metaalign_edge_runtime.llama.gguf import ModelFile
 
@@ -68,8 +69,8 @@ def test_settings_that_are_wrong_are_a_line_and_keep_nothing_else_from_being_loo
 
 
 @pytest.fixture
-def doctor(tiny: Path) -> Doctor:
-    return Doctor(str(tiny), Settings(threads=1), network=False)
+def examination(tiny: Path) -> Examination:
+    return Examination(str(tiny), Settings(threads=1), network=False)
 
 
 def library(folder: Path, body: str) -> Path:
@@ -124,25 +125,25 @@ def test_an_illegal_instruction_is_a_line_in_the_table(run: Run, tmp_path: Path)
 
 @pytest.mark.parametrize("body, said", [("pause();", "no answer within 1 seconds"), ("_exit(3);", "it ends with 3"), ("_exit(0);", "it ends with 0: without a word"), ("raise(SIGKILL);", "SIGKILL, most likely for want of memory"), ("", "llama_")])  # fmt: skip
 def test_a_library_that_hangs_leaves_dies_or_is_another_is_named(
-    body: str, said: str, doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    body: str, said: str, examination: Examination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(library(tmp_path / "broken", body)))
     monkeypatch.setattr(
         "metaalign_edge_commands.measure.health.START_SECONDS", 1.0 if body.startswith("pause") else 60.0
     )
     with pytest.raises(EdgeError, match=f"it does not load: .*{said}"):
-        doctor.llama()
+        health.check_llama(examination)
 
 
-def test_no_library_at_all_is_named(doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_library_at_all_is_named(examination: Examination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
     with pytest.raises(EdgeError, match=r"it does not load: .*reinstall"):
-        doctor.llama()
+        health.check_llama(examination)
 
 
-def test_another_version_of_the_binding_is_a_warning(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_the_binding_is_a_warning(examination: Examination, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0.1")
-    status, detail = doctor.llama()
+    status, detail = health.check_llama(examination)
     assert status == "warning" and "pip install llama-cpp-python==0.3.36" in detail
 
 
@@ -165,69 +166,72 @@ def test_a_model_that_is_missing_or_broken_is_a_failed_line(
 
 
 def test_a_model_without_a_template_is_a_warning_and_a_bad_template_a_failure(
-    tiny: Path, tmp_path: Path, doctor: Doctor
+    tiny: Path, tmp_path: Path, examination: Examination
 ) -> None:
-    doctor.file = ModelFile(edited(tiny, tmp_path / "bare.gguf", "tokenizer.chat_template"))
-    assert doctor.template() == ("warning", "the model carries none: give one with --template")
+    examination.file = ModelFile(edited(tiny, tmp_path / "bare.gguf", "tokenizer.chat_template"))
+    assert health.check_template(examination) == ("warning", "the model carries none: give one with --template")
     changed = edited(
         tiny, tmp_path / "bad.gguf", "tokenizer.chat_template", tokenizer__chat_template="{{ messages[9].x }}"
     )
-    checks = dict(check[:2] for check in Doctor(str(changed), Settings(threads=1), False).checks())
+    checks = dict(check[:2] for check in health.run_checks(Examination(str(changed), Settings(threads=1), False)))
     assert checks["template"] == checks["first token"] == "failed" and checks["fit"] == "ok"
 
 
 def test_what_does_not_fit_has_failed_and_what_crawls_is_a_warning(
-    doctor: Doctor, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    examination: Examination, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    doctor.metadata()
-    (need,) = edge.plan_for(ModelFile(tiny), doctor.settings, []).needs
-    assert doctor.fit()[0] == "ok"
+    health.check_model(examination)
+    (need,) = edge.plan_for(ModelFile(tiny), examination.settings, []).needs
+    assert health.check_fit(examination)[0] == "ok"
     monkeypatch.setattr("metaalign_edge_runtime.llama.memory.free_memory", lambda: need.cache + need.compute + 1.0)
-    assert doctor.fit()[0] == "warning" and "quantisation" in doctor.fit()[1]
+    assert health.check_fit(examination)[0] == "warning" and "quantisation" in health.check_fit(examination)[1]
     monkeypatch.setattr("metaalign_edge_runtime.llama.memory.free_memory", lambda: need.cache + need.compute - 1.0)
     with pytest.raises(LoadError, match=r"-c \d+ would fit"):
-        doctor.fit()
+        health.check_fit(examination)
 
 
 def test_devices_are_listed_and_one_that_is_not_used_is_pointed_out(
-    doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+    examination: Examination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert doctor.devices()[0] == "warning"  # llama.cpp has not been looked at
+    assert health.check_devices(examination)[0] == "warning"  # llama.cpp has not been looked at
     processor = ["CPU", "a processor", 0, 8 * 10**9, 16 * 10**9]
-    doctor.facts = {"offloads": True, "features": "", "devices": [processor]}
-    assert doctor.devices() == (
+    examination.facts = {"offloads": True, "features": "", "devices": [processor]}
+    assert health.check_devices(examination) == (
         "warning",
         "none, though this build of llama.cpp has a backend for one: look at the driver",
     )
-    doctor.facts["devices"] = [processor, ["CUDA0", "a card", 1, 7 * 10**9, 8 * 10**9], ["iGPU", "chip", 2, 1, 1]]
-    assert doctor.devices() == ("ok", "CUDA0 (a card), 7.0 GB of 8.0 GB free")
-    doctor.metadata()
-    assert "3 of 3 layers on the GPU" in doctor.fit()[1] and "free on CUDA0" in doctor.fit()[1]
-    doctor.facts["offloads"] = False
+    examination.facts["devices"] = [processor, ["CUDA0", "a card", 1, 7 * 10**9, 8 * 10**9], ["iGPU", "chip", 2, 1, 1]]
+    assert health.check_devices(examination) == ("ok", "CUDA0 (a card), 7.0 GB of 8.0 GB free")
+    health.check_model(examination)
+    assert (
+        "3 of 3 layers on the GPU" in health.check_fit(examination)[1]
+        and "free on CUDA0" in health.check_fit(examination)[1]
+    )
+    examination.facts["offloads"] = False
     monkeypatch.setattr("metaalign_edge_commands.measure.health.unused_gpu", lambda: None)
-    assert doctor.devices() == ("ok", "the CPU alone: this build of llama.cpp has no GPU")
+    assert health.check_devices(examination) == ("ok", "the CPU alone: this build of llama.cpp has no GPU")
     monkeypatch.setattr("metaalign_edge_commands.measure.health.unused_gpu", lambda: ("an NVIDIA GPU", "GGML_CUDA"))
-    assert doctor.devices()[0] == "warning" and "GGML_CUDA=on" in doctor.devices()[1]
+    assert health.check_devices(examination)[0] == "warning" and "GGML_CUDA=on" in health.check_devices(examination)[1]
 
 
-def test_instructions_that_the_build_has_and_the_processor_lacks_are_named(doctor: Doctor) -> None:
-    assert doctor.processor()[0] == "ok"
+def test_instructions_that_the_build_has_and_the_processor_lacks_are_named(examination: Examination) -> None:
+    assert health.check_processor(examination)[0] == "ok"
     strange = (
         "NEON = 1 | AVX2 = 1 | SVE = 1 | AVX512 = 1 | MATMUL_INT8 = 1 | AMX_INT8 = 1"  # no processor has both kinds
     )
-    doctor.facts = {"features": f"CPU : {strange} | "}
-    status, detail = doctor.processor()
+    examination.facts = {"features": f"CPU : {strange} | "}
+    status, detail = health.check_processor(examination)
     assert status == "warning" and "but the processor lacks" in detail
-    doctor.facts = {"features": "CPU : OPENMP = 1 | "}
-    status, detail = doctor.processor()
+    examination.facts = {"features": "CPU : OPENMP = 1 | "}
+    status, detail = health.check_processor(examination)
     assert status == "warning" and "any processor, not for" in detail
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, run: Run) -> None:
-    assert Doctor.folder(tmp_path / "a" / "b", "X")[0] == "ok" and not (tmp_path / "a").exists()
-    assert "to be made" in Doctor.folder(tmp_path / "a" / "b", "X")[1]
+    assert health.check_folder(tmp_path / "a" / "b", "X")[0] == "ok" and not (tmp_path / "a").exists()
+    assert "to be made" in health.check_folder(tmp_path / "a" / "b", "X")[1]
     for folder in (Path(os.devnull) / "x", Path("/proc/x") if sys.platform == "linux" else Path(os.devnull) / "y"):
-        status, detail = Doctor.folder(folder, "METAALIGN_EDGE_CACHE")
+        status, detail = health.check_folder(folder, "METAALIGN_EDGE_CACHE")
         assert status == "warning" and "METAALIGN_EDGE_CACHE names another" in detail
     without = {name: value for name, value in os.environ.items() if name != "HOME"} | {
         "METAALIGN_EDGE_DATA": "/dev/null/x",
@@ -285,35 +289,38 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def test_the_hub_is_asked_once_and_only_if_that_is_wanted(
-    server: list[str], doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+    server: list[str], examination: Examination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert doctor.hub()[0] == "ok" and "--network" in doctor.hub()[1] and server == []
-    doctor.network = True
-    status, detail = doctor.hub()
+    assert health.check_hub(examination)[0] == "ok" and "--network" in health.check_hub(examination)[1] and server == []
+    examination.network = True
+    status, detail = health.check_hub(examination)
     assert status == "ok" and "answers 200 in" in detail and server == ["HEAD /200"]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert doctor.hub() == ("ok", "offline, as HF_HUB_OFFLINE says: nothing is fetched") and len(server) == 1
+    assert (
+        health.check_hub(examination) == ("ok", "offline, as HF_HUB_OFFLINE says: nothing is fetched")
+        and len(server) == 1
+    )
     monkeypatch.delenv("HF_HUB_OFFLINE")
     for code, level in ((302, "ok"), (404, "warning"), (503, "failed")):
         monkeypatch.setenv("HF_ENDPOINT", f"{os.environ['HF_ENDPOINT'].rpartition('/')[0]}/{code}")
-        status, detail = doctor.hub()
+        status, detail = health.check_hub(examination)
         assert status == level and "answers " in detail
 
 
 def test_a_hub_that_cannot_be_reached_or_says_nothing_is_a_failed_line(
-    doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+    examination: Examination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    doctor.network = True
+    examination.network = True
     monkeypatch.setattr("metaalign_edge_commands.measure.health.HUB_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for address in (f"http://127.0.0.1:{silent.getsockname()[1]}", "http://127.0.0.1:9"):
             monkeypatch.setenv("HF_ENDPOINT", address)
             with pytest.raises(EdgeError, match=f"{address} cannot be reached"):
-                doctor.hub()
+                health.check_hub(examination)
     for address in ("file:///etc/hosts", "nonsense"):
         monkeypatch.setenv("HF_ENDPOINT", address)
         with pytest.raises(EdgeError, match="no address of a hub"):
-            doctor.hub()
+            health.check_hub(examination)
 
 
 def test_no_socket_is_opened_unless_it_is_asked_for(

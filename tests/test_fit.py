@@ -264,7 +264,7 @@ def test_auto_offloads_as_many_layers_as_fit_with_their_part_of_the_cache(
             return True
 
         best = max((offloaded for offloaded in range(1, layers + 2) if devices and holds(offloaded)), default=0)
-        assert plan.offloaded == best and not any(plan.tight(roomy=True))
+        assert plan.offloaded == best and not any(plan.over_budget(roomy=True))
         everything = memory.make_plan(footprint, 64 * GB, devices, context, sequences, "all")
         assert everything.offloaded == (layers + 1 if devices else 0)
         assert memory.make_plan(footprint, 64 * GB, devices, context, sequences, "2").offloaded == (2 if devices else 0)
@@ -277,16 +277,16 @@ def test_the_largest_context_fits_beside_the_weights_if_any_does_and_a_larger_on
 ) -> None:
     for most, sequences in itertools.product((100, 4096, 5000, 131072), (1, 8)):
         plan = memory.make_plan(uniform(8, GB // 4, 8192), main * GB, machine(*gigabytes), min(most, 4096), sequences)
-        beside = not replace(plan, context=CELLS).tight(roomy=True, whole=True)
+        beside = not replace(plan, context=CELLS).over_budget(roomy=True, whole=True)
         largest = plan.largest(most)
         assert largest == most or (largest % CELLS == 0 and largest < most)
-        assert not largest or not replace(plan, context=largest).tight(roomy=True, whole=beside)
-        assert largest == most or replace(plan, context=largest + CELLS).tight(roomy=True, whole=beside)
+        assert not largest or not replace(plan, context=largest).over_budget(roomy=True, whole=beside)
+        assert largest == most or replace(plan, context=largest + CELLS).over_budget(roomy=True, whole=beside)
         more = replace(plan, sequences=sequences + 1)
-        beside = not replace(more, sequences=1).tight(roomy=True, whole=True)
-        count = more.together()
-        assert not count or not replace(plan, sequences=count).tight(roomy=True, whole=beside)
-        assert count == sequences or replace(plan, sequences=count + 1).tight(roomy=True, whole=beside)
+        beside = not replace(more, sequences=1).over_budget(roomy=True, whole=True)
+        count = more.largest_parallel()
+        assert not count or not replace(plan, sequences=count).over_budget(roomy=True, whole=beside)
+        assert count == sequences or replace(plan, sequences=count + 1).over_budget(roomy=True, whole=beside)
 
 
 def test_what_does_not_fit_is_refused_with_numbers_and_with_what_would_fit() -> None:
@@ -430,7 +430,7 @@ def test_only_options_that_there_are_are_advised(
     (answers,) = re.findall(r"512 times 20,000 tokens .* and 20\.0 GB are free: .* or --parallel (\d+) would fit", line)
     settings = Settings(context=20000, pref_strength=2.0, gpu_layers="0")
     plan = edge.plan_for(ModelFile(models.resolve_model(None)), settings, [], answers=int(answers))
-    assert plan.tight(roomy=True) == []
+    assert plan.over_budget(roomy=True) == []
 
 
 def test_a_damaged_list_of_tensors_is_one_line(tiny: Path, tmp_path: Path, refuses: Refuses) -> None:

@@ -210,7 +210,10 @@ def test_a_default_applies_to_render_chat_batch_and_the_conversation(
     says: Says, user_info: Callable[..., str], tiny: Path, tmp_path: Path
 ) -> None:
     says("pref", "add", "rome", "I live in Rome.")
-    assert says("pref", "default") == ("", "no preference stands: `metaalign-edge pref default NAME` sets one\n")
+    assert says("pref", "default") == (
+        "",
+        "no preference applies by default: `metaalign-edge pref default NAME` chooses one\n",
+    )
     assert says("pref", "default", "rome", "@concise") == ("", "")
     assert says("pref", "default", "--json")[0] == '["@rome", "@concise"]\n'
     assert says("pref", "default")[0] == "@rome\n@concise\n"
@@ -307,3 +310,29 @@ def test_a_full_disk_is_exit_8_and_keeps_what_was_there(says: Says, refuses: Ref
     (folder / "preferences" / "full.txt").symlink_to("/dev/full")
     assert "No space" in refuses(8, "pref", "add", "full", "text")
     assert says("pref", "show", "brief")[0] == "Two sentences.\n"
+
+
+@pytest.mark.parametrize(
+    "command, arguments",
+    [
+        ("chat", ("-n", "1", "--json")),
+        ("compare", ("-n", "1", "--json", "--pref", "-")),
+        ("render", ("--json",)),
+        ("batch", ("-n", "1", "-")),
+    ],
+)
+def test_a_file_of_preferences_is_read_once_so_it_may_be_a_pipe(
+    command: str, arguments: tuple[str, ...], says: Says, tiny: Path
+) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"Be brief.\n")
+    os.close(writer)
+    out, _ = says(
+        command, "-m", str(tiny), "--pref-file", f"/dev/fd/{reader}", *arguments, stdin=b'{"query": "tea?"}\n'
+    )
+    os.close(reader)
+    assert "Be brief." in out
+
+
+def test_a_lone_dash_is_no_preference_in_every_command(says: Says, user_info: Callable[..., str]) -> None:
+    assert user_info("--pref", "-") == "" and user_info("--pref", "-", "--pref", "Be brief.") == "Be brief."

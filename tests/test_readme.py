@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from metaalign_edge_commands.terminal.repl import Repl
+from metaalign_edge_commands.terminal.repl_commands import COMMANDS
 from metaalign_edge_convert import ARCHITECTURES
 from metaalign_edge_preferences import families, profiles
 
@@ -88,9 +88,9 @@ def preference_tables(text: str) -> str:
 def words_table(text: str) -> str:
     """Return the README with its table of a conversation's commands written anew."""
     rows = ""
-    for name, word in Repl.WORDS.items():
-        takes = f"{name} {word.takes}".strip().replace("|", "\\|")
-        rows += f"| `{takes}` | {word.help} |\n"
+    for name, command in COMMANDS.items():
+        takes = f"{name} {command.takes}".strip().replace("|", "\\|")
+        rows += f"| `{takes}` | {command.help} |\n"
     return re.sub(r"(?<=<!-- words -->\n)((?:\|.*\n){2})(?:\|.*\n)*", lambda head: head[1] + rows, text)
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from terminal import Emulator, Terminal
 
-from metaalign_edge_commands.terminal.repl import Repl
-from metaalign_edge_commands.terminal.reply import rows_of
+from metaalign_edge_commands.terminal import repl_commands
 from metaalign_edge_runtime.stores import files, profiles
 from metaalign_edge_runtime.stores.sessions import Conversation, session_path
 
@@ -47,7 +46,7 @@ def test_the_conversation_at_a_terminal(tiny: Path) -> None:
     terminal.until("no question")
     terminal.type("/help\n")
     help_text = terminal.until("stop an answer")
-    assert all(word in help_text for word in Repl.WORDS)
+    assert all(word in help_text for word in repl_commands.COMMANDS)
     terminal.type("/exit\n")
     assert terminal.leave() == 0
 
@@ -204,15 +203,19 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation_and_ctrl_d_leaves(slo
 
 
 def test_completion_knows_commands_profiles_and_sessions() -> None:
-    assert Repl.completions("/p") == [("/pref", 2)] and Repl.completions("what /p") == []
-    assert Repl.completions("/") == [(name, 1) for name in Repl.WORDS]
-    assert ("@child", 3) in Repl.completions("/pref @ch") and ("@child", 3) in Repl.completions("/again @json+@ch")
-    assert ("@expert", 3) in Repl.completions("/compare @child @ex") and Repl.completions("/nonsense @") == []
-    assert Repl.completions("/strength p") == [("pref", 1)] and len(Repl.completions("/think ")) == 3
+    assert repl_commands.completions("/p") == [("/pref", 2)] and repl_commands.completions("what /p") == []
+    assert repl_commands.completions("/") == [(name, 1) for name in repl_commands.COMMANDS]
+    assert ("@child", 3) in repl_commands.completions("/pref @ch") and ("@child", 3) in repl_commands.completions(
+        "/again @json+@ch"
+    )
+    assert ("@expert", 3) in repl_commands.completions("/compare @child @ex") and repl_commands.completions(
+        "/nonsense @"
+    ) == []
+    assert repl_commands.completions("/strength p") == [("pref", 1)] and len(repl_commands.completions("/think ")) == 3
     conversation = Conversation(session_path("garden"))
     conversation.clear()
     conversation.save()
-    assert Repl.completions("/load g") == [("garden", 1)]
+    assert repl_commands.completions("/load g") == [("garden", 1)]
 
 
 def test_a_screen_shows_the_prompt_and_completes_and_remembers(tiny: Path, tmp_path: Path) -> None:
@@ -263,14 +266,53 @@ def test_a_history_that_cannot_be_kept_is_no_hindrance(tiny: Path, monkeypatch: 
     assert screen.leave() == 0
 
 
-def test_markdown_takes_the_place_of_what_was_streamed() -> None:
+def test_markdown_is_rendered_when_the_answer_is_complete() -> None:
     bullets = ("--temp", "0", "--pref", "@bullets", "What is tea?")
     screen = Emulator("chat", "--markdown", *bullets, lines=12)
     shown = screen.rest()
     assert screen.leave() == 0
-    assert " • Tea is a drink" in shown and "- Tea" not in shown
+    assert " • Tea is a drink" in shown and "- Tea" not in shown and "…" not in shown
     whole = Emulator("chat", "--markdown", "--no-stream", *bullets, lines=12)
     assert whole.rest() == shown and whole.leave() == 0
+
+
+PIECES = """
+import metaalign_edge
+from metaalign_edge_commands.terminal.reply import AnswerPrinter
+from metaalign_edge_commands.terminal.screen import Screen
+printer = AnswerPrinter(Screen(), markdown=True)
+for piece in ("- **tea**", "\\n- a \x1b[2Jtrap"):
+    printer.show(piece)
+    input()
+printer.end("- **tea**\\n- a \x1b[2Jtrap")
+"""
+
+
+def test_until_markdown_is_complete_only_a_sign_of_life_is_shown() -> None:
+    screen = Emulator("-c", PIECES, program=(sys.executable,))
+    assert screen.until("…") == "…\n"
+    screen.type("typed meanwhile\n")
+    screen.until("typed meanwhile\n")
+    assert "tea" not in screen.screen
+    screen.type("\n")
+    assert screen.rest() == "typed meanwhile\n\n\n • tea\n • a [2Jtrap\n"
+    assert screen.leave() == 0
+
+
+def test_markdown_keeps_what_an_interrupted_answer_had_said(slow: Path) -> None:
+    screen = Emulator("chat", "-m", str(slow), "-n", "8000", "--temp", "0", "--markdown", "--session", "work")
+    screen.until(">")
+    screen.type("tea?\r")
+    screen.until("…")
+    time.sleep(0.3)
+    screen.type("\x03")
+    screen.until("\n>", times=2)
+    (turn,) = Conversation.read(session_path("work")).turns()
+    assert turn["finish_reason"] == "interrupted" and turn["response"].strip()
+    assert turn["response"].split()[0] in screen.screen
+    screen.type("\x04")
+    screen.rest()
+    assert screen.leave() == 0
 
 
 def test_json_is_not_taken_for_markdown() -> None:
@@ -287,14 +329,17 @@ def test_what_is_typed_meanwhile_does_not_disturb_the_markdown(slow: Path) -> No
     screen.type("/exit\r")
     shown = screen.rest()
     assert screen.leave() == 0
-    assert shown.count("/exit") == 1 and shown.endswith("\n> /exit\n")
+    assert shown.endswith("\n> /exit\n")
 
 
-@pytest.mark.parametrize("size", [{"lines": 3}, {"columns": 39}])
-def test_markdown_leaves_what_cannot_be_taken_back(size: dict[str, int]) -> None:
-    screen = Emulator("chat", "--markdown", "--temp", "0", "--pref", "@bullets", "What is tea?", **size)
-    assert "•" not in screen.rest() and "- Tea contains" in screen.screen
-    assert screen.leave() == 0
+def test_markdown_is_text_on_a_narrow_terminal_and_rendered_on_a_low_one() -> None:
+    arguments = ("chat", "--markdown", "--temp", "0", "--pref", "@bullets", "What is tea?")
+    narrow = Emulator(*arguments, columns=39)
+    assert "•" not in narrow.rest() and "- Tea contains" in narrow.screen
+    assert narrow.leave() == 0
+    low = Emulator(*arguments, lines=3)
+    assert "•" in low.rest() and "- Tea contains" not in low.screen
+    assert low.leave() == 0
 
 
 def test_markdown_is_text_on_a_dumb_terminal_and_in_a_pipe() -> None:
@@ -305,27 +350,6 @@ def test_markdown_is_text_on_a_dumb_terminal_and_in_a_pipe() -> None:
     command = [sys.executable, "-m", "metaalign_edge", *arguments]
     piped = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert shown == piped.stdout and shown.startswith("- Tea is")
-
-
-@pytest.mark.parametrize(
-    "text, rows",
-    [
-        ("", 1),
-        ("a", 1),
-        ("a" * 10, 1),
-        ("a" * 11, 2),
-        ("a\n", 1),
-        ("a\n\nb", 3),
-        ("茶" * 5, 1),
-        ("a" + "茶" * 5, 2),
-        ("a" * 9 + "茶", 2),
-        ("tab\t", None),
-        ("e\u0301", None),
-        ("👩\u200d🚀", None),
-    ],
-)
-def test_rows_are_counted_as_a_terminal_does(text: str, rows: int | None) -> None:
-    assert rows_of(text, 10) == rows
 
 
 def test_only_a_conversation_pays_for_the_line_editor(tiny: Path) -> None:
@@ -351,7 +375,6 @@ def test_the_conversation_of_the_readme_happens() -> None:
 
 
 TAKEN = {
-    "echo": "reply.Reply(screen.Screen(), markdown=True).alone()",
     "bar": "progress.answers_bar(screen.Screen(), 'rows', 0, 8)",
     "download": "progress.progress_bar(screen.Screen())",
     "columns": "columns.Columns(['a', 'b'], screen.Screen())",
@@ -363,7 +386,7 @@ def test_a_second_ctrl_c_gives_the_terminal_back(what: str) -> None:
     code = f"""
 import os, signal
 import metaalign_edge
-from metaalign_edge_commands.terminal import columns, progress, reply, screen
+from metaalign_edge_commands.terminal import columns, progress, screen
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 with Interrupt(), {TAKEN[what]} as taken:
     if hasattr(taken, "show"):
@@ -375,8 +398,7 @@ with Interrupt(), {TAKEN[what]} as taken:
 """
     screen = Emulator("-c", code, program=(sys.executable,))
     screen.until("taken")
-    echoes = bool(termios.tcgetattr(screen.process[1])[3] & termios.ECHO)
-    assert (not echoes) if what == "echo" else screen.glass.cursor.hidden
+    assert screen.glass.cursor.hidden
     screen.type("\n")
     screen.rest()
     assert not screen.glass.cursor.hidden

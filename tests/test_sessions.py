@@ -19,7 +19,7 @@ import pytest
 
 import metaalign_edge as edge
 from metaalign_edge import Dialog, Turn
-from metaalign_edge_commands.terminal.repl import dialog_of as dialog_of_conversation
+from metaalign_edge_commands.terminal.repl_state import dialog_of as dialog_of_conversation
 from metaalign_edge_runtime.errors import CannotWrite, UsageError
 from metaalign_edge_runtime.stores import session_text
 from metaalign_edge_runtime.stores.sessions import Conversation, session_path

@@ -149,7 +149,7 @@ def test_reasoning_is_no_part_of_the_conversation(thinker: Path) -> None:
         repl = Repl(chat, Conversation(), Screen(quiet=True), False)
         for query in ("tea?", "and coffee?"):
             repl.ask(query)
-        assert [response for _, response in repl.transcript.pairs()] == ["lazy dog", "lazy dog"]
+        assert [response for _, response in repl.conversation.pairs()] == ["lazy dog", "lazy dog"]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""How fast this machine runs a model, for `bench`."""
+"""Measuring how fast this machine runs a model, for `bench`."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.llama.library import Closing
 from metaalign_edge_runtime.llama.vocabulary import ATTR_NORMAL
 
-BENCH_PROMPT, BENCH_TOKENS = 512, 48  # tokens that are read, and that are written, in a measurement
-BENCH_TOGETHER = (2, 4, 8)  # sequences
+BENCH_PROMPT, BENCH_TOKENS = 512, 48  # tokens that a measurement reads, and writes
+BENCH_PARALLEL = (2, 4, 8)  # sequences that write at the same time
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What this machine makes of a model: medians of some rounds."""
+    """A model's speeds on this machine: medians of several rounds."""
 
     model: str
     prefill_tps: float  # tokens per second, here and below
     decode_tps: float
-    parallel: dict[str, float]  # of all sequences together, by their number
-    guided_tps: float  # with two contexts
-    first_token_ms: float  # a whole call of `chat` that writes one token after a meta-prompt of BENCH_PROMPT tokens
-    first_token_cached_ms: float  # the same once its state is on the disk
-    peak_mb: float  # of memory, of such a call; 0 where the system does not say
+    parallel: dict[str, float]  # of all sequences together, by the number of sequences
+    guided_tps: float  # with a strength, that is two contexts
+    first_token_ms: float  # whole call of `chat`: load, read a meta-prompt of BENCH_PROMPT tokens, write one token
+    first_token_cached_ms: float  # the same with the meta-prompt's state in the cache
+    peak_mb: float  # the most memory that such a call takes; 0 where the system does not say
 
     def rows(self) -> list[list[str]]:
-        """Return the lines of a table: what, how much, in relation to what, the unit."""
+        """Return the rows of a table: what was measured, the figure, its ratio to a base, the unit."""
 
         def line(what: str, figure: float, unit: str, base: float | None = None) -> list[str]:
             return [what, f"{figure:,.1f}", "" if base is None else f"{figure / base:.2f}", unit]
@@ -73,14 +73,14 @@ class Speeds:
 
 
 class Bench(Closing):
-    """A loaded model's speeds. Use it in a `with`.
+    """Measures a loaded model. Use it in a `with`.
 
     Raises:
         LoadError: llama.cpp cannot make the context. Interrupted: Ctrl-C, in any measurement.
     """
 
     def __init__(
-        self, model: Model, settings: Settings, interrupt: Interrupt, together: Sequence[int] = BENCH_TOGETHER
+        self, model: Model, settings: Settings, interrupt: Interrupt, together: Sequence[int] = BENCH_PARALLEL
     ) -> None:
         self._interrupt = interrupt
         self._engine = Engine(model, settings, interrupt, BENCH_PROMPT + BENCH_TOKENS, max(2, *together))
@@ -114,7 +114,7 @@ class Bench(Closing):
         return BENCH_PROMPT / (time.perf_counter() - started)
 
     def write(self, count: int, guidance: Guidance | None = None) -> float:
-        """Return the speed of writing in some sequences, of all together; with guidance, they are contexts of one."""
+        """Return the tokens per second that `count` sequences write together; with guidance, they are one answer's."""
         sequences = self._begin(count, BENCH_PROMPT // 4)
         tokens, started = [self._prompt[-1]] * count, time.perf_counter()
         for _ in range(BENCH_TOKENS):
@@ -128,7 +128,7 @@ class Bench(Closing):
 
 
 def measure(file: ModelFile, settings: Settings, template: str, rounds: int, interrupt: Interrupt) -> Speeds:
-    """Measure a model: in each round every way once, after a round that only brings the file into memory.
+    """Measure everything once in each round, after a first round that only brings the file into memory.
 
     Raises:
         Interrupted: Ctrl-C. LoadError: the model cannot be loaded. EdgeError: a call of `chat` fails.
@@ -136,12 +136,12 @@ def measure(file: ModelFile, settings: Settings, template: str, rounds: int, int
     from statistics import median
 
     found: dict[str, list[float]] = {}
-    plan = edge.plan_for(file, settings, answers=max(BENCH_TOGETHER))
+    plan = edge.plan_for(file, settings, answers=max(BENCH_PARALLEL))
     with Model(file, settings, interrupt, plan) as model, Bench(model, settings, interrupt) as bench:
         guidance = Guidance(Dialog("", "a preference", ()), 1.0, 2.0)
         for _ in range(rounds + 1):
             figures = {"read": bench.read(), "write": bench.write(1), "guided": bench.write(2, guidance)}
-            figures |= {str(count): bench.write(count) for count in BENCH_TOGETHER}
+            figures |= {str(count): bench.write(count) for count in BENCH_PARALLEL}
             for name, figure in figures.items():
                 found.setdefault(name, []).append(figure)
         each = len(model.vocabulary.encode(" patient patient", special=False)) / 2
@@ -153,7 +153,7 @@ def measure(file: ModelFile, settings: Settings, template: str, rounds: int, int
         model=file.path.name,
         prefill_tps=speeds["read"],
         decode_tps=speeds["write"],
-        parallel={str(count): speeds[str(count)] for count in BENCH_TOGETHER},
+        parallel={str(count): speeds[str(count)] for count in BENCH_PARALLEL},
         guided_tps=speeds["guided"],
         first_token_ms=first,
         first_token_cached_ms=cached,
@@ -162,7 +162,7 @@ def measure(file: ModelFile, settings: Settings, template: str, rounds: int, int
 
 
 def child_main() -> None:
-    """Run the command line in a child, and print behind its answer how many MB it took at most."""
+    """Run the command line of a child process, then print its peak memory in MB on the last line."""
     code = edge.run()
     print(memory.peak_mb())
     sys.exit(code)
@@ -171,7 +171,7 @@ def child_main() -> None:
 def time_calls(
     file: ModelFile, settings: Settings, template: str, meta_prompt: str, interrupt: Interrupt
 ) -> tuple[float, float, float]:
-    """Call `chat` twice; return the milliseconds of both, the second with a state on the disk, and the peak in MB.
+    """Call `chat` twice; return the milliseconds of the first and of the second, cached call, and the peak in MB.
 
     Raises:
         EdgeError: a call fails. Interrupted: Ctrl-C.
@@ -188,7 +188,7 @@ def time_calls(
     with tempfile.TemporaryDirectory(prefix="metaalign-edge-") as folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("METAALIGN_EDGE_")}
         environment |= {"METAALIGN_EDGE_CACHE": folder, "PYTHONPATH": os.pathsep.join(sys.path)}
-        environment |= {"METAALIGN_EDGE_CONFIG": folder, "METAALIGN_EDGE_PROJECT": "0"}  # nothing of the user's
+        environment |= {"METAALIGN_EDGE_CONFIG": folder, "METAALIGN_EDGE_PROJECT": "0"}  # no settings of the user's
         for _ in range(2):
             interrupt.check()
             started = time.perf_counter()

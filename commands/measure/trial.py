@@ -1,4 +1,4 @@
-"""Trying a model, or llama.cpp itself, in a child process: what can end a process is then a line of text."""
+"""Trying a model, or llama.cpp itself, in a child process: a crash there is an error message here."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from metaalign_edge_runtime.llama import library
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 
-PROBE = Dialog("Be kind.", "One sentence.", (Turn("What is tea?"),))  # a dialog with all its tiers
+PROBE = Dialog("Be kind.", "One sentence.", (Turn("What is tea?"),))  # speaks in all three tiers
 
 
 def llama_facts() -> dict[str, Any]:
-    """Return what llama.cpp says of itself, in JSON's types."""
+    """Return what llama.cpp reports about itself, in JSON's types: library, features, offloads, devices."""
     llama = library.start()
     return {
         "library": str(llama._lib._name),
@@ -34,10 +34,10 @@ def llama_facts() -> dict[str, Any]:
 
 
 def try_model(path: Path, settings: Settings) -> list[str]:
-    """Load a model and use it: vocabulary, end token, template, a tier-safe render, one decoded token.
+    """Load a model, render a dialog with its template and decode a token; return a line about each.
 
     Raises:
-        EdgeError: some of it fails.
+        EdgeError: one of these fails.
     """
     file = ModelFile(path)
     interrupt = Interrupt()
@@ -59,15 +59,15 @@ def try_model(path: Path, settings: Settings) -> list[str]:
 
 
 def check_logits(engine: Engine) -> str:
-    """Say whether what the model computed last are numbers: infinite weights make them none."""
+    """Return a line that says whether the last logits are finite: weights that overflowed make them infinite or NaN."""
     logits = library.llama_cpp().llama_get_logits_ith(engine.pointer, -1)
     if all(map(math.isfinite, logits[: engine.model.vocabulary.size])):
         return "a token is decoded"
     return "warning: what the result computes are no numbers; use --outtype bf16 or f32, or look at the weights"
 
 
-def trial_main() -> None:
-    """Do what the parent asks on the command line, and print the result or the error as JSON."""
+def child_main() -> None:
+    """Do the task that the parent process gives as JSON in argv[1]; print its result, or the error, as JSON."""
     task, *arguments = json.loads(sys.argv[1])
     try:
         if task == "model":
@@ -81,17 +81,20 @@ def trial_main() -> None:
 
 
 def in_child(seconds: float, *task: Any) -> Any:
-    """Have a child process do something that may end it; return its result.
+    """Do a task that may crash in a child process; return its result.
+
+    Args:
+        task: its name, `model` or `llama`, and its arguments.
 
     Raises:
-        EdgeError: it fails, is ended by a signal, or takes more than so many seconds.
+        EdgeError: it fails, the process is ended by a signal, or it takes more than `seconds`.
     """
     import subprocess
 
     command = [
         sys.executable,
         "-c",
-        "import metaalign_edge, metaalign_edge_commands.measure.trial as trial; trial.trial_main()",
+        "import metaalign_edge, metaalign_edge_commands.measure.trial as trial; trial.child_main()",
         json.dumps(task),
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -110,10 +113,10 @@ def in_child(seconds: float, *task: Any) -> Any:
 
 
 def ended_by(code: int, said: str) -> str:
-    """Say what ended a process."""
+    """Return why a process ended, from its exit code and its stderr."""
     lines = [line for line in said.splitlines() if line.strip()]
     reasons = {"SIGILL": "an instruction that this processor lacks", "SIGKILL": "most likely for want of memory"}
-    name = "SIGILL" if code in (-4, 0xC000001D) else ""  # Windows' number for an illegal instruction
+    name = "SIGILL" if code in (-4, 0xC000001D) else ""  # the second is Windows' code for it
     with contextlib.suppress(ValueError):
         name = name or signal.Signals(-code).name
     if not name:
@@ -122,10 +125,10 @@ def ended_by(code: int, said: str) -> str:
 
 
 def verify_conversion(path: Path, settings: Settings) -> list[str]:
-    """Check a conversion before it gets its name; see `try_model`.
+    """Try a converted model before its file gets its name (`try_model`).
 
     Raises:
-        EdgeError: of the kind that `try_model` raises; nothing stays.
+        EdgeError: as `try_model`; the caller removes the file.
     """
     try:
         return try_model(path, replace(settings, gpu_layers="0"))

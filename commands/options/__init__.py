@@ -1,4 +1,4 @@
-"""Options become what a command takes: groups of them, and what files say."""
+"""`@command`: a function that takes groups of options, and settings from files, becomes a command."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from .signature import spread
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Let a command take groups of options, and from files what is not given."""
+    """Let a command take groups of options, and settings from files for options that are not given."""
     return spread(function, in_files.obey_settings)

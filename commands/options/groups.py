@@ -1,10 +1,11 @@
-"""The options that commands share, in groups that a command takes as one parameter."""
+"""The options that commands share: alone, or in groups that a command takes as one parameter."""
 
 from __future__ import annotations
 
 import functools
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -23,212 +24,114 @@ from metaalign_edge_runtime.structured import Schema
 from ..terminal.progress import progress_bar
 from ..terminal.screen import Screen
 
+DIALOG, MODEL, SAMPLING, OUTPUT = "Dialog", "Model", "Sampling", "Output"  # the headings of --help
 
-def read_schema(text: str) -> Schema:
-    """Read a schema: a file's, JSON, or the short form `name, age int`.
 
-    Raises:
-        NotFound: the file is not there. UsageError: it is no JSON, or no schema that an answer can fit.
-    """
-    inline = text.lstrip().startswith("{")
-    file = not inline and (
-        files.looks_like_path(text, ".json") if not re.search(r"[\s,]", text) else text.endswith(".json")
+def option(*names: str, help: str, panel: str | None = None, env: bool = False, **more: Any) -> Any:
+    """Declare an option. `panel`: its heading in --help. `env`: a variable gives it, too, METAALIGN_EDGE_<its name>."""
+    name = names[-1].removeprefix("--").replace("-", "_").upper()
+    return typer.Option(
+        *names, help=help, rich_help_panel=panel, envvar=f"METAALIGN_EDGE_{name}" if env else None, **more
     )
-    if not (inline or file):
-        return structured.expand_schema(text)
-    if file:
-        return structured.parse_schema(files.read_text(Path(text).expanduser(), "the schema"), f"the schema {text}")
-    return structured.parse_schema(text)
 
 
-def option(*names: str, help: str, panel: str | None = None, env: str | None = None, **more: Any) -> Any:
-    """Declare a shared option; `env` names its variable METAALIGN_EDGE_…."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, envvar=env and f"METAALIGN_EDGE_{env}", **more)
+dialog_option, model_option, sampling_option, output_option = (
+    functools.partial(option, panel=panel) for panel in (DIALOG, MODEL, SAMPLING, OUTPUT)
+)
 
 
-DIALOG, MODEL, SAMPLING, OUTPUT = "Dialog", "Model", "Sampling", "Output"
+# Options that more than one command or group has.
+
 QueryArgument = Annotated[
     str | None,
     typer.Argument(metavar="QUERY", help="The question. stdin, when piped, is put before it.", show_default=False),
 ]
+StdinOption = Annotated[bool, dialog_option("--no-stdin", help="Do not read stdin (in loops that do).")]
+SessionOption = Annotated[
+    str | None, dialog_option("--session", metavar="NAME", help="Continue the conversation of this name, or begin it.")
+]
+ContinueOption = Annotated[bool, dialog_option("-C", "--continue", help="Continue the session that was used last.")]
+TemplateOption = Annotated[
+    str,
+    dialog_option("--template", help="auto (the model's own), the name of a shipped one, or a Jinja file.", env=True),
+]
+RemindOption = Annotated[
+    bool,
+    dialog_option("--remind/--no-remind", help="Wrapped templates: add to the query that System Info wins a conflict."),
+]
+ThinkOption = Annotated[
+    bool | None, dialog_option("--think/--no-think", help="Let a thinking model think. Default: as its template does.")
+]
 ModelOption = Annotated[
     str | None,
-    option(
+    model_option(
         "-m",
         "--model",
-        help="A GGUF file, user/repo[:QUANT] on the hub, or a name of `models list`. Default: the embedded one.",
-        panel=MODEL,
-        env="MODEL",
+        help="A GGUF file, user/repo[:QUANT] of the hub, or a name of `models list`. Default: the embedded one.",
+        env=True,
     ),
 ]
 OfflineOption = Annotated[
-    bool,
-    option(
-        "--offline", help="Open no connection; what is not on this machine is an error.", panel=MODEL, env="OFFLINE"
-    ),
-]
-SystemOption = Annotated[
-    str | None, option("-s", "--system", help="System Info: what the provider wants.", panel=DIALOG, env="SYSTEM")
-]
-SystemFileOption = Annotated[Path | None, option("--system-file", help="Read System Info from a file.", panel=DIALOG)]
-PrefOption = Annotated[
-    list[str] | None, option("--pref", help="User Info: a text, or @concise and the like. Repeat to add.", panel=DIALOG)
-]
-PrefFileOption = Annotated[Path | None, option("--pref-file", help="Read User Info from a file.", panel=DIALOG)]
-NoPrefOption = Annotated[bool, option("--no-pref", help="Ignore the preferences that stand.", panel=DIALOG)]
-TemplateOption = Annotated[
-    str, option("--template", help="auto, a shipped name, or a Jinja file.", panel=DIALOG, env="TEMPLATE")
-]
-StrictOption = Annotated[
-    bool, option("--strict-tiers", help="Refuse text that imitates a marker which is no token.", panel=DIALOG)
-]
-RemindOption = Annotated[
-    bool, option("--remind/--no-remind", help="Restate the priority next to the query (wrapped only).", panel=DIALOG)
-]
-SystemStrengthOption = Annotated[
-    float,
-    option(
-        "--system-strength",
-        help="How hard System Info pulls: 1 as the model was trained, 2 twice as far, 0 not at all.",
-        panel=DIALOG,
-        env="SYSTEM_STRENGTH",
-    ),
-]
-PrefStrengthOption = Annotated[
-    str,
-    option(
-        "--pref-strength",
-        help="How hard User Info pulls, or auto: as hard as it changes each token.",
-        panel=DIALOG,
-        env="PREF_STRENGTH",
-    ),
-]
-ThinkOption = Annotated[
-    bool | None, option("--think/--no-think", help="Tell a thinking model's template.", panel=DIALOG)
-]
-StdinOption = Annotated[bool, option("--no-stdin", help="Leave stdin alone (in loops).", panel=DIALOG)]
-MaxTokensOption = Annotated[
-    int | None,
-    option("-n", "--max-tokens", help="Tokens of the answer at most.", panel=SAMPLING, env="MAX_TOKENS", min=1),
-]
-ContextOption = Annotated[
-    str | None,
-    option(
-        "-c",
-        "--ctx-size",
-        help="Tokens of the context, or auto: as many as the model knows and memory holds.",
-        panel=MODEL,
-        env="CTX_SIZE",
-    ),
-]
-GpuOption = Annotated[
-    str, option("-ngl", "--gpu-layers", help="Layers on the GPU: auto, all or a number.", panel=MODEL, env="GPU_LAYERS")
-]
-ThreadsOption = Annotated[
-    int | None,
-    option(
-        "-t",
-        "--threads",
-        help="CPU threads. Default: one per core, one for a tiny model.",
-        panel=MODEL,
-        env="THREADS",
-        min=1,
-    ),
-]
-TempOption = Annotated[
-    float | None, option("--temp", help="Temperature; 0 is greedy.", panel=SAMPLING, env="TEMP", min=0.0)
-]
-TopKOption = Annotated[
-    int | None, option("--top-k", help="Keep the k likeliest tokens; 0 keeps all.", panel=SAMPLING, env="TOP_K", min=0)
-]
-TopPOption = Annotated[
-    float | None,
-    option(
-        "--top-p", help="Keep the likeliest tokens up to this share.", panel=SAMPLING, env="TOP_P", min=0.0, max=1.0
-    ),
-]
-MinPOption = Annotated[
-    float | None,
-    option(
-        "--min-p", help="Drop tokens below this share of the likeliest.", panel=SAMPLING, env="MIN_P", min=0.0, max=1.0
-    ),
-]
-PenaltyOption = Annotated[
-    float | None,
-    option("--repeat-penalty", help="Above 1 discourages repetition.", panel=SAMPLING, env="REPEAT_PENALTY", min=0.1),
-]
-SeedOption = Annotated[
-    int | None, option("--seed", help="Draw the same text again.", panel=SAMPLING, env="SEED", min=0, max=2**32 - 1)
-]
-SchemaOption = Annotated[
-    str | None,
-    option(
-        "-j",
-        "--json-schema",
-        help="Answer in JSON of this schema: a file, JSON, or fields as 'name, age int'.",
-        panel=SAMPLING,
-    ),
-]
-AdapterOption = Annotated[
-    list[str] | None,
-    option("--lora", help="Lay a GGUF adapter over the model: PATH or PATH:SCALE. Repeat to add.", panel=MODEL),
-]
-StopOption = Annotated[
-    list[str] | None, option("--stop", help="End the answer before this text. Repeat to add.", panel=SAMPLING)
+    bool, model_option("--offline", help="Open no connection; what is not on this machine is an error.", env=True)
 ]
 ParallelOption = Annotated[
-    int, option("--parallel", help="Answers written at a time.", panel=MODEL, env="PARALLEL", min=1, max=256)
+    int, model_option("--parallel", help="How many answers are written at the same time.", env=True, min=1, max=256)
 ]
-ForceOption = Annotated[bool, option("--force", help="Replace an output that exists.")]
 NoCacheOption = Annotated[
-    bool,
-    option(
-        "--no-cache",
-        help="Neither load nor keep what was read of the meta-prompt.",
-        panel=MODEL,
-        env="NO_CACHE",
-    ),
+    bool, model_option("--no-cache", help="Neither load nor store prompt states on the disk.", env=True)
 ]
-JsonOption = Annotated[bool, option("--json", help="One JSON document on stdout.", panel=OUTPUT)]
-SessionOption = Annotated[
-    str | None,
-    option("--session", metavar="NAME", help="Go on with a conversation of this name, or begin it.", panel=DIALOG),
+MaxTokensOption = Annotated[
+    int | None, sampling_option("-n", "--max-tokens", help="Longest answer, in tokens.", env=True, min=1)
 ]
-ContinueOption = Annotated[
-    bool, option("-C", "--continue", help="Go on with the session that was used last.", panel=DIALOG)
+TempOption = Annotated[
+    float | None, sampling_option("--temp", help="Temperature; 0 always takes the likeliest token.", env=True, min=0.0)
 ]
+JsonOption = Annotated[bool, output_option("--json", help="One JSON document on stdout.")]
+StreamOption = Annotated[bool, output_option("--stream/--no-stream", help="Print the answer as it is written.")]
 MarkdownOption = Annotated[
     bool,
-    option("--markdown/--no-markdown", help="On a terminal, render the answer when it is complete.", panel=OUTPUT),
+    output_option(
+        "--markdown/--no-markdown", help="On a terminal, show the answer when it is complete, rendered as Markdown."
+    ),
 ]
-StreamOption = Annotated[bool, option("--stream/--no-stream", help="Print text as it comes.", panel=OUTPUT)]
-QuietOption = Annotated[bool, option("-q", "--quiet", help="Only errors on stderr.", panel=OUTPUT)]
+ChartOption = Annotated[
+    Path | None, output_option("--chart", help="Draw the figures: OUT.png or OUT.svg (needs matplotlib).")
+]
+ForceOption = Annotated[bool, option("--force", help="Replace an output that exists.")]
+QuietOption = Annotated[bool, output_option("-q", "--quiet", help="Only errors on stderr.")]
 VerboseOption = Annotated[
-    bool, option("-v", "--verbose", help="Say what is chosen, and llama.cpp's log.", panel=OUTPUT)
+    bool, output_option("-v", "--verbose", help="Say what was chosen and why, and show llama.cpp's log.")
 ]
 
 
 class Preference(NamedTuple):
-    """A preference as it was given, `@brief`, and its text."""
+    """A preference of the command line, or of settings."""
 
-    given: str
-    text: str
+    given: str  # as it was written: a text, `@brief`, `@json+@child`, or a lone -, which is none
+    text: str  # what the model reads
 
 
 class MetaPrompt(NamedTuple):
-    """What the two Info tiers say."""
+    """The two Info tiers."""
 
-    system: SystemOption = None
-    system_file: SystemFileOption = None
-    pref: PrefOption = None
-    pref_file: PrefFileOption = None
-    no_pref: NoPrefOption = False
+    system: Annotated[
+        str | None, dialog_option("-s", "--system", help="System Info: what the provider of the model wants.", env=True)
+    ] = None
+    system_file: Annotated[Path | None, dialog_option("--system-file", help="Read System Info from a file.")] = None
+    pref: Annotated[
+        list[str] | None,
+        dialog_option("--pref", help="User Info: a text, a profile such as @concise, or - for none. Repeat to add."),
+    ] = None
+    pref_file: Annotated[Path | None, dialog_option("--pref-file", help="Read User Info from a file.")] = None
+    no_pref: Annotated[
+        bool, dialog_option("--no-pref", help="Ignore the preferences that settings or a project give.")
+    ] = False
 
     def system_info(self) -> str:
         """Return System Info.
 
         Raises:
-            UsageError: it has two sources. NotFound: the file is not there.
+            UsageError: both options are given. NotFound: the file cannot be read.
         """
         if self.system is not None and self.system_file is not None:
             raise UsageError("--system and --system-file both give System Info: choose one")
@@ -237,52 +140,73 @@ class MetaPrompt(NamedTuple):
         return self.system or ""
 
     def preferences(self) -> list[Preference]:
-        """Return the preferences; profiles are looked up, and the file is read, once.
+        """Read the preferences, and the profiles that they name. Call it once: --pref-file may be a pipe.
 
         Raises:
-            UsageError: one is empty, or not UTF-8. NotFound: the file is not there, or no such profile.
+            UsageError: a preference is empty. NotFound: the file or a profile does not exist.
         """
         given = list(self.pref or [])
         if self.pref_file is not None:
             given.append(files.read_text(self.pref_file, "--pref-file").removesuffix("\n"))
         if any(not one.strip() for one in given):
             raise UsageError("the preference is empty: say what you prefer, or leave --pref out")
-        return [Preference(one, profiles.expand_profile(one)) for one in given]
+        return [Preference(one, profiles.wish_text(one)) for one in given]
 
     def dialog(self) -> Dialog:
-        """Return a dialog without turns, the preferences joined.
-
-        Raises:
-            UsageError, NotFound: as above.
-        """
-        return Dialog(self.system_info(), "\n".join(one.text for one in self.preferences()))
+        """Return a dialog without turns, with all preferences as its User Info."""
+        return Dialog(self.system_info(), user_info_of(self.preferences()))
 
 
-class Rendered(NamedTuple):
+def user_info_of(preferences: Iterable[Preference]) -> str:
+    """Return the User Info that several preferences make together, a line each."""
+    return "\n".join(one.text for one in preferences if one.text)
+
+
+class RenderingOptions(NamedTuple):
     """How a dialog becomes a prompt."""
 
     template: TemplateOption = "auto"
-    strict_tiers: StrictOption = False
+    strict_tiers: Annotated[
+        bool, dialog_option("--strict-tiers", help="Refuse text that imitates a marker of the template's.")
+    ] = False
     remind: RemindOption = True
     think: ThinkOption = None
 
     def options(self) -> RenderOptions:
-        """Return those that concern the rendering."""
+        """Return the options that `render` takes."""
         return RenderOptions(self.remind, self.think)
 
 
-class Loaded(NamedTuple):
+class ModelOptions(NamedTuple):
     """Which model is loaded, and how."""
 
     model: ModelOption = None
-    ctx_size: ContextOption = None
-    gpu_layers: GpuOption = "auto"
-    threads: ThreadsOption = None
+    ctx_size: Annotated[
+        str | None,
+        model_option(
+            "-c", "--ctx-size", help="Tokens of the context; auto: as many as model and memory allow.", env=True
+        ),
+    ] = None
+    gpu_layers: Annotated[
+        str,
+        model_option(
+            "-ngl", "--gpu-layers", help="Layers on the GPU: auto (those that fit), all, or a number.", env=True
+        ),
+    ] = "auto"
+    threads: Annotated[
+        int | None,
+        model_option(
+            "-t", "--threads", help="CPU threads. Default: one per core, one for a tiny model.", env=True, min=1
+        ),
+    ] = None
     offline: OfflineOption = False
-    lora: AdapterOption = None
+    lora: Annotated[
+        list[str] | None,
+        model_option("--lora", help="Lay a GGUF adapter over the model: PATH or PATH:SCALE. Repeat to add."),
+    ] = None
 
     def path(self, screen: Screen) -> Path:
-        """Return where the model is.
+        """Return the path of the model's file; download it if it is named on the hub and not here yet.
 
         Raises:
             EdgeError: as `find_model`.
@@ -298,27 +222,39 @@ class Loaded(NamedTuple):
         return models.open_model(self.path(screen))
 
     def settings(self) -> Settings:
-        """Return what the engine has to know.
+        """Return the engine's settings that concern the model.
 
         Raises:
-            UsageError: the number of tokens or of layers is none, or a scale. NotFound, LoadError: an adapter is not
-                there, or none.
+            UsageError: a number of tokens or layers, or an adapter's scale, is no number or out of range.
+            NotFound, LoadError: an adapter does not exist, or is not one.
         """
         layers, adapters = edge.checked_gpu_layers(self.gpu_layers), edge.find_adapters(self.lora or ())
         return Settings(edge.checked_context(self.ctx_size), layers, self.threads, adapters=adapters)
 
 
-class Strengths(NamedTuple):
-    """How hard each tier pulls."""
+class StrengthOptions(NamedTuple):
+    """How hard each tier steers the answer."""
 
-    system_strength: SystemStrengthOption = 1.0
-    pref_strength: PrefStrengthOption = "1"
+    system_strength: Annotated[
+        float,
+        dialog_option(
+            "--system-strength",
+            help="How hard System Info steers: 1 as the model was trained, 2 twice as far, 0 not at all.",
+            env=True,
+        ),
+    ] = 1.0
+    pref_strength: Annotated[
+        str,
+        dialog_option(
+            "--pref-strength", help="How hard User Info steers, or auto: more where it changes a token more.", env=True
+        ),
+    ] = "1"
 
     def added(self, settings: Settings) -> Settings:
         """Return the settings with these strengths.
 
         Raises:
-            UsageError: one is no strength.
+            UsageError: one is no number, or out of range.
         """
         system, pref = edge.checked_strength("--system-strength", self.system_strength), self.pref_strength
         return replace(
@@ -328,24 +264,45 @@ class Strengths(NamedTuple):
         )
 
 
-class Sampling(NamedTuple):
+class SamplingOptions(NamedTuple):
     """How tokens are drawn."""
 
     max_tokens: MaxTokensOption = None
     temp: TempOption = None
-    top_k: TopKOption = None
-    top_p: TopPOption = None
-    min_p: MinPOption = None
-    repeat_penalty: PenaltyOption = None
-    seed: SeedOption = None
-    stop: StopOption = None
-    json_schema: SchemaOption = None
+    top_k: Annotated[
+        int | None, sampling_option("--top-k", help="Draw from the K likeliest tokens; 0: from all.", env=True, min=0)
+    ] = None
+    top_p: Annotated[
+        float | None,
+        sampling_option("--top-p", help="Draw from the likeliest tokens of this total share.", env=True, min=0, max=1),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        sampling_option("--min-p", help="Drop tokens below this share of the likeliest.", env=True, min=0, max=1),
+    ] = None
+    repeat_penalty: Annotated[
+        float | None,
+        sampling_option("--repeat-penalty", help="Above 1, repetition becomes less likely.", env=True, min=0.1),
+    ] = None
+    seed: Annotated[
+        int | None,
+        sampling_option("--seed", help="The same seed draws the same text again.", env=True, min=0, max=2**32 - 1),
+    ] = None
+    stop: Annotated[
+        list[str] | None, sampling_option("--stop", help="End the answer before this text. Repeat to add.")
+    ] = None
+    json_schema: Annotated[
+        str | None,
+        sampling_option(
+            "-j", "--json-schema", help="Answer in JSON of this schema: a file, JSON, or fields as 'name, age int'."
+        ),
+    ] = None
 
     def added(self, settings: Settings) -> Settings:
-        """Return the settings with these; a seed is drawn unless there is one.
+        """Return the settings with these options, and with a random seed unless --seed gives one.
 
         Raises:
-            UsageError, NotFound: the schema is none, or not there.
+            UsageError: the schema is not valid. NotFound: its file does not exist.
         """
         return replace(
             settings,
@@ -361,27 +318,41 @@ class Sampling(NamedTuple):
         )
 
 
-def kept_states(no_cache: bool, fills: bool = True) -> States | None:
-    """Return the states on the disk, unless --no-cache."""
-    return None if no_cache else States(fills=fills)
-
-
-class Talk(NamedTuple):
-    """How much is said on stderr."""
+class Verbosity(NamedTuple):
+    """How much is printed on stderr."""
 
     quiet: QuietOption = False
     verbose: VerboseOption = False
 
     def screen(self) -> Screen:
-        """Return the streams."""
+        """Return the two streams, at this verbosity."""
         return Screen(self.quiet, self.verbose)
 
 
-def gathered(loaded: Loaded, sampling: Sampling, strengths: Strengths, talk: Talk) -> Settings:
-    """Return the settings of a command that answers."""
-    return replace(strengths.added(sampling.added(loaded.settings())), verbose=talk.verbose)
+def gathered(
+    model: ModelOptions, sampling: SamplingOptions, strengths: StrengthOptions, verbosity: Verbosity
+) -> Settings:
+    """Return the engine's settings of a command that answers."""
+    return replace(strengths.added(sampling.added(model.settings())), verbose=verbosity.verbose)
 
 
-ChartOption = Annotated[
-    Path | None, option("--chart", help="Draw the rates: OUT.png or OUT.svg (matplotlib).", panel=OUTPUT)
-]
+def kept_states(no_cache: bool, fills: bool = True) -> States | None:
+    """Return the cache of prompt states, None with --no-cache. `fills`: new states are stored, too."""
+    return None if no_cache else States(fills=fills)
+
+
+def read_schema(text: str) -> Schema:
+    """Read the value of --json-schema: the path of a file, JSON, or the short form `name, age int`.
+
+    Raises:
+        NotFound: the file does not exist. UsageError: it is not JSON, or no answer can fit the schema.
+    """
+    inline = text.lstrip().startswith("{")
+    file = not inline and (
+        files.looks_like_path(text, ".json") if not re.search(r"[\s,]", text) else text.endswith(".json")
+    )
+    if not (inline or file):
+        return structured.expand_schema(text)
+    if file:
+        return structured.parse_schema(files.read_text(Path(text).expanduser(), "the schema"), f"the schema {text}")
+    return structured.parse_schema(text)

@@ -1,7 +1,7 @@
-"""What files say for options that are not given.
+"""Settings: values in files for options that are not given. A setting is named like its option.
 
-It reaches a command through Click's `default_map`: after a flag and a variable, and before what is built in. A setting
-is named like its option.
+They reach a command through Click's `default_map`: a flag or an environment variable comes before them, and they come
+before the option's built-in default.
 """
 
 from __future__ import annotations
@@ -24,16 +24,28 @@ from metaalign_edge_runtime.stores import config, files, models, profiles
 from metaalign_edge_runtime.stores.config import Project
 
 from ..terminal.screen import Screen
-from .groups import Loaded, MetaPrompt, NoCacheOption, ParallelOption, Rendered, Sampling, StreamOption, Strengths, Talk
+from .groups import (
+    MetaPrompt,
+    ModelOptions,
+    NoCacheOption,
+    ParallelOption,
+    RenderingOptions,
+    SamplingOptions,
+    StreamOption,
+    StrengthOptions,
+    Verbosity,
+)
 from .signature import spread
 
-ALSO_SETTINGS = ("pref", "stop", "strict_tiers", "remind", "think", "stream", "quiet", "verbose")  # without a variable
-ASIDE: Mapping[str, tuple[str, ...]] = {  # settings that a command leaves aside
-    "compare": ("pref",),  # its columns are those that are asked for
-    "eval": ("max_tokens", "temp", "seed", "remind", "think", "system_strength", "pref_strength"),  # it measures
+# Settings whose options have no variable.
+ALSO_SETTINGS = ("pref", "stop", "strict_tiers", "remind", "think", "stream", "quiet", "verbose")
+IGNORED_SETTINGS: Mapping[str, tuple[str, ...]] = {  # by command
+    "compare": ("pref",),  # a column for each --pref, and no other
+    # settings must not change what it measures
+    "eval": ("max_tokens", "temp", "seed", "remind", "think", "system_strength", "pref_strength"),
 }
-SHOWN = 60  # characters of a setting that are shown where it takes effect
-REPLACED_BY = {  # flags of another name
+SHOWN = 60  # characters of a setting's value in a note
+REPLACED_BY = {  # a setting, and the flags of other names that override it
     "system": ("system_file",),
     "pref": ("pref_file", "no_pref"),
     "quiet": ("verbose",),
@@ -43,12 +55,12 @@ REPLACED_BY = {  # flags of another name
 
 @dataclass(frozen=True)
 class Setting:
-    """A value of a file, as Click's default_map takes it: looked at when its option is not given."""
+    """A setting's value. Click calls it, as an entry of its default_map, when the option is not given."""
 
-    option: Any  # Click's
-    value: Any
-    origin: str  # the file, or the variable
-    project: Project | None = None
+    option: Any  # the Click option of this name
+    value: Any  # as the file has it
+    origin: str  # the path of the file, or the name of the variable
+    project: Project | None = None  # whose file it is, if a project's
 
     def __call__(self) -> Any:
         """Return the value as a command line would give it.
@@ -70,14 +82,15 @@ class Setting:
         return given if several else given[0]
 
     def __str__(self) -> str:
-        """Return the value for people."""
+        """Return the value as text, several joined by commas."""
         return ", ".join(written(self.value))
 
     def check(self) -> None:
-        """Make sure of what an option's type does not know.
+        """Check what the option's type does not: that the value makes sense, and what it names exists.
 
         Raises:
-            UsageError: no such context, strength or layers, an empty preference. NotFound: no such profile or file.
+            UsageError: the context, layers or strength is out of range, or the preference is empty.
+            NotFound: a profile, model or template does not exist.
         """
         given, name = self(), self.option.name
         try:
@@ -101,26 +114,26 @@ class Setting:
 
 
 def settable(command: Any) -> dict[str, Any]:
-    """Return the options of a command that a file may set, by name."""
+    """Return the options of a command that files may set, by name."""
     return {one.name: one for one in command.params if getattr(one, "envvar", None) or one.name in ALSO_SETTINGS}
 
 
 @functools.cache
 def settings_by_name() -> dict[str, Any]:
-    """Return the options of all commands that a file may set, by name."""
+    """Return all options that files may set, by name."""
 
     @spread
     def every(
         *,
         meta_prompt: MetaPrompt,
-        rendered: Rendered,
-        strengths: Strengths,
-        loaded: Loaded,
-        sampling: Sampling,
+        rendering: RenderingOptions,
+        strengths: StrengthOptions,
+        model_options: ModelOptions,
+        sampling: SamplingOptions,
         parallel: ParallelOption = 8,
         no_cache: NoCacheOption = False,
         stream: StreamOption = True,
-        talk: Talk,
+        verbosity: Verbosity,
     ) -> None: ...
 
     one = typer.Typer()
@@ -129,16 +142,16 @@ def settings_by_name() -> dict[str, Any]:
 
 
 def written(value: Any) -> list[str]:
-    """Return a setting's value for people and scripts: a line for each text."""
+    """Return the parts of a setting's value as texts; none if it has no value."""
     parts = value if isinstance(value, list | tuple) else [value]
     return [str(part).lower() if isinstance(part, bool) else str(part) for part in parts if part is not None]
 
 
-def standing() -> dict[str, Setting]:
-    """Return what stands in files, by name: the user's, then the project's, then the environment's preference.
+def config_in_force() -> dict[str, Setting]:
+    """Return the settings by name: the user's, replaced by the project's, and the preference by METAALIGN_EDGE_PREF.
 
     Raises:
-        UsageError, NotFound: a file is damaged, or has a key that means nothing.
+        UsageError: a file is no TOML, or has a key that is no setting. NotFound: a file cannot be read.
     """
     path, project, pref = config.config_file(), config.find_project(), os.environ.get("METAALIGN_EDGE_PREF")
     if not (project or pref or os.path.isfile(path)):
@@ -149,50 +162,52 @@ def standing() -> dict[str, Setting]:
         found |= {
             key: Setting(known[key], value, str(project.path), project) for key, value in project.settings.items()
         }
-    if pref:  # Click would split it at its spaces
+    if pref:  # not read by Click, which would split it at spaces
         found["pref"] = Setting(known["pref"], pref, "METAALIGN_EDGE_PREF")
     return found
 
 
-def check_standing() -> None:
-    """Check everything that stands in files.
+def check_config() -> None:
+    """Check all settings.
 
     Raises:
-        UsageError, NotFound: something makes no sense.
+        UsageError, NotFound: a file is damaged, or a setting makes no sense.
     """
-    for setting in standing().values():
+    for setting in config_in_force().values():
         setting.check()
 
 
 def take_settings(context: typer.Context) -> None:
-    """Hand a command what stands in files for it; what is wrong with them is said by its options."""
+    """Give a command its settings, by Click's default_map. An error in a file is raised by the options it might set."""
     root, name = cast(Any, context.command), context.invoked_subcommand or ""
-    called, aside = root.commands[name], ASIDE.get(name, ())
-    taken = {key: option for key, option in settable(called).items() if key not in aside}
+    called, ignored = root.commands[name], IGNORED_SETTINGS.get(name, ())
+    taken = {key: option for key, option in settable(called).items() if key not in ignored}
     if hasattr(called, "commands") or taken.keys() <= {"quiet", "verbose"}:
         return
     try:
-        found = standing()
+        found = config_in_force()
         defaults: dict[str, Any] = {key: replace(found[key], option=taken[key]) for key in found if key in taken}
         if name == "doctor":
-            check_standing()
+            check_config()
     except EdgeError as error:
-        if name == "doctor":  # looks without them, and says what is wrong with them
+        if name == "doctor":  # goes on without settings, and reports the error as a failed check
             return
-        damage = error  # raised only now, so that --help helps
+        damage = error
 
         def complain() -> None:
             raise damage
 
-        defaults = dict.fromkeys(taken, complain)
+        defaults = dict.fromkeys(taken, complain)  # not raised here: --help must work, and asks for no default
     context.default_map = {name: defaults}
 
 
 def obey_settings(context: typer.Context, given: dict[str, Any]) -> None:
-    """Drop what a flag of another name replaces, check what is in force of the files, and say where it comes from.
+    """Check the settings that a command uses, and say with -v where they come from.
+
+    A setting that a flag of another name overrides (`REPLACED_BY`) is taken out of `given`, the command's arguments.
 
     Raises:
-        UsageError, NotFound: something in force makes no sense.
+        UsageError, NotFound: a setting that is used makes no sense.
     """
     source = {name: getattr(context.get_parameter_source(name), "name", "") for name in given}
     for name, flags in REPLACED_BY.items():
@@ -211,7 +226,7 @@ def obey_settings(context: typer.Context, given: dict[str, Any]) -> None:
 
 
 def announce(project: Project, screen: Screen) -> None:
-    """Say what a project sets, at its first use; of another user's, at every use."""
+    """Say what a project's file sets when it is first used; if the file is another user's, every time."""
     if screen.quiet or project.is_known():
         return
     texts = {key: shortened(", ".join(written(value)), SHOWN) for key, value in project.settings.items()}
@@ -221,30 +236,30 @@ def announce(project: Project, screen: Screen) -> None:
     project.remember()
 
 
-def standing_profiles() -> list[str]:
-    """List the profiles that stand here, by name.
+def default_profiles() -> list[str]:
+    """List the names of the profiles that apply by default here.
 
     Raises:
-        UsageError, NotFound: a file of settings makes no sense.
+        UsageError, NotFound: a file of settings is damaged.
     """
-    setting = standing().get("pref")
-    return [name for wish in setting() for name in profiles.profile_names(wish)] if setting else []
+    setting = config_in_force().get("pref")
+    return [name for preference in setting() for name in profiles.profile_names(preference)] if setting else []
 
 
 class InForce(NamedTuple):
-    """The value of a setting, and what gave it."""
+    """The value of a setting, and where it comes from."""
 
-    value: Any  # None: the model, or the machine, decides
-    origin: str
+    value: Any  # None: the model or the machine decides
+    origin: str  # a variable, the path of a file, or built-in
 
 
 def in_force(context: typer.Context) -> dict[str, InForce]:
-    """Return every setting as it is in force here for a command without flags.
+    """Return every setting by name, as a command without flags would have it here.
 
     Raises:
-        UsageError, NotFound: a file of settings makes no sense.
+        UsageError, NotFound: a file of settings is damaged.
     """
-    known, found = settings_by_name(), standing()
+    known, found = settings_by_name(), config_in_force()
     values: dict[str, InForce] = {}
     for name, option in known.items():
         if (given := option.value_from_envvar(context)) is not None:
@@ -257,10 +272,10 @@ def in_force(context: typer.Context) -> dict[str, InForce]:
 
 
 def settable_key(key: str) -> Any:
-    """Return the option that a setting is named after.
+    """Return the option of a setting: max_tokens, max-tokens or --max-tokens.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such setting.
     """
     known = settings_by_name()
     name = key.removeprefix("--").replace("-", "_")
@@ -270,10 +285,10 @@ def settable_key(key: str) -> Any:
 
 
 def note_nearer(option: Any, context: typer.Context, screen: Screen) -> None:
-    """Say what comes before the user's file here, if anything does, for a setting that was just changed there."""
+    """Say if a variable or a project overrides, here, a setting that was just changed in the user's file."""
     nearer = option.envvar if option.value_from_envvar(context) is not None else None
-    with contextlib.suppress(EdgeError):  # of another setting, which is not what was asked for
-        found = standing().get(option.name)
+    with contextlib.suppress(EdgeError):  # about some other setting
+        found = config_in_force().get(option.name)
         nearer = nearer or (found and found.origin)
     if nearer and nearer != str(config.config_file()):
         screen.note(f"metaalign-edge: note: here {nearer} comes before it")

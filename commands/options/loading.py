@@ -13,13 +13,13 @@ from metaalign_edge_runtime.stores.prompt_cache import States
 
 from ..terminal import report
 from ..terminal.screen import Screen
-from .groups import Loaded, Rendered
+from .groups import ModelOptions, RenderingOptions
 
 
 @contextlib.contextmanager
 def open_scheduler(
-    loaded: Loaded,
-    rendered: Rendered,
+    loaded: ModelOptions,
+    rendered: RenderingOptions,
     settings: Settings,
     screen: Screen,
     cache: States | None,

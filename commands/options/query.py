@@ -9,14 +9,14 @@ from metaalign_edge_runtime.stores import files
 
 from ..terminal.screen import at_terminal
 
-STDIN_LIMIT = 1 << 23  # bytes; no context holds more, and /dev/zero never ends
+STDIN_LIMIT = 1 << 23  # bytes; more than any context holds, and an end for /dev/zero
 
 
 def read_stdin() -> str:
-    """Read what is piped in, without its final newline; nothing at a terminal.
+    """Read stdin, without its final newline; return an empty text if it is a terminal or closed.
 
     Raises:
-        UsageError: stdin is not text. ContextOverflow: there is no end to it.
+        UsageError: stdin is not UTF-8, or cannot be read. ContextOverflow: it has more than `STDIN_LIMIT` bytes.
     """
     if sys.stdin is None or sys.stdin.isatty():
         return ""
@@ -33,10 +33,10 @@ def read_stdin() -> str:
 
 
 def read_query(argument: str | None, no_stdin: bool, repl: bool) -> str | None:
-    """Read the query from the argument and a piped stdin; None asks for a conversation.
+    """Return the query, from stdin and the argument; None if there is none, at a terminal, and `repl` allows that.
 
     Raises:
-        UsageError: there is no query, or stdin is not text.
+        UsageError: there is no query, or stdin is not text. ContextOverflow: stdin is too long.
     """
     piped = "" if no_stdin else read_stdin()
     query = "\n\n".join(text for text in (piped, argument or "") if text.strip())

@@ -1,1 +1,1 @@
-"""What a terminal shows, and what it reads."""
+"""Reading from a terminal, and printing to one or to a pipe."""

@@ -1,4 +1,4 @@
-"""Answers that are written together, side by side where there is room."""
+"""Several answers that are written at the same time, side by side where the terminal is wide enough."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from metaalign_edge_runtime.errors import CONTROLS, Interrupted, one_line
 from . import report
 from .screen import Screen, hidden_cursor
 
-COLUMN = 24  # characters; with less room than that for each, answers are shown one after the other
+COLUMN = 24  # the least width of a column in characters; a narrower terminal shows one answer after the other
 
 
 class Columns:
-    """Answers that are written together: side by side where a terminal is wide enough, else one after the other."""
+    """Prints several answers that are written at the same time: side by side, or one after the other.
+
+    One after the other, the text of an answer that is not yet at its turn is held back.
+    """
 
     def __init__(self, heads: Sequence[str], screen: Screen) -> None:
         self._heads, self._screen = [one_line(head).translate(CONTROLS) for head in heads], screen
         self._texts = [""] * len(heads)
-        self._at, self._done = -1, set[int]()  # of those one after the other
+        self._at, self._done = -1, set[int]()  # one after the other: the answer now printed; those that are complete
         self._live: Any = None
         self._begun = False
         self._shown = hidden_cursor(sys.stdout)
@@ -38,7 +41,7 @@ class Columns:
         return self
 
     def _begin(self) -> None:
-        """Draw the columns at the first piece of an answer: what cannot be answered is refused before that."""
+        """Draw the columns, at the first piece of an answer: an error before it stands on a clean screen."""
         if self._begun:
             return
         self._begun = True
@@ -49,7 +52,7 @@ class Columns:
             self._head(0)
 
     def __exit__(self, *_: object) -> None:
-        """Leave what was said so far on the screen."""
+        """Leave the answers on the screen as they are by now."""
         if not self._begun:
             return
         if self._live:
@@ -79,14 +82,14 @@ class Columns:
         self._screen.write(("\n" if place else "") + f"[{self._heads[place]}]\n" + self._texts[place])
 
     def show(self, place: int, piece: str) -> None:
-        """Add to an answer."""
+        """Add a piece of text to the answer at a place."""
         self._begin()
         self._texts[place] += piece
         if not self._live and place == self._at:
             self._screen.write(piece)
 
     def end(self, place: int) -> None:
-        """Note that an answer is complete."""
+        """Take the answer at a place as complete."""
         self._begin()
         self._done.add(place)
         while not self._live and self._at in self._done:
@@ -100,10 +103,10 @@ class Columns:
 def answer_together(
     scheduler: Scheduler, dialogs: Sequence[Dialog], columns: Columns | None, screen: Screen, strict: bool
 ) -> list[Answer]:
-    """Answer dialogs in one batch, in columns if there are any; Ctrl-C leaves what has been written.
+    """Answer several dialogs at the same time, shown in `columns` if given. Ctrl-C ends them and keeps what they said.
 
     Raises:
-        EdgeError: one cannot be answered.
+        EdgeError: a dialog cannot be answered.
     """
     answers: list[Answer] = []
 

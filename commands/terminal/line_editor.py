@@ -1,8 +1,7 @@
-"""The line editor of a conversation: prompt_toolkit, or the terminal itself where that is dumb.
+"""The line editor of a conversation: prompt_toolkit, or plain input on a dumb terminal.
 
-prompt_toolkit costs 80 ms at the start of a conversation where readline costs 3, and only there. For that, pasted lines
-are one question, Tab opens a menu, and all of it is the same on Windows and macOS, whose Pythons come without GNU
-readline.
+prompt_toolkit adds 80 ms to the start of a conversation, where readline would add 3. In return, pasted lines are one
+question, Tab opens a menu, and Windows and macOS, whose Pythons lack GNU readline, have the same editor.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from metaalign_edge_runtime.stores import files
 
 
 def line_editor(complete: Callable[[str], list[tuple[str, int]]]) -> Callable[[str], str]:
-    """Return what reads a line: with history and completion, or on a dumb terminal as the terminal does it.
+    """Return a function that shows a prompt and reads a line: with history and completion, or plain on a dumb terminal.
 
     Args:
-        complete: lists what may stand at the end of a line, each with how many characters it takes the place of.
+        complete: takes the line up to the cursor; lists completions, each with the number of characters it replaces.
     """
     if os.environ.get("TERM") in ("dumb", "unknown"):
         return plain_line
@@ -35,7 +34,7 @@ def line_editor(complete: Callable[[str], list[tuple[str, int]]]) -> Callable[[s
 
     class Kept(FileHistory):
         def append_string(self, string: str) -> None:
-            if not string.startswith(" "):  # as shells do
+            if not string.startswith(" "):  # kept out of the history, as shells do
                 super().append_string(string)
 
         def store_string(self, string: str) -> None:
@@ -43,7 +42,7 @@ def line_editor(complete: Callable[[str], list[tuple[str, int]]]) -> Callable[[s
                 super().store_string(string)
 
     path, history = files.data_folder() / "history", cast(History, InMemoryHistory())
-    with contextlib.suppress(OSError):  # nothing can be kept there
+    with contextlib.suppress(OSError):  # no history where it cannot be written
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         history = Kept(str(path))
@@ -56,7 +55,7 @@ def line_editor(complete: Callable[[str], list[tuple[str, int]]]) -> Callable[[s
     editor: PromptSession[str] = PromptSession(
         history=history,
         completer=Offers(),
-        complete_while_typing=False,  # a menu that nobody asked for is noise to a screen reader
+        complete_while_typing=False,  # a screen reader would read every menu aloud
         key_bindings=keys,
         prompt_continuation=". ",
     )
@@ -64,7 +63,7 @@ def line_editor(complete: Callable[[str], list[tuple[str, int]]]) -> Callable[[s
 
 
 def plain_line(prompt: str) -> str:
-    """Read a line as the terminal edits it."""
+    """Read a line with the terminal's own editing."""
     try:
         return input(prompt)
     except (EOFError, KeyboardInterrupt):
@@ -73,7 +72,7 @@ def plain_line(prompt: str) -> str:
 
 
 def read_text_of_lines(line: Callable[[str], str], prompt: str) -> str:
-    """Read one line, or several between lines that begin and end with three quotes."""
+    """Read one line, or a text of several lines between two \"\"\"."""
     text = line(prompt)
     if not text.startswith('"""'):
         return text

@@ -12,7 +12,7 @@ from .screen import Screen, at_terminal, hidden_cursor
 
 @contextlib.contextmanager
 def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a progress bar on stderr if that is a terminal; yield what is to be told of progress."""
+    """Show a progress bar on a terminal's stderr; yield a function that takes a name, bytes done, and their total."""
     if screen.quiet or not at_terminal(sys.stderr):
         yield lambda _what, _done, _total: None
         return
@@ -28,7 +28,12 @@ def progress_bar(screen: Screen) -> Iterator[Callable[[str, int, int], None]]:
 
 @contextlib.contextmanager
 def answers_bar(screen: Screen, name: str, done: int, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show on a terminal's stderr how many answers are done, how fast, and the time left; yield what counts more."""
+    """Show on a terminal's stderr the answers done, their speed, and the time left; yield a function that adds to them.
+
+    Args:
+        done: answers of an earlier run.
+        total: None: not known.
+    """
     if screen.quiet or not at_terminal(sys.stderr):
         yield lambda _: None
         return
@@ -41,11 +46,11 @@ def answers_bar(screen: Screen, name: str, done: int, total: int | None) -> Iter
     bar, console = (*columns, TimeRemainingColumn()), Console(stderr=True)
     with hidden_cursor(sys.stderr), Progress(*bar, console=console, transient=True, redirect_stdout=False) as bars:
         task = bars.add_task(name, total=total, completed=done, speed=0.0)
-        mine = 0
+        added = 0  # in this run: the speed is its own
 
         def tell(more: int) -> None:
-            nonlocal mine
-            mine += more
-            bars.update(task, advance=more, speed=mine / max(0.001, time.monotonic() - started))
+            nonlocal added
+            added += more
+            bars.update(task, advance=more, speed=added / max(0.001, time.monotonic() - started))
 
         yield tell

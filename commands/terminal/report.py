@@ -1,4 +1,4 @@
-"""What is said of an answer on stderr: what was chosen, what was dropped, and whether it fits its schema."""
+"""Notes on stderr about an answer: what was chosen for it, what was dropped, whether it fits its schema."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from .screen import Screen
 
 
 def check_answer(answer: Answer, schema: Schema | None, screen: Screen, whose: str = "the answer") -> None:
-    """Say if a model was cut while it was thinking, and refuse an answer that does not fit its schema.
+    """Warn of an answer that was cut while the model was thinking, and refuse one that does not fit its schema.
+
+    Args:
+        whose: how a message names the answer.
 
     Raises:
-        SchemaViolation: what failed, and where.
+        SchemaViolation: the answer does not fit; says where.
     """
     cut = f"{whose} was cut at {answer.output_tokens:,} tokens"
     thinking = answer.finish_reason == "length" and answer.reasoning and not answer.response
@@ -38,7 +41,7 @@ def check_answer(answer: Answer, schema: Schema | None, screen: Screen, whose: s
 
 
 def describe(answer: Answer) -> str:
-    """Sum up an answer in one line for -v."""
+    """Return an answer's figures as one line, for -v."""
     return (
         f"{answer.input_tokens} tokens in ({answer.cached_tokens} cached), {answer.output_tokens} out "
         f"({answer.finish_reason}), first after {answer.first_token_ms:.0f} ms, "
@@ -47,7 +50,7 @@ def describe(answer: Answer) -> str:
 
 
 def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Screen) -> None:
-    """Say with -v what was chosen, and why."""
+    """Say with -v which model, template, device and settings are used, and why; warn if the weights fill the memory."""
     device = (
         "the GPU"
         if model.gpu_layers
@@ -58,7 +61,7 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
     plan = model.plan
     every = model.gpu_layers == len(plan.places)
     layers = "all layers" if every else f"{model.gpu_layers} layers" if model.gpu_layers else "everything"
-    if plan.crawls:
+    if plan.reads_from_disk:
         main = plan.needs[0]
         screen.note(
             f"metaalign-edge: warning: {in_bytes(sum(main))} are needed for {model.file.path.name}, and "
@@ -79,10 +82,10 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
 
 
 def warn(prompt: Prompt, screen: Screen, strict: bool) -> None:
-    """Say what was dropped, and what a tier forges that ids cannot protect.
+    """Warn of turns that were dropped, and of tier text that imitates a template's marker.
 
     Raises:
-        TierViolation: something is forged and `strict` is set.
+        TierViolation: a marker is imitated, and `strict` is set.
     """
     if prompt.answer.truncated:
         screen.note(
@@ -92,7 +95,11 @@ def warn(prompt: Prompt, screen: Screen, strict: bool) -> None:
 
 
 def check_forged(forged: Sequence[str], screen: Screen, strict: bool) -> None:
-    """Warn of, or with `strict` refuse, template markers in a tier's text that are words in this vocabulary."""
+    """Warn of template markers in a tier's text that are not tokens of the model, so that ids cannot tell them apart.
+
+    Raises:
+        TierViolation: there are some, and `strict` is set.
+    """
     if not forged:
         return
     said = f"a tier's text contains {', '.join(forged)}, by which this template marks its turns"
@@ -102,16 +109,16 @@ def check_forged(forged: Sequence[str], screen: Screen, strict: bool) -> None:
 
 
 def shown_strengths(settings: Settings) -> str:
-    """Return the strengths of both tiers as text."""
+    """Return the strengths of both tiers as a text."""
     pref = "auto" if settings.pref_strength == "auto" else f"{settings.pref_strength:g}"
     return f"system {settings.system_strength:g}, pref {pref}"
 
 
-def introduce(transcript: Conversation, model: str, screen: Screen, talking: bool) -> None:
-    """Say which session goes on, and whether another model answered last."""
-    if transcript.path is None:
+def introduce(conversation: Conversation, model: str, screen: Screen, talking: bool) -> None:
+    """Say which session is continued, and if another model answered last in it."""
+    if conversation.path is None:
         return
-    (screen.note if talking else screen.detail)(session_text.describe_session(transcript))
-    before = [str(turn["model"]) for turn in transcript.turns() if turn.get("model")]
+    (screen.note if talking else screen.detail)(session_text.describe_session(conversation))
+    before = [str(turn["model"]) for turn in conversation.turns() if turn.get("model")]
     if before and before[-1] != model:
         screen.note(f"metaalign-edge: note: in this session {before[-1]} answered last; this is {model} (-m chooses)")

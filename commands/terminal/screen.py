@@ -16,7 +16,7 @@ from . import tables
 
 
 def hidden_cursor(stream: TextIO) -> contextlib.AbstractContextManager[None]:
-    """Have the cursor shown again that Rich hides on a terminal, whatever happens."""
+    """Show a terminal's cursor again, which Rich hides, also when a second Ctrl-C ends the process at once."""
     return undone_at_once(lambda: os.write(stream.fileno(), b"\x1b[?25h"))
 
 
@@ -26,22 +26,22 @@ def at_terminal(stream: TextIO | None) -> bool:
 
 
 class Screen:
-    """The two streams, and how much to say on the second."""
+    """stdout and stderr, and how much to print on the second."""
 
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
         self.quiet, self.verbose = quiet, verbose
         self.terminal = at_terminal(sys.stdout)
 
-    def write(self, text: str) -> None:
-        """Write to stdout at once.
+    def write(self, text: str, escapes: bool = False) -> None:
+        """Write to stdout at once. `escapes`: the text has escape sequences for a terminal, made by this program.
 
         Raises:
-            OutputClosed: the reader has gone. CannotWrite: the disk is full, or stdout is closed.
+            OutputClosed: the pipe's reader has ended. CannotWrite: the disk is full, or stdout is closed.
         """
         if sys.stdout is None:
             raise CannotWrite("stdout is closed: redirect it to a file or to /dev/null")
         try:
-            sys.stdout.write(text.translate(CONTROLS) if self.terminal else text)
+            sys.stdout.write(text.translate(CONTROLS) if self.terminal and not escapes else text)
             sys.stdout.flush()
         except BrokenPipeError:
             raise OutputClosed from None
@@ -53,7 +53,7 @@ class Screen:
         self.write(json.dumps(document, ensure_ascii=False, indent=2 if self.terminal else None) + "\n")
 
     def lay_out(self, heads: list[str], rows: list[list[str]]) -> list[str]:
-        """Return the lines of a table: drawn on a terminal, else with the columns aligned."""
+        """Return the lines of a table: drawn on a terminal, elsewhere with aligned columns."""
         return (tables.rich_table if self.terminal else tables.aligned)(heads, rows)
 
     def lines(self, lines: Iterable[str]) -> None:
@@ -61,17 +61,17 @@ class Screen:
         self.write("".join(f"{line}\n" for line in lines))
 
     def note(self, text: str) -> None:
-        """Say something on stderr, unless -q."""
+        """Print a line on stderr, unless -q."""
         if not self.quiet:
             say(text)
 
     def detail(self, text: str) -> None:
-        """Say something on stderr with -v only."""
+        """Print a line on stderr with -v only."""
         if self.verbose:
             say(text)
 
 
-class Aside:
+class ReasoningPrinter:
     """A model's reasoning on stderr: dim on a terminal, plain elsewhere and with -v only, never with -q."""
 
     def __init__(self, screen: Screen) -> None:
@@ -81,7 +81,7 @@ class Aside:
         self._shown = (terminal or screen.verbose) and not screen.quiet
 
     def write(self, text: str) -> None:
-        """Show a piece of it."""
+        """Print a piece of reasoning."""
         if self._shown:
             with contextlib.suppress(OSError):
                 sys.stderr.write(f"{self._dim}{text.translate(CONTROLS)}{self._usual}")

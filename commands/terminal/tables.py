@@ -1,4 +1,4 @@
-"""Tables: drawn on a terminal, elsewhere with the columns aligned."""
+"""Tables: drawn on a terminal, elsewhere with aligned columns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 
 
 def aligned(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Return lines with the columns aligned: the first and the last to the left, figures to the right."""
+    """Return a table's lines with aligned columns: the first and the last to the left, those between to the right."""
     cells = [heads, *rows]
     widths = [max(len(row[place]) for row in cells if len(row) > place + 1) for place in range(len(heads) - 1)]
     lines = []
@@ -18,9 +18,9 @@ def aligned(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def rich_table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the lines of a table for this terminal, without colours; the last column only if it has room.
+    """Return a table's lines for this terminal, without colours.
 
-    Where there is none for a table, its columns are only aligned.
+    Where the terminal is too narrow, the last column is left out; where it is narrower still, columns are aligned only.
     """
     from rich import box
     from rich.console import Console

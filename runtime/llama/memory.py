@@ -219,7 +219,7 @@ class Plan:
         """Return what main memory has to hold, then each device that is used."""
         return self.footprint.needs(self.places, self.context, self.sequences)
 
-    def tight(self, roomy: bool = False, whole: bool = False) -> list[int]:
+    def over_budget(self, roomy: bool = False, whole: bool = False) -> list[int]:
         """List the places that cannot hold their part, or with `roomy` not with some room to spare.
 
         Weights in main memory count with `whole` only: what of the file does not stay there is read again.
@@ -233,7 +233,7 @@ class Plan:
         return found
 
     @property
-    def crawls(self) -> bool:
+    def reads_from_disk(self) -> bool:
         """Tell whether main memory cannot keep the weights besides: they are read from the disk for every token."""
         return sum(self.needs[0]) > self.free[0]
 
@@ -242,7 +242,7 @@ class Plan:
         contexts = range(CELLS, most + CELLS, CELLS)
         return min(most, self._last(contexts, lambda context: replace(self, context=context)))
 
-    def together(self) -> int:
+    def largest_parallel(self) -> int:
         """Return how many answers at a time fit with some room to spare, if not all of them; 0 if none does."""
         answers = range(1, self.sequences // self.lanes)
         return self._last(answers, lambda count: replace(self, sequences=count * self.lanes))
@@ -251,11 +251,11 @@ class Plan:
     def _last(counts: range, planned: Callable[[int], Plan]) -> int:
         """Return the largest count whose plan fits, if possible beside the weights; 0 if none does."""
 
-        def tight(whole: bool, count: int) -> bool:
-            return bool(planned(count).tight(roomy=True, whole=whole))
+        def too_large(whole: bool, count: int) -> bool:
+            return bool(planned(count).over_budget(roomy=True, whole=whole))
 
         for whole in (True, False):
-            if fits := bisect.bisect_left(counts, True, key=functools.partial(tight, whole)):
+            if fits := bisect.bisect_left(counts, True, key=functools.partial(too_large, whole)):
                 return counts[fits - 1]
         return 0
 
@@ -265,12 +265,12 @@ class Plan:
         Raises:
             LoadError: with the numbers, and what would fit.
         """
-        for place in self.tight()[:1]:
+        for place in self.over_budget()[:1]:
             need, where = self.needs[place], f" on {self.names[place - 1]}" if place else ""
             weights = f"{in_bytes(need.weights)} of weights, " if place and not self.loaded else ""
             takes = f"{weights}{in_bytes(need.cache)} of cache and {in_bytes(need.compute)} to compute in"
             ways = [f"-c {fits}"] if (fits := self.largest(self.context)) else []
-            ways += [f"--parallel {fits}"] if (fits := self.together()) else []
+            ways += [f"--parallel {fits}"] if (fits := self.largest_parallel()) else []
             ways += ["-ngl auto"] if weights else []
             advice = f"{' or '.join(ways)} would fit" if ways else "take a smaller model, or end other programs"
             free = f"{in_bytes(self.free[place])} are free{where}"
@@ -308,7 +308,7 @@ def make_plan(
     if wish != "auto":
         return laid_out(layers if wish == "all" else int(wish))
     plans = (laid_out(offloaded) for offloaded in range(layers if devices else 0, 0, -1))
-    return next((plan for plan in plans if not any(plan.tight(roomy=True))), laid_out(0))
+    return next((plan for plan in plans if not any(plan.over_budget(roomy=True))), laid_out(0))
 
 
 def usable(devices: Sequence[Device]) -> list[Device]:
