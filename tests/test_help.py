@@ -1,4 +1,4 @@
-"""`help`: the README's sections are the topics, and what they say of exit codes and variables is so."""
+"""`help`: the pages of docs/ are the topics, and what they say of exit codes and variables is so."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from metaalign_edge_commands import program
 from metaalign_edge_runtime.errors import EdgeError
 from metaalign_edge_runtime.stores import docs
 
-README = (Path(edge.__file__).with_name("README.md")).read_text(encoding="utf-8")
+DOCS = Path(edge.__file__).with_name("docs")
 ROOT = Path(edge.__file__).resolve().parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -48,18 +48,23 @@ def test_without_a_topic_the_topics_are_listed(capfd: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("topic", docs.topics())
-def test_a_topic_is_a_whole_section_of_the_readme(topic: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_topic_is_a_whole_page(topic: str, capfd: pytest.CaptureFixture[str]) -> None:
+    page = (DOCS / f"{topic}.md").read_text(encoding="utf-8")
     heading, _, text = said(capfd, "help", topic).partition("\n\n")
-    assert f"# {heading}\n" in README and len(text) > 100 and text.endswith("\n")
-    assert text.count("```") % 2 == 0  # a comment in a script is no heading
+    assert page.startswith(f"# {heading}\n") and len(text) > 100 and text.endswith("\n")
+    assert text.count("```") % 2 == 0
     assert "<!--" not in text and "<sub>" not in text
-    assert all(line in README or "_" in line for line in text.splitlines() if "l1" not in line and "l0" not in line)
+    assert {line for line in text.splitlines() if " (" not in line} <= set(page.splitlines())
+    assert len(text.splitlines()) == len(re.sub(r"<!--.*-->\n", "", page).splitlines()) - 2
 
 
-def test_a_section_has_its_subsections_and_ends_where_the_next_begins() -> None:
-    scripts, codes = docs.topics()["scripts"][1], docs.topics()["exit-codes"][1]
-    assert codes in scripts and "### Environment" in scripts and "## A strength" not in scripts
+def test_a_link_to_another_page_names_its_topic() -> None:
+    scripts, codes = docs.topics()["scripts"].text, docs.topics()["exit-codes"].text
+    assert "(help exit-codes)" in scripts and "(help environment)" in scripts and codes not in scripts
     assert "interrupted" in codes and "METAALIGN_EDGE" not in codes
+    for topic in docs.topics().values():
+        assert ".md)" not in topic.text.replace("README.md)", "")
+        assert set(re.findall(r"\(help ([\w-]+)\)", topic.text)) <= docs.topics().keys()
 
 
 def test_a_command_is_explained_by_its_help(capfd: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +102,7 @@ def test_at_a_narrow_terminal_a_topic_is_laid_out_for_it() -> None:
 
 
 def test_the_exit_codes_are_those_of_the_errors() -> None:
-    listed = [int(code) for code in re.findall(r"^\| (\d+) \|", docs.topics()["exit-codes"][1], re.MULTILINE)]
+    listed = [int(code) for code in re.findall(r"^\| (\d+) \|", docs.topics()["exit-codes"].text, re.MULTILINE)]
     assert listed == sorted({0, EdgeError.exit_code, *(kind.exit_code for kind in EdgeError.__subclasses__())})
 
 
@@ -108,7 +113,8 @@ def options(command: Any) -> Iterator[Any]:
 
 
 def test_the_variables_are_those_of_the_options_and_called_like_them() -> None:
-    listed = re.findall(r"`([A-Z_]+)`", docs.topics()["environment"][1].replace("`METAALIGN_EDGE_`", ""))
+    rows = re.findall(r"^\| (.+?) \|", docs.topics()["environment"].text, re.MULTILINE)
+    listed = re.findall(r"`([A-Z_]+)`", " ".join(rows))
     read = set(
         re.findall(
             r'environ\.get\("METAALIGN_EDGE_([A-Z]+)"\)',
