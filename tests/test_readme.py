@@ -115,7 +115,7 @@ def test_the_picture_shows_a_dialog_that_happens() -> None:
     system, pref, query, answer = re.findall(
         r"(?:System Info|User Info|User Query|Response) +(\S.*?)(?: *│|$)", picture, re.MULTILINE
     )
-    assert happens(f'metaalign-edge chat --temp 0 --system "{system}" --pref "{pref}" "{query}"') == answer + "\n"
+    assert happens(f'metaalign-edge chat --system "{system}" --pref "{pref}" "{query}"') == answer + "\n"
 
 
 # -- links ------------------------------------------------------------------------------------------------------------
