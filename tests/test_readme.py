@@ -196,7 +196,7 @@ def first_line(command: Any) -> str:
 
 def usage(name: str, command: Any) -> str:
     """Return a command as it is called: with the arguments that it takes."""
-    arguments = [one for one in command.params if one.param_type_name == "argument"]
+    arguments = [one for one in command.params if one.param_type_name == "argument" and not one.hidden]
     return " ".join([name, *(one.make_metavar(None) for one in arguments)]).replace("|", "\\|")
 
 

@@ -100,6 +100,7 @@ def test_the_wheel_brings_its_help_and_its_completion(installed: Path, tmp_path:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
 
     assert said("help", "exit-codes").startswith("Exit codes\n\n| exit code | means |")
+    assert said("help").count("\n") == len([*(ROOT / "docs").glob("*.md")])
     assert said("completion", "fish").startswith("# Completion of metaalign-edge in fish")
 
 
