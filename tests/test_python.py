@@ -25,6 +25,7 @@ from metaalign_edge_runtime.stores import profiles
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "python.md").read_text()
+FRONT = (ROOT / "README.md").read_text()
 
 
 EXAMPLES = [example for example in doctest.DocTestFinder().find(edge) if example.examples]
@@ -40,8 +41,9 @@ def test_every_public_function_has_such_an_example() -> None:
     assert shown == {"Dialog", "Model.open", "generate", "stream", "compare"}
 
 
-def test_the_program_that_is_shown_runs() -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+@pytest.mark.parametrize("page", [PAGE, FRONT], ids=["docs/python.md", "README.md"])
+def test_the_program_that_is_shown_runs(page: str) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (said.returncode, said.stderr) == (0, "")
     assert "".join(re.findall(r"^ *# (.*\n)", program, re.MULTILINE)) == said.stdout
