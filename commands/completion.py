@@ -40,6 +40,12 @@ def template_values() -> dict[str, str]:
     return {"auto": "the model's own", **dict.fromkeys(edge.shipped_templates(), "")}
 
 
+def topic_values() -> dict[str, str]:
+    """Return what `help` explains: the topics with their headings, then the commands."""
+    headings = {name: topic.heading for name, topic in docs.topics().items()}
+    return {**dict.fromkeys(program.commands, "a command"), **headings}
+
+
 SHELLS = {"bash": "bash", "zsh": "zsh", "fish": "fish", "powershell": "ps1"}  # the suffixes of their scripts
 # What can be a parameter's value, with a description, by the parameter's name or "COMMAND NAME". Other parameters get
 # no suggestions from here: the shell completes files.
@@ -60,7 +66,7 @@ VALUES: dict[str, Callable[[], dict[str, str]]] = {
     "gpu_layers": lambda: {"auto": "as many as there is room for", "all": ""},
     "pref_strength": lambda: {"auto": "as hard as the preference changes each token"},
     "ifeval_tier": lambda: {"system": "", "user": "", "query": "as published"},
-    "topic": lambda: {name: heading for name, (heading, _) in docs.topics().items()},
+    "topic": topic_values,
     "shell": lambda: dict.fromkeys(SHELLS, ""),
 }
 
@@ -114,9 +120,10 @@ def values_of(group: str, parameter: Any, word: str) -> list[tuple[str, str]]:
 
 
 def completion(
-    shell: Annotated[str, typer.Argument(help=f"{', '.join(SHELLS)}.", show_default=False)],
+    shell: Annotated[str, typer.Argument(metavar="SHELL", help=f"{', '.join(SHELLS)}.", show_default=False)],
     words: Annotated[
-        list[str] | None, typer.Argument(help="For the script: the line so far, whose last word is completed.")
+        list[str] | None,
+        typer.Argument(help="For the script: the line so far, whose last word is completed.", hidden=True),
     ] = None,
 ) -> None:
     """Print a script with which a shell completes commands, options, profiles, models and templates.

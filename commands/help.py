@@ -10,6 +10,7 @@ from metaalign_edge_runtime.errors import UsageError, nearest
 from metaalign_edge_runtime.stores import docs
 
 from . import program
+from .terminal import pager
 from .terminal.screen import Screen
 
 
@@ -19,6 +20,8 @@ def help(
     ] = None,
 ) -> None:
     """Explain a topic or a command; without one, list the topics.
+
+    At a terminal, what is longer than the screen is shown through $PAGER, else less.
 
     Examples:
 
@@ -36,10 +39,7 @@ def help(
     elif first in known and not more:
         heading, text = known[first]
         if screen.terminal:
-            from rich.console import Console
-            from rich.markdown import Markdown
-
-            Console().print(Markdown(f"# {heading}\n\n{text}"))
+            pager.show_page(f"# {heading}\n\n{text}")
         else:
             screen.write(f"{heading}\n\n{text}\n")
     elif first in commands:

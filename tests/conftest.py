@@ -20,7 +20,15 @@ import metaalign_edge as edge
 from metaalign_edge_runtime.llama import library
 from metaalign_edge_runtime.stores import models
 
-TASTES = ("EDITOR", "VISUAL", "NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS")  # typer takes the last for a terminal
+TASTES = (
+    "EDITOR",
+    "VISUAL",
+    "PAGER",
+    "LESS",
+    "NO_COLOR",
+    "FORCE_COLOR",
+    "GITHUB_ACTIONS",
+)  # typer takes the last for one
 for name in list(os.environ):  # of the machine's user; libraries read some of them once, when they are imported
     if name in TASTES or (name.startswith(("METAALIGN_EDGE_", "HF_")) and not name.endswith("_REFERENCE")):
         del os.environ[name]

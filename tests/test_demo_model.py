@@ -1,4 +1,4 @@
-"""The embedded model does what the README says of it, through the toolkit and through llama-cpp-python's own chat."""
+"""The embedded model does what the README and docs/ say of it, through the toolkit and through llama-cpp-python's own chat."""
 
 from __future__ import annotations
 

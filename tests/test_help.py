@@ -1,9 +1,10 @@
-"""`help`: the README's sections are the topics, and what they say of exit codes and variables is so."""
+"""`help`: the pages of docs/ are the topics, and what they say of exit codes and variables is so."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from terminal import Terminal
+from terminal import Emulator, Terminal
 
 import metaalign_edge as edge
 from metaalign_edge_commands import program
 from metaalign_edge_runtime.errors import EdgeError
 from metaalign_edge_runtime.stores import docs
 
-README = (Path(edge.__file__).with_name("README.md")).read_text(encoding="utf-8")
+DOCS = Path(edge.__file__).with_name("docs")
 ROOT = Path(edge.__file__).resolve().parent
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -48,18 +49,23 @@ def test_without_a_topic_the_topics_are_listed(capfd: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("topic", docs.topics())
-def test_a_topic_is_a_whole_section_of_the_readme(topic: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_topic_is_a_whole_page(topic: str, capfd: pytest.CaptureFixture[str]) -> None:
+    page = (DOCS / f"{topic}.md").read_text(encoding="utf-8")
     heading, _, text = said(capfd, "help", topic).partition("\n\n")
-    assert f"# {heading}\n" in README and len(text) > 100 and text.endswith("\n")
-    assert text.count("```") % 2 == 0  # a comment in a script is no heading
+    assert page.startswith(f"# {heading}\n") and len(text) > 100 and text.endswith("\n")
+    assert text.count("```") % 2 == 0
     assert "<!--" not in text and "<sub>" not in text
-    assert all(line in README or "_" in line for line in text.splitlines() if "l1" not in line and "l0" not in line)
+    assert {line for line in text.splitlines() if " (" not in line} <= set(page.splitlines())
+    assert len(text.splitlines()) == len(re.sub(r"<!--.*-->\n", "", page).splitlines()) - 2
 
 
-def test_a_section_has_its_subsections_and_ends_where_the_next_begins() -> None:
-    scripts, codes = docs.topics()["scripts"][1], docs.topics()["exit-codes"][1]
-    assert codes in scripts and "### Environment" in scripts and "## A strength" not in scripts
+def test_a_link_to_another_page_names_its_topic() -> None:
+    scripts, codes = docs.topics()["scripts"].text, docs.topics()["exit-codes"].text
+    assert "(help exit-codes)" in scripts and "(help environment)" in scripts and codes not in scripts
     assert "interrupted" in codes and "METAALIGN_EDGE" not in codes
+    for topic in docs.topics().values():
+        assert ".md)" not in topic.text.replace("README.md)", "")
+        assert set(re.findall(r"\(help ([\w-]+)\)", topic.text)) <= docs.topics().keys()
 
 
 def test_a_command_is_explained_by_its_help(capfd: pytest.CaptureFixture[str]) -> None:
@@ -96,8 +102,15 @@ def test_at_a_narrow_terminal_a_topic_is_laid_out_for_it() -> None:
     assert terminal.leave() == 0
 
 
+def test_at_a_narrow_terminal_a_table_keeps_its_figures() -> None:
+    terminal = Terminal("help", "strength", columns=40)
+    text = terminal.rest()
+    assert "…" not in text and {"58.7", "62.9", "(54–64", "(57–69"} <= set(text.split())
+    assert max(map(len, text.splitlines())) <= 40 and terminal.leave() == 0
+
+
 def test_the_exit_codes_are_those_of_the_errors() -> None:
-    listed = [int(code) for code in re.findall(r"^\| (\d+) \|", docs.topics()["exit-codes"][1], re.MULTILINE)]
+    listed = [int(code) for code in re.findall(r"^\| (\d+) \|", docs.topics()["exit-codes"].text, re.MULTILINE)]
     assert listed == sorted({0, EdgeError.exit_code, *(kind.exit_code for kind in EdgeError.__subclasses__())})
 
 
@@ -108,7 +121,8 @@ def options(command: Any) -> Iterator[Any]:
 
 
 def test_the_variables_are_those_of_the_options_and_called_like_them() -> None:
-    listed = re.findall(r"`([A-Z_]+)`", docs.topics()["environment"][1].replace("`METAALIGN_EDGE_`", ""))
+    rows = re.findall(r"^\| (.+?) \|", docs.topics()["environment"].text, re.MULTILINE)
+    listed = re.findall(r"`([A-Z_]+)`", " ".join(rows))
     read = set(
         re.findall(
             r'environ\.get\("METAALIGN_EDGE_([A-Z]+)"\)',
@@ -131,3 +145,67 @@ def test_help_imports_nothing_heavy(run: Run) -> None:
 
     heavy = {"llama_cpp", "jinja2", "numpy", "huggingface_hub", "metaalign_edge_convert", "rich.markdown"}
     assert not imported_by("help", "exit-codes") & heavy
+
+
+# -- a page at a time --------------------------------------------------------------------------------------------------
+
+LONG, SHORT = "many", "completion"  # of the terminal's 40 lines, more and fewer
+MARKED = "sed 's/^/paged: /'"
+
+
+def paged(topic: str, kind: str = "xterm-256color") -> str:
+    """Return what a terminal gets of a topic, without an error."""
+    terminal = Terminal("help", topic, kind=kind)
+    text = terminal.rest()
+    assert terminal.leave() == 0 and not re.search("metaalign-edge: |Traceback|not found", text)
+    return text
+
+
+def test_a_page_that_is_longer_than_the_screen_goes_through_the_pager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGER", MARKED)
+    text = paged(LONG)
+    assert all(line.startswith("paged: ") for line in text.splitlines()) and "exit code is 1" in text
+    assert "\x1b" not in text  # who knows what this pager makes of it?
+    assert "paged: " not in paged(SHORT) and "\x1b" in paged(SHORT)
+    assert "paged: " not in paged(LONG, kind="dumb")
+
+
+@pytest.mark.parametrize("pager", ["", "cat", "no-such-pager", "'", "sh -c 'exit 127'"])
+def test_without_a_pager_that_starts_a_page_is_printed(pager: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGER", pager)
+    assert "Many answers at once" in (text := paged(LONG)) and "exit code is 1" in text
+
+
+def test_a_pager_may_be_left_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGER", "head -1")
+    assert paged(LONG).strip() == "Many answers at once"
+
+
+def test_ctrl_c_is_the_pagers(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from signal import *; import sys; signal(SIGINT, SIG_DFL); sys.stdin.read(); print('all read', flush=True); pause()"
+    monkeypatch.setenv("PAGER", f'{sys.executable} -c "{code}"')
+    terminal = Terminal("help", LONG, kind="xterm-256color")
+    terminal.until("all read")
+    terminal.type("\x03")
+    assert terminal.rest(20).replace("^C", "").strip() == "" and terminal.leave() == 0
+
+
+@pytest.mark.skipif(shutil.which("less") is None, reason="there is no less here")
+@pytest.mark.parametrize("options", [None, "-i", "-P a prompt of mine"])
+def test_less_shows_styles_and_is_left_with_q(options: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if options is not None:
+        monkeypatch.setenv("LESS", options)
+    screen = Emulator("help", LONG, columns=60, lines=20)
+    screen.until("One question, several preferences")
+    screen.type("/batch answers\n")
+    text = screen.until("several at a time")
+    assert "ESC" not in text and "[1m" not in text
+    screen.type("q")
+    screen.rest()
+    assert screen.leave() == 0
+
+
+def test_a_pipe_has_no_pager(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGER", MARKED)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert run("help", LONG).stdout.startswith("Many answers at once\n\nOne question")

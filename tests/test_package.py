@@ -16,6 +16,7 @@ from metaalign_edge_commands import program
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 HEAVY = {"llama_cpp", "llama_cpp.llama", "numpy", "huggingface_hub", "torch", "gguf", "metaalign_edge_convert"}
+PAGES = README + "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -61,7 +62,7 @@ def test_every_command_has_help_an_example_and_a_place_in_the_readme(command: st
     assert f"`{command}" in README
 
 
-def test_every_option_of_the_readme_exists_and_every_template_stands_there() -> None:
+def test_every_option_that_is_shown_exists_and_every_template_stands_there() -> None:
     known = {
         name
         for group in commands().values()
@@ -71,12 +72,12 @@ def test_every_option_of_the_readme_exists_and_every_template_stands_there() -> 
     }
     known |= {"--help", "--version"}
     shown = re.sub(
-        r"```bash\n.*?```", lambda block: "\n".join(re.findall(r"metaalign-edge .*", block[0])), README, flags=re.DOTALL
+        r"```bash\n.*?```", lambda block: "\n".join(re.findall(r"metaalign-edge .*", block[0])), PAGES, flags=re.DOTALL
     )
     shown = re.sub(r"`python -m metaalign_edge_tune[^`]*`", "", shown)
     for option in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", shown)):
         assert option in known, option
-    assert all(f"`{name}`" in README for name in edge.shipped_templates())
+    assert all(f"`{name}`" in PAGES for name in edge.shipped_templates())
 
 
 def test_the_version_is_one(run: Run) -> None:

@@ -24,7 +24,8 @@ from metaalign_edge_runtime.errors import ContextOverflow, EdgeError, NotFound, 
 from metaalign_edge_runtime.stores import profiles
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "python.md").read_text()
+FRONT = (ROOT / "README.md").read_text()
 
 
 EXAMPLES = [example for example in doctest.DocTestFinder().find(edge) if example.examples]
@@ -40,8 +41,9 @@ def test_every_public_function_has_such_an_example() -> None:
     assert shown == {"Dialog", "Model.open", "generate", "stream", "compare"}
 
 
-def test_the_readme_s_program_runs() -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("page", [PAGE, FRONT], ids=["docs/python.md", "README.md"])
+def test_the_program_that_is_shown_runs(page: str) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (said.returncode, said.stderr) == (0, "")
     assert "".join(re.findall(r"^ *# (.*\n)", program, re.MULTILINE)) == said.stdout
@@ -231,12 +233,11 @@ def test_a_program_hears_nothing_and_finds_nothing_on_its_disk(
     assert not (tmp_path / "home").exists()
 
 
-def test_the_public_names_are_typed_and_stand_in_the_readme() -> None:
+def test_the_public_names_are_typed_and_stand_on_the_page() -> None:
     stub = ast.parse((ROOT / "stubs" / "__init__.pyi").read_text())
     defined = {node.name for node in stub.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     assert set(edge.__all__) == defined - {"Options"}
-    section = README.partition("\n## In Python\n")[2].partition("\n## ")[0]
-    assert all(f"`{name}`" in section for name in edge.__all__)
+    assert all(f"`{name}`" in PAGE for name in edge.__all__)
 
 
 def test_an_interrupted_call_does_not_interrupt_the_next_one(demo: Path) -> None:

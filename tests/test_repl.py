@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import stat
 import subprocess
@@ -17,8 +16,6 @@ from terminal import Emulator, Terminal
 from metaalign_edge_commands.terminal import repl_commands
 from metaalign_edge_runtime.stores import files, profiles
 from metaalign_edge_runtime.stores.sessions import Conversation, session_path
-
-README = Path(__file__).resolve().parent.parent / "README.md"
 
 
 def test_the_conversation_at_a_terminal(tiny: Path) -> None:
@@ -357,21 +354,6 @@ def test_only_a_conversation_pays_for_the_line_editor(tiny: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     loaded = set(result.stdout.splitlines()[-1].split())
     assert "metaalign_edge" in loaded and not loaded & {"prompt_toolkit", "readline", "rich.markdown"}
-
-
-def test_the_conversation_of_the_readme_happens() -> None:
-    (block,) = re.findall(r"```text\n\$ metaalign-edge (chat .*?)\n(.*?)```", README.read_text(), re.DOTALL)
-    terminal = Terminal(*block[0].split(), columns=200)
-    wanted = re.split(r"^(\[@\w+\] >) ?", block[1], flags=re.MULTILINE)
-    assert terminal.until(" > ") == wanted[0] + wanted[1].removesuffix(" >")
-    for prompt, text in zip(wanted[3::2], wanted[2::2], strict=False):
-        line, _, answer = text.partition("\n")
-        terminal.type(line + "\n")
-        assert terminal.until(prompt + " ") == f"{line}\n{answer}"
-    terminal.type("\x04")
-    assert terminal.leave() == 0
-    kinds = [json.loads(line)["kind"] for line in session_path("garden").read_text().splitlines()]
-    assert kinds == ["session", "meta_prompt", "turn", "meta_prompt", "turn"]
 
 
 TAKEN = {

@@ -1,30 +1,30 @@
-"""The topics that `help` explains."""
+"""The topics of `help`: a page of docs/ each, in Markdown."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from typing import NamedTuple
 
-from ..errors import NotFound
+from . import files
 
 
-def topics() -> dict[str, tuple[str, str]]:
-    """Return the heading and the text of each topic: the README's sections that say so.
+class Topic(NamedTuple):
+    """A page: its heading, and the text below it, in Markdown."""
 
-    Raises:
-        NotFound: the README is neither beside this file nor in what is installed.
-    """
-    import importlib.metadata
+    heading: str
+    text: str
 
-    path = Path(__file__).resolve().parents[2] / "README.md"
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else None
-        text = text or importlib.metadata.distribution("metaalign-edge").read_text("METADATA") or ""
-    except (OSError, importlib.metadata.PackageNotFoundError):
-        raise NotFound("the README is not installed: read it where this program comes from") from None
-    found = {}
-    for name, level, heading in re.findall(r"^<!-- topic: (.+) -->\n(#+) (.+)$", text, re.MULTILINE):
-        section = text.partition(f"\n{level} {heading}\n")[2]
-        section = re.split(rf"^#{{1,{len(level)}}} ", section, maxsplit=1, flags=re.MULTILINE)[0]
-        found[name] = heading, re.sub(r"<!--.*?-->\n|</?sub>", "", section).strip("\n")
-    return found
+
+def topics() -> dict[str, Topic]:
+    """Return the topics by name, in alphabetical order."""
+    pages = sorted(files.part_folder("docs").glob("*.md"))
+    return {page.stem: read_page(page.read_text(encoding="utf-8")) for page in pages}
+
+
+def read_page(page: str) -> Topic:
+    """Return a page as `help` shows it: a link to another page names its topic, one to a file that file's path."""
+    heading, _, text = page.partition("\n")
+    text = re.sub(r"<!--.*?-->\n", "", text)
+    text = re.sub(r"\[([^]]+)\]\(([\w-]+)\.md\)", r"\1 (help \2)", text)
+    text = re.sub(r"\[([^]]+)\]\((?:\.\./)+([^)]+)\)", r"\1 (\2)", text)
+    return Topic(heading.removeprefix("# "), text.strip("\n"))

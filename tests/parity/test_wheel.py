@@ -100,6 +100,7 @@ def test_the_wheel_brings_its_help_and_its_completion(installed: Path, tmp_path:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
 
     assert said("help", "exit-codes").startswith("Exit codes\n\n| exit code | means |")
+    assert said("help").count("\n") == len([*(ROOT / "docs").glob("*.md")])
     assert said("completion", "fish").startswith("# Completion of metaalign-edge in fish")
 
 
@@ -112,7 +113,7 @@ def test_the_wheel_holds_every_file_of_its_parts(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert {"runtime", "templates", "convert", "preferences", "commands", "models", "tune"} <= folders
+    assert {"runtime", "templates", "convert", "preferences", "commands", "models", "tune", "docs"} <= folders
     wanted = {"metaalign_edge.py", "metaalign_edge-stubs/__init__.pyi"}
     wanted |= {f"metaalign_edge_{path}" for path in tracked if path.split("/")[0] in folders}
     ours = {name for name in names if ".dist-info/" not in name}
@@ -132,7 +133,7 @@ def test_the_wheel_is_typed_for_a_strict_program(installed: Path, tmp_path: Path
         command = [str(installed / "python"), "-m", "mypy", "--strict", *arguments, "program.py"]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
 
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
     assert "no issues found" in checked(program)
     wrong = "from metaalign_edge import Model, generate\nwith Model.open() as model:\n    generate(model, 3, seed='x').respons\n"
     assert set(re.findall(r"\[([a-z-]+)\]", checked(wrong))) == {"arg-type", "attr-defined"}
@@ -148,7 +149,7 @@ def test_the_types_are_those_of_the_file(installed: Path, tmp_path: Path) -> Non
 def test_a_machine_without_a_network_installs_from_a_folder(checkout: Path, tmp_path: Path) -> None:
     """llama-cpp-python is not compiled again where pip has kept what it built for this environment."""
     commands = [
-        re.findall(rf"<!-- {name} -->\n```bash\n([^\n]+)\n```", (ROOT / "README.md").read_text())[0]
+        re.findall(rf"<!-- {name} -->\n```bash\n([^\n]+)\n```", (ROOT / "docs" / "offline.md").read_text())[0]
         for name in ("wheels", "offline")
     ]
     gather = commands[0].replace("pip", f"{sys.executable} -m pip", 1).replace("wheels .", f"{tmp_path}/wheels .")

@@ -1,0 +1,1 @@
+"""What `metaalign-edge help TOPIC` prints: a page a topic, in Markdown."""
