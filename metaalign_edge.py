@@ -1152,10 +1152,10 @@ class Engine(Closing):
 
     def cut(self, sequence: SequenceState, length: int) -> int:
         """Drop a sequence's tokens behind `length`, or all where its state cannot be cut; return what length stays."""
-        forget, memory = self._llama.llama_memory_seq_rm, self._memory
+        forget, cache = self._llama.llama_memory_seq_rm, self._memory
         lost = length < len(sequence.tokens) and not self._is_whole(sequence)
-        if lost or not forget(memory, sequence.id, length, -1):
-            forget(memory, sequence.id, -1, -1)
+        if lost or not forget(cache, sequence.id, length, -1):
+            forget(cache, sequence.id, -1, -1)
             length = 0
         del sequence.tokens[length:]
         return length
@@ -2477,14 +2477,14 @@ def main() -> None:
     It ends at once: Python's own clean-up of modules would take longer, and frees nothing that the system does not.
     """
     library.is_program = True  # not a host's process
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for file in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(file, io.TextIOWrapper):
             encoding = "utf-8" if os.name == "nt" else None  # a pipe there would have the code page of old
-            stream.reconfigure(encoding=encoding, errors="replace")  # no terminal lacks so much as to lose an answer
+            file.reconfigure(encoding=encoding, errors="replace")  # no terminal lacks so much as to lose an answer
     status = run()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for file in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+            file.flush()
     os._exit(status)
 
 

@@ -11,9 +11,6 @@ from typing import Annotated
 import typer
 
 import metaalign_edge as edge
-from metaalign_edge import Model, Scheduler
-from metaalign_edge_runtime.errors import EdgeError
-from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.stores import files
 
 from .batches.rows import open_rows, read_rows
@@ -34,6 +31,7 @@ from .options.groups import (
     kept_states,
     option,
 )
+from .options.loading import open_slots
 from .terminal import report
 from .terminal.progress import answers_bar
 from .terminal.screen import Screen
@@ -92,20 +90,16 @@ def batch(
         work = Batch(read_rows(lines, defaults, settings.seed, unknown), ledger, screen, name, settings.schema)
         requests = work.requests(WINDOW * parallel)
         if first := next(requests, None):  # otherwise no model has to be loaded
-            with Interrupt() as interrupt, Model(file, settings, interrupt, plan) as model:
-                report.explain(model, chosen, settings, screen)
-                size, states = edge.least_context(file, settings), kept_states(no_cache, fills=False)
-                bar = Screen(quiet=True) if ledger is None and screen.terminal else screen  # the rows show progress
-                with (
-                    Scheduler(model, chosen, settings, options, interrupt, parallel, size, states) as scheduler,
-                    answers_bar(bar, file.path.name, 0, None) as tell,
-                ):
-                    warn = functools.partial(report.warn, screen=screen, strict=rendered.strict_tiers)
-                    work.answer(scheduler, itertools.chain([first], requests), warn, tell)
+            states = kept_states(no_cache, fills=False)
+            bar = Screen(quiet=True) if ledger is None and screen.terminal else screen  # the rows show progress
+            with (
+                open_slots(file, chosen, settings, options, plan, parallel, screen, states) as scheduler,
+                answers_bar(bar, file.path.name, 0, None) as tell,
+            ):
+                warn = functools.partial(report.warn, screen=screen, strict=rendered.strict_tiers)
+                work.answer(scheduler, itertools.chain([first], requests), warn, tell)
         if unknown:
             screen.note(f"metaalign-edge: warning: fields that mean nothing here: {', '.join(sorted(unknown))}")
         if ledger:
             ledger.finish(work.total)
-    screen.note(f"{work.total:,} rows: {work.answered:,} answered, {work.before:,} before, {work.failed:,} failed")
-    if work.failed:
-        raise EdgeError(f"{work.failed:,} of {work.total:,} rows failed; the others are complete")
+    work.sum_up()

@@ -10,7 +10,6 @@ import metaalign_edge as edge
 from metaalign_edge import RenderOptions
 from metaalign_edge_preferences.answers import Answers
 from metaalign_edge_preferences.findings import Findings, Suite, Sweep, find_suite
-from metaalign_edge_runtime.llama.interrupt import Interrupt
 
 from .measure import adherence, outputs
 from .measure.adherence import Choice
@@ -127,13 +126,12 @@ def eval(
 
         metaalign-edge eval -m model-Q4_K_M.gguf --against model-F16.gguf --report report.html
     """
-    screen, options, interrupt = talk.screen(), RenderOptions(remind, think), Interrupt()
+    screen, options = talk.screen(), RenderOptions(remind, think)
     settings = strengths.added(loaded.settings())
     settings = replace(settings, max_tokens=max_tokens, temperature=temp, seed=suite.seed, verbose=talk.verbose)
     outputs.check_outputs(written.report, written.chart)
     grid = None if strength is None else adherence.read_grid(strength)
     choices = adherence.choose_models(Choice(loaded.model, template, settings), grid, *second)
-
     models = []  # all of them are found before the suite is composed
     for choice in choices:
         file = loaded._replace(model=choice.model).file(screen)
@@ -143,12 +141,10 @@ def eval(
     cases = suite.read()
     opened: dict[Path, Answers] = {}
     candidates = [adherence.make_candidate(*model, options, cases, opened) for model in models]
-    if cases.unchecked:
-        kinds = ", ".join(cases.unchecked)
+    if kinds := ", ".join(cases.unchecked):
         screen.note(f"metaalign-edge: warning: not checked: {kinds}: get `python -m nltk.downloader punkt_tab`")
-
     for candidate in candidates:
-        adherence.ask_model(candidate, cases, options, parallel, interrupt, screen)
+        adherence.ask_model(candidate, cases, options, parallel, screen)
     runs = [candidate.run for candidate in candidates]
     found = Sweep(cases, runs, grid.tier, grid.strengths) if grid else Findings(cases, runs)
     outputs.write_outputs(found, written.report, written.chart)

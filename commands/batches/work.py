@@ -117,6 +117,17 @@ class Batch:
         else:
             self._stdout.add(document)
 
+    def sum_up(self) -> None:
+        """Say how many rows came to which end.
+
+        Raises:
+            EdgeError: some failed.
+        """
+        counts = f"{self.answered:,} answered, {self.before:,} before, {self.failed:,} failed"
+        self._screen.note(f"{self.total:,} rows: {counts}")
+        if self.failed:
+            raise EdgeError(f"{self.failed:,} of {self.total:,} rows failed; the others are complete")
+
 
 @contextlib.contextmanager
 def open_ledger(output: Path | None, source: str, run: str, force: bool) -> Iterator[Ledger | None]:

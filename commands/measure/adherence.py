@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import metaalign_edge as edge
-from metaalign_edge import Answer, ChatTemplate, Dialog, Model, RenderOptions, Request, Scheduler, Settings, Turn
+from metaalign_edge import Answer, ChatTemplate, Dialog, RenderOptions, Request, Scheduler, Settings, Turn
 from metaalign_edge_preferences.answers import Answers
 from metaalign_edge_preferences.findings import Run, Suite
 from metaalign_edge_preferences.suite import Case
 from metaalign_edge_runtime.errors import EdgeError, Interrupted, UsageError, one_line
 from metaalign_edge_runtime.llama.gguf import ModelFile
-from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.llama.memory import Plan
 from metaalign_edge_runtime.stores import files
 
-from ..terminal import report
+from ..options.loading import open_slots
 from ..terminal.progress import answers_bar
 from ..terminal.screen import Screen
 
@@ -87,9 +86,7 @@ def make_candidate(
     return Candidate(file, chosen, settings, plan, run)
 
 
-def ask_model(
-    candidate: Candidate, suite: Suite, options: RenderOptions, parallel: int, interrupt: Interrupt, screen: Screen
-) -> None:
+def ask_model(candidate: Candidate, suite: Suite, options: RenderOptions, parallel: int, screen: Screen) -> None:
     """Ask a model the questions of a suite that it has not answered yet, and close its file of answers.
 
     Raises:
@@ -103,15 +100,12 @@ def ask_model(
     answers.start()
     try:
         if left:
-            file, chosen, settings = candidate.file, candidate.chosen, candidate.settings
-            with interrupt, Model(file, settings, interrupt, candidate.plan) as model:
-                report.explain(model, chosen, settings, screen)
-                slots, size = min(parallel, len(left)), edge.least_context(file, settings)
-                with (
-                    Scheduler(model, chosen, settings, options, interrupt, slots, size) as scheduler,
-                    answers_bar(screen, name, done, total) as tell,
-                ):
-                    ask_cases(scheduler, cases, left, answers, tell)
+            file, chosen, settings, plan = candidate.file, candidate.chosen, candidate.settings, candidate.plan
+            with (
+                open_slots(file, chosen, settings, options, plan, min(parallel, len(left)), screen) as scheduler,
+                answers_bar(screen, name, done, total) as tell,
+            ):
+                ask_cases(scheduler, cases, left, answers, tell)
     except Interrupted:
         kept = f"{answers.count(cases):,} of {total:,} answers, {answers.where}"
         screen.note(f"interrupted: {kept}" + ("" if answers.lost else "; the same command goes on from there"))

@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Iterator
 
 import metaalign_edge as edge
-from metaalign_edge import STOPWATCH, Model, Scheduler, Settings
+from metaalign_edge import STOPWATCH, ChatTemplate, Model, RenderOptions, Scheduler, Settings
+from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.interrupt import Interrupt
+from metaalign_edge_runtime.llama.memory import Plan
 from metaalign_edge_runtime.stores import models
 from metaalign_edge_runtime.stores.prompt_cache import States
 
@@ -47,3 +49,28 @@ def open_scheduler(
         report.explain(model, template, model.settings, screen)
         scheduler = Scheduler(model, template, model.settings, rendered.options(), interrupt, slots, cache=cache)
         yield held.enter_context(scheduler)
+
+
+@contextlib.contextmanager
+def open_slots(
+    file: ModelFile,
+    template: ChatTemplate,
+    settings: Settings,
+    options: RenderOptions,
+    plan: Plan,
+    slots: int,
+    screen: Screen,
+    cache: States | None = None,
+) -> Iterator[Scheduler]:
+    """Load a model that was planned, and yield what answers with it in slots of one size, all made at once.
+
+    Ctrl-C is taken as a flag until the end of the `with`.
+
+    Raises:
+        LoadError: it cannot be loaded. Interrupted: Ctrl-C while it loads.
+    """
+    with Interrupt() as interrupt, Model(file, settings, interrupt, plan) as model:
+        report.explain(model, template, settings, screen)
+        size = edge.least_context(file, settings)
+        with Scheduler(model, template, settings, options, interrupt, slots, size, cache) as scheduler:
+            yield scheduler

@@ -42,10 +42,10 @@ THINKING: dict[str, bool | None] = {"on": True, "off": False, "auto": None}
 def command(name: str, takes: str = "", *, choices: Callable[[], Iterable[str]] = tuple) -> Callable[[Run], Run]:
     """Register a function as a slash command; its help is the first line of its docstring."""
 
-    def register(run: Run) -> Run:
-        first = (run.__doc__ or "").partition("\n")[0].removesuffix(".")
-        COMMANDS[name] = Command(takes, first[:1].lower() + first[1:], run, choices)
-        return run
+    def register(function: Run) -> Run:
+        first = (function.__doc__ or "").partition("\n")[0].removesuffix(".")
+        COMMANDS[name] = Command(takes, first[:1].lower() + first[1:], function, choices)
+        return function
 
     return register
 
