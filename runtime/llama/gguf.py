@@ -200,9 +200,9 @@ class GGUFFile:
             reader = GGUFReader(self._data, array.offset)
             if array.kind == reader.STRING:
                 yield from reader.strings(array.length)
-            else:
-                for _ in range(array.length):
-                    yield reader.value(array.kind)
+            else:  # of one size: a vocabulary has 150,000
+                number = reader.SCALARS[array.kind][-1]
+                yield from struct.unpack_from(f"<{array.length}{number}", self._data, array.offset)
 
     def item(self, key: str, index: int) -> Any:
         """Return one item of an array without reading the others; None if there is no such item."""

@@ -23,6 +23,7 @@ from metaalign_edge import ChatTemplate, Dialog, Rendering, Tokens, Turn, choose
 from metaalign_edge_runtime.errors import LoadError
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.library import llama_cpp
+from metaalign_edge_runtime.llama.token_texts import token_texts
 from metaalign_edge_runtime.llama.vocabulary import LlamaVocabulary, load_vocabulary
 from metaalign_edge_templates.sandbox import Template
 
@@ -533,6 +534,17 @@ def test_enormous_text_is_refused_or_survived_and_never_a_crash(name: str, refer
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     *tokenised, beyond = done.stdout.split()
     assert set(tokenised) <= {"survived", "refused"} and "survived" in tokenised and beyond == "refused"
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_a_file_says_what_its_tokens_stand_for_as_llama_cpp_does(name: str, reference: Reference) -> None:
+    file = ModelFile(reference.vocabulary(name))
+    with load_vocabulary(file) as vocabulary:
+        for token, (kind, text) in enumerate(
+            zip(file.items("tokenizer.ggml.token_type"), token_texts(file), strict=True)
+        ):
+            written = vocabulary.piece(token) if kind in (1, 4, 6) else b""  # a normal one, the user's, or a byte
+            assert text == (b"" if written.startswith(b"[UNK_BYTE_") else written), token
 
 
 CHILD = """
