@@ -91,6 +91,7 @@ from metaalign_edge_runtime.llama.gguf import DEFAULT_CONTEXT, GGUFArray, ModelF
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.llama.library import LOG, Background, Closing
 from metaalign_edge_runtime.llama.memory import CELLS, PREFILL_CHUNK, Device, Footprint, Plan
+from metaalign_edge_runtime.llama.token_texts import token_texts
 from metaalign_edge_runtime.llama.vocabulary import (
     ATTR_BYTE,
     ATTR_CONTROL,
@@ -103,7 +104,8 @@ from metaalign_edge_runtime.llama.vocabulary import (
 )
 from metaalign_edge_runtime.stores import files, models, profiles
 from metaalign_edge_runtime.stores.prompt_cache import States
-from metaalign_edge_runtime.structured import Schema
+from metaalign_edge_runtime.structured import Schema, mask
+from metaalign_edge_runtime.structured.mask import Constraint
 from metaalign_edge_templates.sandbox import Refusal, Template, TemplateFailure
 from metaalign_edge_templates.tier_text import Tier, TierText, join_text
 
@@ -1473,13 +1475,12 @@ class Thinking:
         self.state: Literal["before", "inside", "behind", "answer"] = "before" if marks else "answer"
         if opened:
             self.state = "inside"
-        self.run_on = b""  # what is said already by the token that ends the reasoning
         self._held, self._begun = b"", False
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         """Take a token's bytes; return those of the reasoning and of the answer that are certain by now."""
         self._held += data
-        state, thought, said = self.state, b"", b""
+        thought, said = b"", b""
         if self.state == "before":
             text = self._held.lstrip()
             if text.startswith(self._begin):
@@ -1493,7 +1494,6 @@ class Thinking:
             self.state = "answer" if self._held else "behind"
         if self.state == "answer":
             said, self._held = self._held, b""
-            self.run_on = said if state == "inside" else b""
         return thought, said
 
     def _reason(self) -> bytes:
@@ -1519,134 +1519,66 @@ SHORTLIST = 1024  # tokens
 
 
 class SchemaSampler(Sampler):
-    """A sampler whose text is JSON of a schema, from where a model's reasoning ends.
+    """A sampler that can be held to a schema.
 
-    The chain draws first, and the grammar looks at that one token. Where it refuses, it looks at the likeliest others,
-    and at all of them only if none of those fits: for a large vocabulary that takes 10 ms. The distribution is as if
-    the grammar came first, but for what top-k and the like keep. No marker is drawn, nor what is no UTF-8: to the
-    grammar their letters are text.
-
-    Raises:
-        UsageError: llama.cpp does not take the grammar.
+    The chain draws first, and the constraint looks at that one token. Where it refuses, it looks at the likeliest
+    others, and the chain draws from those that fit; it looks at all only if none of them does. The distribution is as
+    if the schema came first, but for what top-k and the like keep.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        settings: Settings,
-        grammar: str,
-        markers: Markers,
-        thinking: Thinking,
-        marks: tuple[str, str] | None,
-    ) -> None:
-        super().__init__(model.file, settings)
-        llama, self._vocabulary, self._markers, self._thinking = self._llama, model.vocabulary, markers, thinking
-        vocabulary, root = model.vocabulary.pointer, b"after" if marks else b"root"
-        self._shortlist = llama.llama_sampler_init_top_k(SHORTLIST)
-        self._grammar = llama.llama_sampler_init_grammar(vocabulary, grammar.encode(), root)
-        if not self._grammar:
-            self.close()
-            raise UsageError(f"llama.cpp cannot follow this schema: {LOG.reason()}: make it simpler")
-        opening = model.vocabulary.encode(marks[0], special=True) if marks else []
-        self._instead = opening[0] if len(opening) == 1 else NO_TOKEN  # a model may think first
-        self._text = codecs.getincrementaldecoder("utf-8")()
-        self._started = False
-        self._size = size = model.vocabulary.size
-        self._entries = (llama.llama_token_data * size)()  # number, logit, share
+    def __init__(self, file: ModelFile, settings: Settings) -> None:
+        super().__init__(file, settings)
+        self._size = size = file.metadata["tokenizer.ggml.tokens"].length
+        self._shortlist = self._llama.llama_sampler_init_top_k(SHORTLIST)
+        self._entries = (self._llama.llama_token_data * size)()  # number, logit, share
         memory = memoryview(self._entries).cast("B")
-        memory.cast("i")[::3] = array.array("i", range(size))
-        self._all, self._logits = bytes(memory), memory.cast("f")[1::3]
+        self._numbers, self._logits = memory.cast("i")[::3], memory.cast("f")[1::3]
+        self._numbers[:] = array.array("i", range(size))
+        self._all = bytes(memory)
 
     def close(self) -> None:
-        """Free the chain and the grammar; again is harmless."""
+        """Free the chain; again is harmless."""
         super().close()
-        for sampler in filter(None, (self._grammar, self._shortlist)):
-            self._llama.llama_sampler_free(sampler)
-        self._grammar = self._shortlist = None
+        if self._shortlist:
+            self._llama.llama_sampler_free(self._shortlist)
+            self._shortlist = None
 
-    def draw(self, engine: Engine, row: int, several: bool = False) -> int:
-        """Draw the next token from a row of logits and accept it; NO_TOKEN if none goes on."""
-        if self._thinking.state == "inside":
-            return super().draw(engine, row, several)
-        first, self._started = not self._started, True
-        if first and not self._catch_up(self._thinking.run_on):
-            return NO_TOKEN
-        logits = ctypes.string_at(self._llama.llama_get_logits_ith(engine.pointer, row), 4 * self._size)
-        barred: list[int] = []
-        wide = False  # look at all tokens, not only the likeliest
-        for attempt in itertools.count():
-            candidates = self._candidates(logits, barred)
-            if attempt and not wide:
-                self._llama.llama_sampler_apply(self._shortlist, candidates)
-            if attempt:
-                self._llama.llama_sampler_apply(self._grammar, candidates)
-                candidates.sorted = False
-            self._llama.llama_sampler_apply(self.pointer, candidates)
-            chosen = candidates.data[candidates.selected]
-            token = int(chosen.id)
-            if chosen.logit == -math.inf:
-                if wide:
-                    return NO_TOKEN
-                wide = True
-                continue
-            if first and token == self._instead and self._thinking.state == "before":
-                self._started = False
-                break
-            if self._is_barred(token):
-                barred.append(token)
-            elif attempt or self._fits(token):
-                self._accept(token)
-                break
+    def draw_fitting(self, engine: Engine, row: int, constraint: Constraint) -> int:
+        """Draw the next token of those that fit from a row of logits, and accept it; NO_TOKEN if none does."""
+        pointer = self._llama.llama_get_logits_ith(engine.pointer, row)
+        logits = memoryview(ctypes.string_at(pointer, 4 * self._size)).cast("f")
+        token = self._choose(self._lay_out(logits))
+        if not constraint.fits(token):
+            likely = self._lay_out(logits)
+            self._llama.llama_sampler_apply(self._shortlist, likely)
+            fitting = constraint.fitting(self._numbers[: likely.size].tolist()) or constraint.fitting()
+            if not fitting:
+                return NO_TOKEN
+            self._numbers[: len(fitting)] = array.array("i", fitting)
+            self._logits[: len(fitting)] = array.array("f", map(logits.__getitem__, fitting))
+            token = self._choose(self._candidates(len(fitting)))
         self._llama.llama_sampler_accept(self.pointer, token)
         return token
 
-    def _catch_up(self, said: bytes) -> bool:
-        """Let the grammar see what the token that ended the reasoning says already; tell whether that fits."""
-        for letter in self._vocabulary.spell(said.decode("utf-8", "replace")):
-            if not self._fits(letter):
-                return False
-            self._accept(letter)
-        return True
-
-    def _accept(self, token: int) -> None:
-        self._llama.llama_sampler_accept(self._grammar, token)
-        self._text.decode(self._vocabulary.piece(token))
-
-    def _candidates(self, logits: bytes, barred: Sequence[int]) -> Any:
-        """Lay out all tokens with their logits as llama.cpp's samplers take them."""
+    def _lay_out(self, logits: memoryview[float]) -> Any:
+        """Return all tokens with their logits as llama.cpp's samplers take them."""
         ctypes.memmove(self._entries, self._all, len(self._all))  # they sort them
-        self._logits[:] = memoryview(logits).cast("f")
-        for token in barred:
-            self._entries[token].logit = -math.inf
-        return self._array(self._entries, self._size)
+        self._logits[:] = logits
+        return self._candidates(self._size)
 
-    def _array(self, entries: Any, size: int) -> Any:
-        return self._llama.llama_token_data_array(data=entries, size=size, selected=-1, sorted=False)
+    def _candidates(self, size: int) -> Any:
+        return self._llama.llama_token_data_array(data=self._entries, size=size, selected=-1, sorted=False)
 
-    def _fits(self, token: int) -> bool:
-        """Tell whether the grammar takes a token; one that it refuses would end the process if it were accepted."""
-        entries = (self._llama.llama_token_data * 1)((token, 0.0, 0.0))
-        self._llama.llama_sampler_apply(self._grammar, self._array(entries, 1))
-        return bool(entries[0].logit != -math.inf)
-
-    def _is_barred(self, token: int) -> bool:
-        """Tell whether a token is no text of a JSON document; one that is may be half a character."""
-        if self._vocabulary.is_end(token):
-            return False
-        if token in self._markers:
-            return True
-        state = self._text.getstate()
-        try:
-            self._text.decode(self._vocabulary.piece(token))
-        except UnicodeDecodeError:
-            return True
-        finally:
-            self._text.setstate(state)
-        return False
+    def _choose(self, candidates: Any) -> int:
+        self._llama.llama_sampler_apply(self.pointer, candidates)
+        return int(candidates.data[candidates.selected].id)
 
 
 class Draft:
-    """An answer while it is written: tokens go in, text comes out, and the figures are kept."""
+    """An answer while it is written: tokens go in, text comes out, and the figures are kept.
+
+    It alone knows where the reasoning ends, and so from where on a schema holds.
+    """
 
     def __init__(
         self,
@@ -1656,13 +1588,20 @@ class Draft:
         context: int,
         thinking: Thinking,
         think: Callable[[str], None],
+        constraint: Constraint | None = None,
     ) -> None:
         """Begin; `think` sees the reasoning as it comes, which is no part of the text, and white space when it ends."""
         self.answer, self.ended = answer, False
         self._thinking, self._thought, self._think = thinking, Incremental(()), think
+        self._constraint = constraint
         self._vocabulary, self._text = vocabulary, Incremental(settings.stop)
         self._most = min(settings.max_tokens or context, context - answer.input_tokens)
         self._started = self._first = time.monotonic()
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the next token has to fit: nothing if there is no schema, or while the model is thinking."""
+        return None if self._thinking.state == "inside" else self._constraint
 
     def add(self, token: int) -> str:
         """Take a token and return the text that is certain by now; `ended` says whether it was the last."""
@@ -1673,7 +1612,12 @@ class Draft:
             self.ended = True
             return ""
         answer.output_tokens += 1
+        held = self.constraint
         thought, said = self._thinking.feed(self._vocabulary.piece(token))
+        if held and self.constraint:
+            held.accept(token)
+        elif self.constraint:  # the reasoning ends here, and the token may say more
+            self.constraint.accept_text(said)
         self._reason(self._thought.feed(thought))
         piece = self._text.feed(said)
         self._say(piece)
@@ -1841,6 +1785,16 @@ class ActiveRequest:
                 if slot is self.slots[0]:
                     self.draft.answer.cached_tokens = len(slot.sequence.tokens)
 
+    def draw(self, engine: Engine, row: int, several: bool) -> int:
+        """Draw the next token from a row of logits; every slot is to read it."""
+        if constraint := self.draft.constraint:
+            token = cast(SchemaSampler, self.sampler).draw_fitting(engine, row, constraint)
+        else:
+            token = self.sampler.draw(engine, row, several)
+        for slot in self.slots:
+            slot.pending = [token]
+        return token
+
     @property
     def reading(self) -> bool:
         """Tell whether a prompt has not been read yet."""
@@ -1906,6 +1860,10 @@ class Decoder(Closing):
         self.checkpoints = Checkpoints(cache)
         self._model, self._template, self._interrupt = model, template, interrupt
         self._marks = thinking_marks(template.template.source, model.vocabulary)
+        words, markers = model.vocabulary, Markers(template.template.source, model.vocabulary)
+        self._vocabulary = mask.Vocabulary(
+            words.piece, words.is_end, markers.__contains__, lambda: token_texts(model.file)
+        )
 
     def open(self, settings: Settings, size: int, sequences: int) -> None:
         """Make a context of `size` tokens for each sequence, in place of the one that there is.
@@ -1952,8 +1910,10 @@ class Decoder(Closing):
         """Give each of a request's contexts a sequence.
 
         Raises:
-            UsageError: llama.cpp does not take the schema.
+            UsageError: no mask can follow the schema.
         """
+        schema = prompt.settings.schema
+        constraint = self._constraint(schema) if schema else None
         engine, answer = cast(Engine, self.engine), prompt.answer
         busy = {slot.sequence.id: slot for one in self.active for slot in one.slots}
         slots = []
@@ -1966,16 +1926,20 @@ class Decoder(Closing):
         answer.load_ms, self.unreported_ms = round(self.unreported_ms, 1), 0.0
         begin, end = self._marks or ("", "")
         thinking = Thinking(self._marks, prompt.ending.rfind(begin) > prompt.ending.rfind(end))
-        draft = Draft(answer, prompt.settings, self._model.vocabulary, engine.context, thinking, prompt.request.think)
-        sampler = self._sampler(prompt.settings, thinking)
-        self.active.append(ActiveRequest(prompt.request, prompt.guidance, slots, draft, sampler))
+        vocabulary, request = self._model.vocabulary, prompt.request
+        draft = Draft(answer, prompt.settings, vocabulary, engine.context, thinking, request.think, constraint)
+        sampler = (SchemaSampler if constraint else Sampler)(self._model.file, prompt.settings)
+        self.active.append(ActiveRequest(request, prompt.guidance, slots, draft, sampler))
 
-    def _sampler(self, settings: Settings, thinking: Thinking) -> Sampler:
-        """Return what draws the tokens of an answer."""
-        if settings.schema is None:
-            return Sampler(self._model.file, settings)
-        markers = Markers(self._template.template.source, self._model.vocabulary)
-        return SchemaSampler(self._model, settings, settings.schema.grammar, markers, thinking, self._marks)
+    def _constraint(self, schema: Schema) -> Constraint:
+        """Return what holds an answer to a schema; a model that can think may do that first."""
+        opening = self._model.vocabulary.encode(self._marks[0], special=True) if self._marks else []
+        return Constraint(
+            schema.mask,
+            self._vocabulary,
+            blank_lines=self._marks is not None,
+            opening=opening[0] if len(opening) == 1 else None,
+        )
 
     def decode(self) -> list[ActiveRequest]:
         """Write a token of every answer and read of the prompts what has room; return the answers that ended.
@@ -2002,10 +1966,8 @@ class Decoder(Closing):
             mine = [next(rows) for _ in one.slots]
             if len(mine) > 1:
                 one.guidance.combine([engine.logits(row) for row in mine])
-            token = one.sampler.draw(engine, mine[0], several=len(feeds) > 1)
+            token = one.draw(engine, mine[0], several=len(feeds) > 1)
             one.request.show(one.draft.add(token))
-            for slot in one.slots:
-                slot.pending = [token]
         return [one for one in writing if one.draft.ended]
 
     def end(self, one: ActiveRequest, prompt_only: bool) -> None:

@@ -31,8 +31,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {  # a room: what it may import besides
     "runtime.errors": ("runtime",),
     "runtime.llama": ("runtime", "runtime.errors"),
     "runtime.stores": ("runtime", "runtime.errors", "runtime.llama"),
-    "runtime.structured": ("runtime", "runtime.errors", "runtime.llama", "schema"),
-    "schema": (),
+    "runtime.structured": ("runtime", "runtime.errors"),
     "templates": ("runtime.errors",),
     HEART: (*RUNTIME, "templates"),
     "convert": RUNTIME,
@@ -44,7 +43,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {  # a room: what it may import besides
 BY_STRING = [  # functions that import what a string names
     ("commands", "build"),  # the command that was asked for
     ("runtime.llama.library", "llama_cpp"),  # llama-cpp-python without what its package imports besides
-    ("schema.patterns", ""),  # a module whose name depends on Python's version
 ]
 
 

@@ -74,9 +74,9 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
     screen.detail(f"{layers} on {device}, threads: {edge.threads_for(model, settings)}, seed {settings.seed}")
     if settings.adapters:
         screen.detail(f"adapters {edge.name_adapters(settings.adapters)}")
-    if settings.schema and settings.schema.left:
-        left = ", ".join(settings.schema.left)
-        screen.note(f"metaalign-edge: note: the answer is held to the schema but for {left}, seen at the end only")
+    if settings.schema and settings.schema.relaxed:
+        relaxed = ", ".join(settings.schema.relaxed)
+        screen.note(f"metaalign-edge: note: the answer is held to the schema but for {relaxed}, seen at the end only")
     if (settings.system_strength, settings.pref_strength) != (1.0, 1.0):
         screen.detail(f"guided: System Info {settings.system_strength:g}, User Info {settings.pref_strength}")
 

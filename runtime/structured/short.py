@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from .gbnf import InvalidSchema
+from ..errors import UsageError
 
-TYPES = {
+TYPES: dict[str, dict[str, Any]] = {
     "str": {"type": "string"},
     "string": {"type": "string"},
     "int": {"type": "integer"},
@@ -19,42 +20,51 @@ TYPES = {
     "date": {"type": "string", "format": "date"},
     "any": {},
 }
+SHORT = {"type": "integer", "minimum": 1 - 10**15, "maximum": 10**15 - 1}
+MASKED = {**TYPES, "int": SHORT, "integer": SHORT}  # small models would write digits for ever
 FORM = "name, age int, tags [str], mood good|bad, note? str: what it is"
 FIELD = re.compile(
     r"""(?P<name>[^\s:?,{}[\]|"']+)(?P<optional>\?)?(?:\s+(?P<kind>[^:]+?))?\s*(?::\s*(?P<about>.*))?""", re.S
 )
 
 
-def expand(text: str) -> dict[str, Any]:
-    """Return the schema that a short form stands for.
+def expand(text: str, types: Mapping[str, dict[str, Any]] = TYPES) -> dict[str, Any]:
+    """Return the JSON Schema that a short form stands for.
 
     Fields are parted by commas or, if there are several lines, by lines; each is a name, `?` if it may be missing, a
     type (str if there is none) and a description behind a colon. A type is one of TYPES, choices parted by `|`, a list
     `[type]` or fields in braces; `[name, age int]` alone is a list of such objects.
 
+    Args:
+        types: what the words for types stand for.
+
     Raises:
-        InvalidSchema: a field is none.
+        UsageError: a field is none.
     """
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):
         inner = text[1:-1].strip()
-        return {"type": "array", "items": _type(inner) if _is_type(inner) else _fields(inner)}
-    return _fields(text)
+        return {"type": "array", "items": _type(inner, types) if _is_type(inner) else _fields(inner, types)}
+    return _fields(text, types)
 
 
-def _fields(text: str) -> dict[str, Any]:
+def _refusal(reason: str) -> UsageError:
+    return UsageError(f"the schema's short form: {' '.join(reason.split())}")
+
+
+def _fields(text: str, types: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     properties, required = {}, []
-    for field in _parts(text, "\n" if "\n" in text.strip() else ","):
+    for field in _split(text, "\n" if "\n" in text.strip() else ","):
         found = FIELD.fullmatch(field)
         if not found:
-            raise InvalidSchema(f"{field!r} is no field: write {FORM}")
+            raise _refusal(f"{field!r} is no field: write {FORM}")
         if found["name"] in properties:
-            raise InvalidSchema(f"the field {found['name']!r} stands there twice")
+            raise _refusal(f"the field {found['name']!r} stands there twice")
         about = {"description": found["about"]} if found["about"] else {}
-        properties[found["name"]] = {**_type(found["kind"] or "str"), **about}
+        properties[found["name"]] = {**_type(found["kind"] or "str", types), **about}
         required += [] if found["optional"] else [found["name"]]
     if not properties:
-        raise InvalidSchema(f"it has no field: write {FORM}")
+        raise _refusal(f"it has no field: write {FORM}")
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
@@ -62,21 +72,21 @@ def _is_type(text: str) -> bool:
     return text in TYPES or "|" in text or text[:1] in "[{"
 
 
-def _type(text: str) -> dict[str, Any]:
+def _type(text: str, types: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):
-        return {"type": "array", "items": _type(text[1:-1])}
+        return {"type": "array", "items": _type(text[1:-1], types)}
     if text.startswith("{") and text.endswith("}"):
-        return _fields(text[1:-1])
+        return _fields(text[1:-1], types)
     if "|" in text:
         return {"enum": [choice.strip() for choice in text.split("|")]}
     if text not in TYPES:
-        raise InvalidSchema(f"no type {text!r}: there are {', '.join(TYPES)}, [a list], one|of|some, {{fields}}")
-    return dict(TYPES[text])
+        raise _refusal(f"no type {text!r}: there are {', '.join(TYPES)}, [a list], one|of|some, {{fields}}")
+    return dict(types[text])
 
 
-def _parts(text: str, separator: str) -> list[str]:
-    """Cut at a separator that stands in no bracket; empty parts are nothing."""
+def _split(text: str, separator: str) -> list[str]:
+    """Split at the separators that stand in no bracket; empty parts are dropped."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "[{") - (character in "]}")
@@ -87,5 +97,5 @@ def _parts(text: str, separator: str) -> list[str]:
         else:
             parts[-1] += character
     if depth:
-        raise InvalidSchema(f"a bracket of {text!r} has no partner")
+        raise _refusal(f"a bracket of {text!r} has no partner")
     return [part.strip().rstrip(",").strip() for part in parts if part.strip()]

@@ -1,0 +1,167 @@
+"""The final check: whether a document is a JSON Schema, and whether an answer fits one. By jsonschema, lazily."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from .mask import letters, refusal
+from .numbers import fraction
+from .patterns import FORMATS, rust_pattern
+
+
+def pointer(path: Iterable[Any]) -> str:
+    """Write where something is, as `/tags/0`; the whole is `/`."""
+    return "/" + "/".join(map(str, path))
+
+
+def draft(document: Mapping[str, Any]) -> Any:
+    """Return jsonschema's class for the draft that `$schema` names, or else for 2020-12."""
+    from jsonschema.validators import Draft202012Validator, validator_for
+
+    return validator_for(document, default=Draft202012Validator)
+
+
+def schema_fault(document: Any) -> str | None:
+    """Say what keeps a document from being a JSON Schema; None if it is one. Patterns are not looked at."""
+    from jsonschema import FormatChecker
+    from jsonschema.exceptions import SchemaError
+
+    if not isinstance(document, dict):
+        return f"it is {json.dumps(document)[:40]}, not an object"
+    try:
+        draft(document).check_schema(document, format_checker=FormatChecker(()))
+    except SchemaError as error:
+        return f"{pointer(error.absolute_path)}: {error.message}"
+    return None
+
+
+def document_fault(text: str, document: Mapping[str, Any]) -> str | None:
+    """Say why a text is no answer to a schema: it is no JSON, or a value that does not fit; None if it fits."""
+    from jsonschema.exceptions import best_match
+    from referencing import Registry
+
+    try:
+        value = json.loads(text)
+        kind = _exact(draft(document))
+        plain = {key: part for key, part in document.items() if key != "$schema"}  # by which it would find another kind
+        validator = kind(plain, registry=Registry(), format_checker=kind.FORMAT_CHECKER)  # which fetches nothing
+        found = best_match(validator.iter_errors(value))
+    except RecursionError:
+        return "it nests too deep"
+    except ValueError as error:
+        return f"it is no JSON: {error}"
+    return None if found is None else f"{pointer(found.absolute_path)}: {found.message}"
+
+
+# -- what jsonschema leaves to Python's floats and regular expressions ------------------------------------------------
+
+
+@functools.cache
+def _exact(kind: Any) -> Any:
+    """Return a draft whose decimals are exact (19.99 is a multiple of 0.01) and whose patterns are ECMA-262's."""
+    from jsonschema.validators import extend
+
+    additional = kind.VALIDATORS["additionalProperties"]
+
+    def additional_properties(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
+        if isinstance(instance, dict) and (patterns := schema.get("patternProperties")):
+            known = {name: True for name in instance if any(found_in(pattern, name) for pattern in patterns)}
+            schema = {"properties": {**known, **schema.get("properties", {})}}
+        yield from additional(validator, value, instance, schema)
+
+    own = {"multipleOf": _multiple_of, "pattern": _pattern, "patternProperties": _pattern_properties}
+    return extend(
+        kind, {**own, "additionalProperties": additional_properties, "format": functools.partial(_format, kind)}
+    )
+
+
+def _multiple_of(validator: Any, factor: float, instance: Any, schema: Any) -> Iterator[Any]:
+    from jsonschema import ValidationError
+
+    if not validator.is_type(instance, "number"):
+        return
+    if not math.isfinite(instance) or (fraction(instance) / fraction(factor)).denominator != 1:
+        yield ValidationError(f"{instance!r} is not a multiple of {factor!r}")
+
+
+def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[Any]:
+    from jsonschema import ValidationError
+
+    if isinstance(instance, str) and not found_in(pattern, instance):
+        yield ValidationError(f"{instance!r} does not match {pattern!r}")
+
+
+def _format(kind: Any, validator: Any, name: str, instance: Any, schema: Any) -> Iterator[Any]:
+    from jsonschema import ValidationError
+
+    fits = _fits(instance, **format_keywords(name)) if isinstance(instance, str) else True
+    if fits is None:
+        yield from kind.VALIDATORS["format"](validator, name, instance, schema)
+    elif not fits:
+        yield ValidationError(f"{instance!r} is not a {name!r}")
+
+
+def _pattern_properties(validator: Any, patterns: Any, instance: Any, schema: Any) -> Iterator[Any]:
+    for pattern, part in patterns.items() if isinstance(instance, dict) else ():
+        for name, value in instance.items():
+            if found_in(pattern, name):
+                yield from validator.descend(value, part, path=name, schema_path=pattern)
+
+
+# -- patterns and formats ---------------------------------------------------------------------------------------------
+
+
+def found_in(pattern: str, text: str) -> bool:
+    """Tell whether a pattern is found in a text: by llguidance, or by Python if it has what llguidance lacks.
+
+    Raises:
+        re.error: neither knows it.
+    """
+    fits = _fits(text, pattern=rust_pattern(pattern))
+    return re.search(pattern, text) is not None if fits is None else fits
+
+
+def is_pattern(pattern: str) -> bool:
+    """Tell whether a text is a regular expression to llguidance or, for the final check only, to Python."""
+    try:
+        found_in(pattern, "")
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+def format_keywords(name: str) -> dict[str, Any]:
+    """Return what says a format to llguidance."""
+    patterns = [{"pattern": f"^({pattern})$"} for pattern in FORMATS.get(name, ())]
+    return {"allOf": patterns} if patterns else {"format": name}
+
+
+def is_known(**keywords: Any) -> bool:
+    """Tell whether llguidance knows keywords of a string."""
+    return _grammar(json.dumps({"type": "string", **keywords})) is not None
+
+
+def _fits(text: str, **keywords: Any) -> bool | None:
+    """Tell whether a text fits keywords of a string; None if llguidance does not know them."""
+    from llguidance import LLMatcher
+
+    if not (grammar := _grammar(json.dumps({"type": "string", **keywords}))):
+        return None if grammar is None else False
+    matcher = LLMatcher(letters(), grammar, log_level=0)
+    data = json.dumps(text, ensure_ascii=False).replace("\x7f", r"\u007f").encode("utf-8", "replace")
+    return matcher.try_consume_tokens(list(data)) == len(data) and matcher.is_accepting()
+
+
+@functools.lru_cache(256)
+def _grammar(document: str) -> str | None:
+    """Return llguidance's grammar of a schema: an empty one if nothing fits it, None if llguidance does not know it."""
+    from llguidance import LLMatcher
+
+    if reason := refusal(json.loads(document)):
+        return "" if "Unsatisfiable" in reason else None
+    return LLMatcher.grammar_from_json_schema(document)
