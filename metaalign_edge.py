@@ -1531,10 +1531,10 @@ class SchemaSampler(Sampler):
         self._size = size = file.metadata["tokenizer.ggml.tokens"].length
         self._shortlist = self._llama.llama_sampler_init_top_k(SHORTLIST)
         self._entries = (self._llama.llama_token_data * size)()  # number, logit, share
-        memory = memoryview(self._entries).cast("B")
-        self._numbers, self._logits = memory.cast("i")[::3], memory.cast("f")[1::3]
+        cells = memoryview(self._entries).cast("B")
+        self._numbers, self._logits = cells.cast("i")[::3], cells.cast("f")[1::3]
         self._numbers[:] = array.array("i", range(size))
-        self._all = bytes(memory)
+        self._all = bytes(cells)
 
     def close(self) -> None:
         """Free the chain; again is harmless."""

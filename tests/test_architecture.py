@@ -1,4 +1,4 @@
-"""How the project is built: imports run one way, and a file in `commands/` is a command."""
+"""How the project is built: imports run one way, nothing grows too large, a file in `commands/` is a command."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import ast
 import bisect
 import functools
 import graphlib
+import io
 import os
 import re
 import shutil
 import subprocess
 import symtable
 import sys
+import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +41,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {  # a room: what it may import besides
     "commands": (*RUNTIME, "templates", HEART, "convert", "preferences"),
     "tune": (*RUNTIME, "templates", HEART, "convert", "preferences", "commands"),
 }
+
+CODE_OF_A_FILE, LINES_OF_THE_HEART = 400, 2700
+LINES = {ast.FunctionDef: 50, ast.AsyncFunctionDef: 50, ast.ClassDef: 150}
+ONE_THOUGHT = {"TierText", "TierSandbox"}  # classes that are long, and would not be clearer in two
 
 BY_STRING = [  # functions that import what a string names
     ("commands", "build"),  # the command that was asked for
@@ -84,6 +90,18 @@ class Source:
     def at(self, node: ast.AST) -> str:
         """Return the place of a node: file and line."""
         return f"{self.path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+
+    def lines_of_code(self) -> int:
+        """Count the lines that hold code: not those of comments, docstrings and nothing."""
+        no_code = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+        lines: set[int] = set()
+        for token in tokenize.generate_tokens(io.StringIO(self.text).readline):
+            if token.type not in no_code and token.string:
+                lines.update(range(token.start[0], token.end[0] + 1))
+        for node, _ in self.nodes:
+            if isinstance(node, Function | ast.ClassDef | ast.Module) and ast.get_docstring(node) is not None:
+                lines.difference_update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+        return len(lines)
 
     def imported(self) -> Iterator[tuple[str, str, str]]:
         """Yield the project's modules that are imported: in which function, the module, and a name of it or none."""
@@ -213,7 +231,40 @@ def test_the_heart_alone_imports_no_command_line() -> None:
     assert rooms <= {HEART, *MAY_IMPORT[HEART]}
 
 
-# -- names ------------------------------------------------------------------------------------------------------------
+# -- sizes and names --------------------------------------------------------------------------------------------------
+
+
+def test_no_file_is_long() -> None:
+    code = {name: source.lines_of_code() for name, source in sources().items() if name != HEART}
+    none(f"{name}: {lines} lines of code" for name, lines in code.items() if lines > CODE_OF_A_FILE)
+    assert sources()[HEART].text.count("\n") <= LINES_OF_THE_HEART
+
+
+def test_no_function_and_no_class_is_long() -> None:
+    none(
+        f"{source.at(node)} {node.name}: {lines} lines"
+        for source in sources().values()
+        for node, _ in source.nodes
+        if isinstance(node, Function | ast.ClassDef) and node.name not in ONE_THOUGHT
+        if (lines := (node.end_lineno or 0) - node.lineno + 1) > LINES[type(node)]
+    )
+
+
+def test_no_local_has_the_name_of_something_at_the_top() -> None:
+    def tables(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+        for child in table.get_children():
+            yield child
+            yield from tables(child)
+
+    shadows = []
+    for source in sources().values():
+        module = symtable.symtable(source.text, str(source.path), "exec")
+        top = {one.get_name() for one in module.get_symbols() if one.is_assigned() or one.is_imported()}
+        for table in tables(module):
+            names = {one.get_name() for one in table.get_symbols() if one.is_local()}
+            if table.get_type() == "function":
+                shadows += [f"{source.name}: {name} in {table.get_name()}" for name in names & top]
+    none(shadows)
 
 
 def test_every_file_and_every_public_name_says_what_it_is() -> None:
