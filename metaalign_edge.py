@@ -100,10 +100,10 @@ from metaalign_edge_runtime.llama.vocabulary import (
     ATTR_UNKNOWN,
     ATTR_USER_DEFINED,
     LlamaVocabulary,
-    Loading,
+    VocabularyLoader,
 )
 from metaalign_edge_runtime.stores import files, models, profiles
-from metaalign_edge_runtime.stores.prompt_cache import States
+from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 from metaalign_edge_runtime.structured import Schema, mask
 from metaalign_edge_runtime.structured.mask import Constraint
 from metaalign_edge_templates.sandbox import Refusal, Template, TemplateFailure
@@ -366,7 +366,9 @@ def wrapped_messages(dialog: Dialog, chat: ChatTemplate, options: RenderOptions)
 def shipped_templates() -> dict[str, Path]:
     """Return the chat templates that come with the toolkit, by name."""
     own = ("meta_prompt", "reminder")
-    return {path.stem: path for path in sorted(files.part_folder("templates").glob("*.jinja")) if path.stem not in own}
+    return {
+        path.stem: path for path in sorted(files.package_folder("templates").glob("*.jinja")) if path.stem not in own
+    }
 
 
 def choose_template(name: str, model: ModelFile) -> ChatTemplate:
@@ -401,7 +403,7 @@ def choose_template(name: str, model: ModelFile) -> ChatTemplate:
     if native is None:
         native = template.mentions("user_info")
     meta_prompt, reminder = (
-        Template(files.read_text(files.part_folder("templates") / f"{own}.jinja", "the template"), own)
+        Template(files.read_text(files.package_folder("templates") / f"{own}.jinja", "the template"), own)
         for own in ("meta_prompt", "reminder")
     )
     return ChatTemplate(template, native, label, why, meta_prompt, reminder, model.token("bos"), model.token("eos"))
@@ -492,7 +494,7 @@ class Tokens(NamedTuple):
     """A tokenised prompt."""
 
     tokens: list[Token]
-    forged: list[str]  # markers of the template that are words, not tokens, and stand in a tier's text
+    imitated_markers: list[str]  # markers of the template that are words, not tokens, and stand in a tier's text
 
     @property
     def ids(self) -> list[int]:
@@ -607,8 +609,8 @@ def encode_fragment(fragment: TierText, markers: Markers, vocabulary: Vocabulary
         user_defined = bool(attributes & ATTR_USER_DEFINED)
         extra = 1 if vocabulary.space_prefix and after_special and not user_defined else 0
         said = data[extra:]
-        forged = bool(attributes & ATTR_BYTE) and not expected.startswith(said, at)
-        if forged:  # `<0x0A>` in a text may become the byte token of that name
+        imitated = bool(attributes & ATTR_BYTE) and not expected.startswith(said, at)
+        if imitated:  # `<0x0A>` in a text may become the byte token of that name
             said = b"<0x%02X>" % data[0]
         if not expected.startswith(said, at):
             break
@@ -617,7 +619,7 @@ def encode_fragment(fragment: TierText, markers: Markers, vocabulary: Vocabulary
         tier = owners[0][2] if owners and owners[0][0] < at + len(said) else None
         at += len(said)
         again = spelled and extra == 1  # its space follows a special token that has just been spelled out
-        spelled = forged or bool(tier and token in markers)
+        spelled = imitated or bool(tier and token in markers)
         if spelled or again:
             yield from (Token(letter, vocabulary.piece(letter), tier) for letter in vocabulary.spell(said.decode()))
         else:
@@ -847,7 +849,7 @@ class Model(Closing):
         self._held = contextlib.ExitStack()
         self._unwanted = False  # set by `close`: loading stops
         self._began = time.monotonic()
-        self._words = self._held.enter_context(Loading(file.path, settings.verbose))
+        self._words = self._held.enter_context(VocabularyLoader(file.path, settings.verbose))
         self._weights: Background | None = Background(self._load)
 
     @property
@@ -999,10 +1001,10 @@ def plan_for(
     if devices is None:
         library.start(settings.verbose)
         devices = library.gpus()
-    lanes = dialogs * settings.contexts
+    sequences_per_answer = dialogs * settings.contexts
     footprint, free, context = Footprint.of(file), memory.free_memory(), least_context(file, settings)
-    plan = memory.make_plan(footprint, free, devices, context, answers * lanes, settings.gpu_layers)
-    plan = replace(plan, lanes=lanes)
+    plan = memory.make_plan(footprint, free, devices, context, answers * sequences_per_answer, settings.gpu_layers)
+    plan = replace(plan, sequences_per_answer=sequences_per_answer)
     if settings.context != "auto":
         return plan
     if not plan.footprint.foretold:
@@ -1038,7 +1040,7 @@ class SequenceState:
     tokens: list[int] = field(default_factory=list)
 
 
-class Feed(NamedTuple):
+class BatchEntry(NamedTuple):
     """Tokens to append to a sequence in one decode."""
 
     sequence: SequenceState
@@ -1060,7 +1062,7 @@ class TokenBatch:
         batch = library.llama_cpp().llama_batch
         self.struct: Any = batch(0, self._tokens, None, self._positions, ones, owners, self._wanted)
 
-    def fill(self, feeds: Sequence[Feed]) -> list[int]:
+    def fill(self, entries: Sequence[BatchEntry]) -> list[int]:
         """Lay out the tokens of several sequences; return the row of logits of each (-1: none is computed).
 
         Raises:
@@ -1070,7 +1072,7 @@ class TokenBatch:
         positions: list[int] = []
         owners: list[int] = []
         rows = []
-        for sequence, fed, logits in feeds:
+        for sequence, fed, logits in entries:
             start = len(sequence.tokens)
             tokens += fed
             positions += range(start, start + len(fed))
@@ -1126,8 +1128,8 @@ class Engine(Closing):
         self.sequences = [SequenceState(number) for number in range(sequences)]
         self.adapters: tuple[Adapter, ...] = ()
         self.set_adapters(settings.adapters)
-        self.room = params.n_batch  # the most tokens of one decode
-        self._batch = TokenBatch(self.room)
+        self.batch_size = params.n_batch  # the most tokens of one decode
+        self._batch = TokenBatch(self.batch_size)
 
     def close(self) -> None:
         """Free the context; again is harmless."""
@@ -1150,9 +1152,9 @@ class Engine(Closing):
             raise LoadError(f"llama.cpp cannot use the adapters of {self.model.file.path}: {LOG.reason()}")
         self.adapters = tuple(adapters)
         for sequence in self.sequences:
-            self.cut(sequence, 0)
+            self.truncate(sequence, 0)
 
-    def cut(self, sequence: SequenceState, length: int) -> int:
+    def truncate(self, sequence: SequenceState, length: int) -> int:
         """Drop a sequence's tokens behind `length`, or all where its state cannot be cut; return what length stays."""
         forget, cache = self._llama.llama_memory_seq_rm, self._memory
         lost = length < len(sequence.tokens) and not self._is_whole(sequence)
@@ -1162,10 +1164,10 @@ class Engine(Closing):
         del sequence.tokens[length:]
         return length
 
-    def share(self, source: SequenceState, sequence: SequenceState, length: int) -> None:
+    def copy_prefix(self, source: SequenceState, sequence: SequenceState, length: int) -> None:
         """Copy the first tokens of one sequence to another; the cache holds them once. Not done for a partial state."""
         if self._is_whole(source):
-            self.cut(sequence, 0)
+            self.truncate(sequence, 0)
             self._llama.llama_memory_seq_cp(self._memory, source.id, sequence.id, 0, length)
             sequence.tokens += source.tokens[:length]
 
@@ -1188,10 +1190,10 @@ class Engine(Closing):
 
     def restore(self, sequence: SequenceState, tokens: Sequence[int], data: bytearray) -> bool:
         """Set a sequence to the KV state after these tokens; False, and an empty sequence, if llama.cpp refuses it."""
-        self.cut(sequence, 0)
+        self.truncate(sequence, 0)
         view = (ctypes.c_uint8 * len(data)).from_buffer(data)
         if not self._llama.llama_state_seq_set_data(self.pointer, view, len(data), sequence.id):
-            self.cut(sequence, 0)
+            self.truncate(sequence, 0)
             return False
         sequence.tokens += tokens
         return True
@@ -1200,27 +1202,27 @@ class Engine(Closing):
         """Tell whether the cache holds every position: a recurrent state holds the last one, a sliding window some."""
         return bool(self._llama.llama_memory_seq_pos_min(self._memory, sequence.id) <= 0)
 
-    def step(self, feeds: Sequence[Feed]) -> list[int]:
+    def decode(self, entries: Sequence[BatchEntry]) -> list[int]:
         """Decode tokens of several sequences in one llama_decode; return the row of logits of each (-1: none wanted).
 
         Raises:
             Interrupted: Ctrl-C during prefill. ContextOverflow: the KV cache is full. ValueError: more tokens than
-                `room`.
+                `batch_size`.
         """
-        rows = self._batch.fill(feeds)
-        status = self._decode(prefill=sum(len(feed.tokens) for feed in feeds) > len(feeds))
+        rows = self._batch.fill(entries)
+        status = self._llama_decode(prefill=sum(len(feed.tokens) for feed in entries) > len(entries))
         if status == 0:
-            for sequence, fed, _ in feeds:
+            for sequence, fed, _ in entries:
                 sequence.tokens += fed
             return rows
-        for sequence, _, _ in feeds:  # llama.cpp may have computed some of the tokens: drop them from the cache
-            self.cut(sequence, len(sequence.tokens))
+        for sequence, _, _ in entries:  # llama.cpp may have computed some of the tokens: drop them from the cache
+            self.truncate(sequence, len(sequence.tokens))
         self.interrupt.check()
         if status == 1:
             raise ContextOverflow(f"the context of {self.context:,} tokens is full: raise -c")
         raise LoadError(f"llama.cpp failed to decode (status {status}): {LOG.reason()}")
 
-    def _decode(self, prefill: bool) -> int:
+    def _llama_decode(self, prefill: bool) -> int:
         """Decode the batch; return llama.cpp's status. A prefill on the CPU can be interrupted."""
         if not prefill or self.model.gpu_layers:  # GPU backends have no abort callback
             return int(self._llama.llama_decode(self.pointer, self._batch.struct))
@@ -1238,7 +1240,7 @@ class Engine(Closing):
         return np.ctypeslib.as_array(pointer, (self.model.vocabulary.size,))
 
 
-def in_common(ours: Sequence[int], theirs: Sequence[int]) -> int:
+def common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
     """Count the tokens at the beginning that two lists have in common."""
     return next(
         (at for at, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other),
@@ -1393,7 +1395,7 @@ FinishReason = Literal["stop", "length", "interrupted"]
 
 @dataclass
 class Answer:
-    """What `--json` prints of one answer."""
+    """An answer and its figures: the fields of `--json`."""
 
     model: str
     template: str
@@ -1404,9 +1406,9 @@ class Answer:
     reasoning: str | None = None
     finish_reason: FinishReason = "stop"
     input_tokens: int = 0
-    cached_tokens: int = 0  # of the input, those that were in the KV cache already
+    cached_tokens: int = 0  # tokens of the input that were in the KV cache already
     output_tokens: int = 0
-    load_ms: float = 0.0
+    load_ms: float = 0.0  # what was loaded for this answer: model, context
     first_token_ms: float = 0.0  # from the prompt to the first token
     duration_ms: float = 0.0  # from the prompt to the end
     tokens_per_second: float = 0.0  # of the output, after the first token
@@ -1415,12 +1417,12 @@ class Answer:
 
 
 def overlap(text: AnyStr, mark: AnyStr) -> int:
-    """Return how much of the beginning of a mark stands at the end of a text."""
+    """Return the length of the longest beginning of a mark that the text ends with."""
     return next((size for size in range(len(mark) - 1, 0, -1) if text.endswith(mark[:size])), 0)
 
 
-class Incremental:
-    """Token bytes to text: never half a character, never a stop text or the beginning of one."""
+class StopFilter:
+    """Turns token bytes into text, and ends at a stop text. Half a character, or half a stop text, is held back."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -1429,7 +1431,7 @@ class Incremental:
         self.stopped = False
 
     def feed(self, data: bytes) -> str:
-        """Take a token's bytes; return the text that is certain by now."""
+        """Take a token's bytes; return the text that no later byte can change."""
         self._held += self._decoder.decode(data)
         ends = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if ends:
@@ -1446,8 +1448,8 @@ class Incremental:
         return held
 
 
-# How models mark their reasoning. gpt-oss is not among them: its channels are messages of their own.
-THINKING = (
+# The marks of reasoning by model. gpt-oss is not among them: its channels are messages of their own.
+REASONING_MARKS = (
     ("<think>", "</think>"),  # Qwen 3, QwQ, DeepSeek R1, SmolLM3, GLM 4.5, Nemotron, MiMo, Phi 4 reasoning
     ("[THINK]", "[/THINK]"),  # Magistral, Ministral 3
     ("<thought>", "</thought>"),  # EXAONE Deep
@@ -1456,18 +1458,18 @@ THINKING = (
 )
 
 
-def thinking_marks(source: str, vocabulary: Vocabulary) -> tuple[str, str] | None:
-    """Return by what a model marks its reasoning: what its template names, or has a token; None if it has neither."""
-    if named := next((marks for marks in THINKING if marks[1] in source), None):
+def reasoning_marks(source: str, vocabulary: Vocabulary) -> tuple[str, str] | None:
+    """Return the marks of a model's reasoning: those in its template, else those that are tokens, else None."""
+    if named := next((marks for marks in REASONING_MARKS if marks[1] in source), None):
         return named
-    return next((marks for marks in THINKING if len(vocabulary.encode(marks[1], special=True)) == 1), None)
+    return next((marks for marks in REASONING_MARKS if len(vocabulary.encode(marks[1], special=True)) == 1), None)
 
 
-class Thinking:
-    """Parts the bytes of an answer into reasoning and what is said.
+class ReasoningSplitter:
+    """Splits the bytes of an answer into reasoning and response.
 
-    Reasoning stands at the beginning, between two marks, of which the prompt may have written the first. Anywhere else
-    a mark is text. White space around reasoning belongs to nobody.
+    Reasoning is what stands between two marks at the beginning; the prompt may have written the first one (`opened`).
+    Marks anywhere else are text. White space around the reasoning is dropped.
     """
 
     def __init__(self, marks: tuple[str, str] | None, opened: bool = False) -> None:
@@ -1478,7 +1480,7 @@ class Thinking:
         self._held, self._begun = b"", False
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        """Take a token's bytes; return those of the reasoning and of the answer that are certain by now."""
+        """Take a token's bytes; return the bytes of reasoning and of response that no later byte can change."""
         self._held += data
         thought, said = b"", b""
         if self.state == "before":
@@ -1497,7 +1499,7 @@ class Thinking:
         return thought, said
 
     def _reason(self) -> bytes:
-        """Take from what is held the reasoning that is certain."""
+        """Return the reasoning among the bytes held back, up to what may be the beginning of the end mark."""
         thought, end, behind = self._held.partition(self._end)
         if end:
             self.state = "behind"
@@ -1510,27 +1512,27 @@ class Thinking:
         return thought
 
     def rest(self) -> tuple[bytes, bytes]:
-        """Return what was held back, when there is no more to come."""
+        """Return the bytes held back, at the end of the answer."""
         held, self._held = self._held.rstrip(), b""
         return (held, b"") if self.state == "inside" else (b"", held)
 
 
-SHORTLIST = 1024  # tokens
+SHORTLIST = 1024  # the likeliest tokens, among which one that fits a schema is looked for first
 
 
 class SchemaSampler(Sampler):
-    """A sampler that can be held to a schema.
+    """A sampler whose tokens can be held to a schema.
 
-    The chain draws first, and the constraint looks at that one token. Where it refuses, it looks at the likeliest
-    others, and the chain draws from those that fit; it looks at all only if none of them does. The distribution is as
-    if the schema came first, but for what top-k and the like keep.
+    The chain draws a token, and the constraint checks that one. If it does not fit, the chain draws again from those of
+    the SHORTLIST that fit; all tokens are checked only if none of these does. The distribution is that of a masked
+    vocabulary, except that top-k, top-p and min-p count tokens that do not fit.
     """
 
     def __init__(self, file: ModelFile, settings: Settings) -> None:
         super().__init__(file, settings)
         self._size = size = file.metadata["tokenizer.ggml.tokens"].length
         self._shortlist = self._llama.llama_sampler_init_top_k(SHORTLIST)
-        self._entries = (self._llama.llama_token_data * size)()  # number, logit, share
+        self._entries = (self._llama.llama_token_data * size)()  # id, logit, probability
         cells = memoryview(self._entries).cast("B")
         self._numbers, self._logits = cells.cast("i")[::3], cells.cast("f")[1::3]
         self._numbers[:] = array.array("i", range(size))
@@ -1544,7 +1546,7 @@ class SchemaSampler(Sampler):
             self._shortlist = None
 
     def draw_fitting(self, engine: Engine, row: int, constraint: Constraint) -> int:
-        """Draw the next token of those that fit from a row of logits, and accept it; NO_TOKEN if none does."""
+        """Draw a token that fits from a row of logits, and accept it; NO_TOKEN if none fits."""
         pointer = self._llama.llama_get_logits_ith(engine.pointer, row)
         logits = memoryview(ctypes.string_at(pointer, 4 * self._size)).cast("f")
         token = self._choose(self._lay_out(logits))
@@ -1562,7 +1564,7 @@ class SchemaSampler(Sampler):
 
     def _lay_out(self, logits: memoryview[float]) -> Any:
         """Return all tokens with their logits as llama.cpp's samplers take them."""
-        ctypes.memmove(self._entries, self._all, len(self._all))  # they sort them
+        ctypes.memmove(self._entries, self._all, len(self._all))  # samplers have sorted the entries
         self._logits[:] = logits
         return self._candidates(self._size)
 
@@ -1574,10 +1576,10 @@ class SchemaSampler(Sampler):
         return int(candidates.data[candidates.selected].id)
 
 
-class Draft:
-    """An answer while it is written: tokens go in, text comes out, and the figures are kept.
+class AnswerBuilder:
+    """Builds an answer: tokens go in, text comes out, figures are taken.
 
-    It alone knows where the reasoning ends, and so from where on a schema holds.
+    It owns the state that reasoning and schema share: where the reasoning ends, the schema begins to hold.
     """
 
     def __init__(
@@ -1586,25 +1588,25 @@ class Draft:
         settings: Settings,
         vocabulary: Vocabulary,
         context: int,
-        thinking: Thinking,
+        splitter: ReasoningSplitter,
         think: Callable[[str], None],
         constraint: Constraint | None = None,
     ) -> None:
-        """Begin; `think` sees the reasoning as it comes, which is no part of the text, and white space when it ends."""
+        """Begin. `think` is called with the reasoning as it comes, and with line breaks where the reasoning ends."""
         self.answer, self.ended = answer, False
-        self._thinking, self._thought, self._think = thinking, Incremental(()), think
+        self._splitter, self._thought, self._think = splitter, StopFilter(()), think
         self._constraint = constraint
-        self._vocabulary, self._text = vocabulary, Incremental(settings.stop)
+        self._vocabulary, self._text = vocabulary, StopFilter(settings.stop)
         self._most = min(settings.max_tokens or context, context - answer.input_tokens)
         self._started = self._first = time.monotonic()
 
     @property
     def constraint(self) -> Constraint | None:
-        """What the next token has to fit: nothing if there is no schema, or while the model is thinking."""
-        return None if self._thinking.state == "inside" else self._constraint
+        """The constraint that the next token must fit; None without a schema, and inside reasoning."""
+        return None if self._splitter.state == "inside" else self._constraint
 
     def add(self, token: int) -> str:
-        """Take a token and return the text that is certain by now; `ended` says whether it was the last."""
+        """Take a token; return the text that no later token can change. `ended` tells whether it was the last one."""
         answer = self.answer
         if not answer.output_tokens:
             self._first = time.monotonic()
@@ -1613,10 +1615,10 @@ class Draft:
             return ""
         answer.output_tokens += 1
         held = self.constraint
-        thought, said = self._thinking.feed(self._vocabulary.piece(token))
+        thought, said = self._splitter.feed(self._vocabulary.piece(token))
         if held and self.constraint:
             held.accept(token)
-        elif self.constraint:  # the reasoning ends here, and the token may say more
+        elif self.constraint:  # this token ends the reasoning, and may begin the response
             self.constraint.accept_text(said)
         self._reason(self._thought.feed(thought))
         piece = self._text.feed(said)
@@ -1638,13 +1640,13 @@ class Draft:
         self.answer.response += piece
 
     def close(self) -> str:
-        """Write down the figures and return the text that was held back."""
+        """Complete the figures; return the text that was held back."""
         answer, ended = self.answer, time.monotonic()
-        thought, said = self._thinking.rest()
+        thought, said = self._splitter.rest()
         self._reason(self._thought.feed(thought))
         piece = self._text.feed(said) + self._text.rest()
         self._say(piece)
-        if answer.reasoning and not answer.response:  # it ended in the middle of it
+        if answer.reasoning and not answer.response:  # the answer ended inside its reasoning
             self._think("\n")
         answer.first_token_ms = round((self._first - self._started) * 1000, 1)
         answer.duration_ms = round((ended - self._started) * 1000, 1)
@@ -1677,15 +1679,15 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A request as the model reads it: rendered and tokenised once, in each of its contexts."""
+    """A request as token ids: its dialog rendered and tokenised once for each context of its guidance."""
 
     request: Request
     settings: Settings  # the scheduler's, with what the request itself says
     answer: Answer
     guidance: Guidance
     contexts: list[list[int]]  # token ids of each context, the most conditioned first
-    checkpoints: list[list[int]]  # of each context, where its queries begin: prefixes that are worth a file
-    size: int  # tokens that a sequence needs for prompt and answer
+    checkpoints: list[list[int]]  # of each context, the lengths of prefixes that are worth a file: up to a query
+    size: int  # tokens of a sequence that holds prompt and answer
     ending: str  # the scaffold behind the last text of a tier: it may open the reasoning
     imitated_markers: list[str]  # marker words of the template in a tier's text: ids cannot protect those
 
@@ -1733,7 +1735,9 @@ def make_prompt(
         [at for at in one.queries() if at * model.plan.footprint.bytes >= CACHE_WORTH_SAVING] for one in read
     ]
     contexts = [tokens.ids for tokens in read]
-    return Prompt(request, settings, answer, guidance, contexts, checkpoints, size, read[0].ending, read[0].forged)
+    return Prompt(
+        request, settings, answer, guidance, contexts, checkpoints, size, read[0].ending, read[0].imitated_markers
+    )
 
 
 @dataclass(eq=False)
@@ -1746,24 +1750,24 @@ class Slot:
     sequence: SequenceState
     prompt: list[int]
     pending: list[int]
-    waits_for: tuple[SequenceState, int] | None = None  # copy this prefix of another sequence once it is decoded there
+    waits_for: tuple[SequenceState, int] | None = None  # (other sequence, length): copy its prefix once decoded
     checkpoints: Sequence[int] = ()  # prefix lengths where a decode must end: equal splits give equal bits
 
     @property
     def known(self) -> list[int]:
-        """Return what the sequence will hold when it has read its prompt but for the last token, which gives logits."""
+        """The tokens that the sequence holds once its prompt is decoded, without the last one, which is for logits."""
         return self.sequence.tokens + self.pending[:-1]
 
     @property
     def next_size(self) -> int:
-        """Return how many tokens the next decode may take: up to the next checkpoint, else all that are pending."""
+        """The number of tokens that the next decode may take: up to the next checkpoint, else all pending ones."""
         done = len(self.sequence.tokens)
         return next((end - done for end in self.checkpoints if end > done), len(self.pending))
 
     def copy_prefix(self, engine: Engine) -> None:
-        """Begin as the other sequence, if that one has decoded enough."""
+        """Copy the prefix of the other sequence, if it is decoded there."""
         if self.waits_for and len(self.waits_for[0].tokens) >= self.waits_for[1]:
-            engine.share(self.waits_for[0], self.sequence, self.waits_for[1])
+            engine.copy_prefix(self.waits_for[0], self.sequence, self.waits_for[1])
             self.pending, self.waits_for = self.prompt[len(self.sequence.tokens) :], None
 
 
@@ -1774,20 +1778,20 @@ class ActiveRequest:
     request: Request
     guidance: Guidance
     slots: list[Slot]
-    draft: Draft
+    builder: AnswerBuilder
     sampler: Sampler
 
     def copy_prefixes(self, engine: Engine) -> None:
-        """Let the slots that wait for another sequence begin as it does, where it is so far."""
+        """Copy the prefixes that slots wait for, where they are decoded by now."""
         for slot in self.slots:
             if slot.waits_for:
                 slot.copy_prefix(engine)
                 if slot is self.slots[0]:
-                    self.draft.answer.cached_tokens = len(slot.sequence.tokens)
+                    self.builder.answer.cached_tokens = len(slot.sequence.tokens)
 
     def draw(self, engine: Engine, row: int, several: bool) -> int:
         """Draw the next token from a row of logits; every slot is to read it."""
-        if constraint := self.draft.constraint:
+        if constraint := self.builder.constraint:
             token = cast(SchemaSampler, self.sampler).draw_fitting(engine, row, constraint)
         else:
             token = self.sampler.draw(engine, row, several)
@@ -1797,24 +1801,24 @@ class ActiveRequest:
 
     @property
     def reading(self) -> bool:
-        """Tell whether a prompt has not been read yet."""
+        """Whether some of the prompt is still to be decoded."""
         return any(slot.waits_for or len(slot.pending) > 1 for slot in self.slots)
 
     @property
     def may_sample(self) -> bool:
-        """Tell whether the next decode can end the prompts of all contexts, so that their logits are combined."""
+        """Whether the next decode can end the prompts of all contexts, so that their logits can be combined."""
         return all(not slot.waits_for and slot.next_size == len(slot.pending) for slot in self.slots)
 
 
 class Checkpoints:
-    """Prefixes of prompts in the cache on disk: loaded into slots, taken from them, and written when nobody waits."""
+    """Prefixes of prompts in the cache on disk: loaded into slots, taken from slots, written between answers."""
 
-    def __init__(self, cache: States | None) -> None:
+    def __init__(self, cache: PromptCache | None) -> None:
         self.cache = cache
         self._unsaved: list[tuple[str, bytearray]] = []
 
     def load(self, engine: Engine, slot: Slot, lengths: Sequence[int]) -> None:
-        """Load the longest prefix on disk, if it is longer than what the slot begins with."""
+        """Load the longest prefix on disk, if it is longer than the one that the slot has."""
         slot.checkpoints = lengths
         known = slot.waits_for[1] if slot.waits_for else len(slot.sequence.tokens)
         for length in reversed(lengths):
@@ -1827,23 +1831,23 @@ class Checkpoints:
                 return
 
     def take(self, engine: Engine, slot: Slot) -> None:
-        """Take the state at a slot's last checkpoint."""
+        """Take the KV state of a slot that has reached its last checkpoint."""
         if not slot.checkpoints:
             return
         known, last = len(slot.sequence.tokens), slot.checkpoints[-1]
         if known >= last:
             slot.checkpoints = ()
-        if known != last or self.cache is None or not self.cache.fills:
+        if known != last or self.cache is None or self.cache.read_only:
             return
         key = engine.key(slot.sequence.tokens)
         if not self.cache.has(key) and (data := engine.state(slot.sequence)):
             self._unsaved.append((key, data))
 
     def save(self) -> None:
-        """Write what was taken."""
+        """Write the states that were taken."""
         for key, data in self._unsaved:
             with STOPWATCH("states"):
-                cast(States, self.cache).save(key, data)
+                cast(PromptCache, self.cache).save(key, data)
         self._unsaved.clear()
 
 
@@ -1853,13 +1857,13 @@ class Decoder(Closing):
     The context is made by `open`, and anew when it is called again.
     """
 
-    def __init__(self, model: Model, template: ChatTemplate, interrupt: Interrupt, cache: States | None) -> None:
+    def __init__(self, model: Model, template: ChatTemplate, interrupt: Interrupt, cache: PromptCache | None) -> None:
         self.engine: Engine | None = None
         self.active: list[ActiveRequest] = []
-        self.unreported_ms = model.load_ms  # of loading, since the latest answer began
+        self.unreported_ms = model.load_ms  # of loading, which the next answer reports
         self.checkpoints = Checkpoints(cache)
         self._model, self._template, self._interrupt = model, template, interrupt
-        self._marks = thinking_marks(template.template.source, model.vocabulary)
+        self._marks = reasoning_marks(template.template.source, model.vocabulary)
         words, markers = model.vocabulary, Markers(template.template.source, model.vocabulary)
         self._vocabulary = mask.Vocabulary(
             words.piece, words.is_end, markers.__contains__, lambda: token_texts(model.file)
@@ -1896,8 +1900,8 @@ class Decoder(Closing):
     def interrupted(self) -> None:
         """Complete what has been written of the answers, as far as it goes."""
         for one in self.active:
-            one.draft.answer.finish_reason = "interrupted"
-            one.request.show(one.draft.close())
+            one.builder.answer.finish_reason = "interrupted"
+            one.request.show(one.builder.close())
 
     def fits(self, prompt: Prompt) -> bool:
         """Tell whether there are free sequences for a request, of the size that it needs."""
@@ -1925,11 +1929,13 @@ class Decoder(Closing):
         answer.cached_tokens = len(slots[0].prompt) - len(slots[0].pending)
         answer.load_ms, self.unreported_ms = round(self.unreported_ms, 1), 0.0
         begin, end = self._marks or ("", "")
-        thinking = Thinking(self._marks, prompt.ending.rfind(begin) > prompt.ending.rfind(end))
+        splitter = ReasoningSplitter(self._marks, prompt.ending.rfind(begin) > prompt.ending.rfind(end))
         vocabulary, request = self._model.vocabulary, prompt.request
-        draft = Draft(answer, prompt.settings, vocabulary, engine.context, thinking, request.think, constraint)
+        builder = AnswerBuilder(
+            answer, prompt.settings, vocabulary, engine.context, splitter, request.think, constraint
+        )
         sampler = (SchemaSampler if constraint else Sampler)(self._model.file, prompt.settings)
-        self.active.append(ActiveRequest(request, prompt.guidance, slots, draft, sampler))
+        self.active.append(ActiveRequest(request, prompt.guidance, slots, builder, sampler))
 
     def _constraint(self, schema: Schema) -> Constraint:
         """Return what holds an answer to a schema; a model that can think may do that first."""
@@ -1947,17 +1953,17 @@ class Decoder(Closing):
         The contexts of a request end their prompts in one decode, so that the logits of all are there to be combined.
         """
         engine = cast(Engine, self.engine)
-        feeds, writing, room = [], [], engine.room
+        entries, writing, room = [], [], engine.batch_size
         for one in sorted(self.active, key=lambda one: one.reading):  # answers first, prompts fill the room
             sample = one.may_sample and sum(len(slot.pending) for slot in one.slots) <= room
             for slot in (slot for slot in one.slots if not slot.waits_for):
                 size = len(slot.pending) if sample else min(slot.next_size, len(slot.pending) - 1, room)
                 if size:
-                    feeds.append(Feed(slot.sequence, slot.pending[:size], logits=sample))
+                    entries.append(BatchEntry(slot.sequence, slot.pending[:size], logits=sample))
                     slot.pending, room = slot.pending[size:], room - size
             writing += [one] if sample else []
-        with STOPWATCH("prompt" if any(len(feed.tokens) > 1 for feed in feeds) else "answer"):
-            rows = iter([row for row in engine.step(feeds) if row >= 0])
+        with STOPWATCH("prompt" if any(len(feed.tokens) > 1 for feed in entries) else "answer"):
+            rows = iter([row for row in engine.decode(entries) if row >= 0])
         for one in self.active:
             one.copy_prefixes(engine)
             for slot in one.slots:
@@ -1966,33 +1972,31 @@ class Decoder(Closing):
             mine = [next(rows) for _ in one.slots]
             if len(mine) > 1:
                 one.guidance.combine([engine.logits(row) for row in mine])
-            token = one.draw(engine, mine[0], several=len(feeds) > 1)
-            one.request.show(one.draft.add(token))
-        return [one for one in writing if one.draft.ended]
+            token = one.draw(engine, mine[0], several=len(entries) > 1)
+            one.request.show(one.builder.add(token))
+        return [one for one in writing if one.builder.ended]
 
     def end(self, one: ActiveRequest, prompt_only: bool) -> None:
         """Complete an answer. With `prompt_only` the cache keeps its prompt alone, for one that begins alike."""
         self.active.remove(one)
-        one.request.show(one.draft.close())
+        one.request.show(one.builder.close())
         one.sampler.close()
         if prompt_only:
             for slot in one.slots:
-                cast(Engine, self.engine).cut(slot.sequence, len(slot.prompt))
+                cast(Engine, self.engine).truncate(slot.sequence, len(slot.prompt))
 
 
 class Scheduler(Closing):
     """Answers requests, as many at a time as it has slots, with one llama_decode a step for all of them.
 
-    A request takes a sequence for each of its contexts. What any sequence holds, or is about to read, is not read
-    again: another one begins as it does. Close it, or use it in a `with`.
-
-    A request gets the same answer in any number of slots, but for rounding: what else is in a batch changes the last
-    bits of its logits. Of 1,600 dialogs put to the embedded model at temperature 0, as many as 5 got another text.
+    A request takes a sequence for each of its contexts. A prefix that some sequence holds, or is about to decode, is
+    copied, not decoded again. The number of slots changes an answer by rounding only: the rest of a batch changes the
+    last bits of the logits. Of 1,600 dialogs put to the embedded model at temperature 0, at most 5 got another text.
 
     Args:
         slots: requests that are answered at a time.
-        context: tokens for each sequence, all allocated at once; None: as the requests need, anew when they need more.
-        cache: prompts' prefixes on disk.
+        context: tokens for each sequence, allocated at once; None: as the requests need, anew when they need more.
+        cache: where prefixes of prompts are kept on disk.
 
     Raises:
         LoadError: llama.cpp cannot make the context (memory; it has 256 sequences at most).
@@ -2007,7 +2011,7 @@ class Scheduler(Closing):
         interrupt: Interrupt,
         slots: int = 1,
         context: int | None = None,
-        cache: States | None = None,
+        cache: PromptCache | None = None,
     ) -> None:
         self.model, self.template, self.slots, self.interrupt = model, template, slots, interrupt
         self.settings, self.options = replace(settings, context=context) if context else settings, options
@@ -2073,7 +2077,7 @@ class Scheduler(Closing):
         self.interrupt.check()
         for one in self._decoder.decode() if self._decoder.active else ():
             self._decoder.end(one, prompt_only=self.slots > 1)
-            ended.append((one.request, one.draft.answer))
+            ended.append((one.request, one.builder.answer))
         return ended
 
     def _has_room(self) -> bool:
@@ -2161,20 +2165,20 @@ def answered(answer: Answer | EdgeError) -> Answer:
 
 
 def assign_slot(engine: Engine, prompt: list[int], busy: Mapping[int, Slot]) -> Slot:
-    """Give a prompt the free sequence that shares most with it, or the beginning of a busy one.
+    """Give a prompt the free sequence that has the longest prefix of it, or the prefix of a busy one.
 
     Args:
-        busy: the slots that have a sequence, by its number.
+        busy: the slots in use, by the number of their sequence.
     """
-    read = prompt[:-1]  # the last token is always fed, for its logits
+    read = prompt[:-1]  # the last token is always decoded, for its logits
     known = {one.id: busy[one.id].known if one.id in busy else one.tokens for one in engine.sequences}
-    count = {number: in_common(tokens, read) for number, tokens in known.items()}
+    count = {number: common_prefix(tokens, read) for number, tokens in known.items()}
     free = [sequence for sequence in engine.sequences if sequence.id not in busy]
     sequence = max(free, key=lambda sequence: (count[sequence.id], -len(sequence.tokens)))
     source = max(engine.sequences, key=lambda sequence: count[sequence.id])
     if count[source.id] <= count[sequence.id]:
-        return Slot(sequence, prompt, prompt[engine.cut(sequence, count[sequence.id]) :])
-    engine.cut(sequence, 0)
+        return Slot(sequence, prompt, prompt[engine.truncate(sequence, count[sequence.id]) :])
+    engine.truncate(sequence, 0)
     slot = Slot(sequence, prompt, prompt, (source, count[source.id]))
     slot.copy_prefix(engine)
     return slot

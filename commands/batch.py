@@ -28,8 +28,8 @@ from .options.groups import (
     StrengthOptions,
     Verbosity,
     gathered,
-    kept_states,
     option,
+    prompt_cache,
 )
 from .options.loading import open_slots
 from .terminal import report
@@ -90,7 +90,7 @@ def batch(
         work = Batch(read_rows(lines, defaults, settings.seed, unknown), ledger, screen, name, settings.schema)
         requests = work.requests(WINDOW * parallel)
         if first := next(requests, None):  # otherwise no model has to be loaded
-            states = kept_states(no_cache, fills=False)
+            states = prompt_cache(no_cache, read_only=True)
             bar = Screen(quiet=True) if ledger is None and screen.terminal else screen  # the rows show progress
             with (
                 open_slots(file, chosen, settings, options, plan, parallel, screen, states) as scheduler,

@@ -6,7 +6,7 @@ import typer
 
 from metaalign_edge_runtime.errors import counted
 from metaalign_edge_runtime.stores import session_text
-from metaalign_edge_runtime.stores.prompt_cache import States
+from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 
 from .options.groups import JsonOption, QuietOption
 from .terminal import tables
@@ -18,7 +18,7 @@ app = typer.Typer(no_args_is_help=True, help=__doc__)
 @app.command("show")
 def cache_show(as_json: JsonOption = False) -> None:
     """List the states: their size, how often each spared the model a prompt, and when it was used last."""
-    screen, states = Screen(), States()
+    screen, states = Screen(), PromptCache()
     files = states.files()
     size = sum(file.bytes for file in files)
     document = {
@@ -46,4 +46,4 @@ def cache_show(as_json: JsonOption = False) -> None:
 @app.command("clear")
 def cache_clear(quiet: QuietOption = False) -> None:
     """Remove all states. The next call computes its meta-prompt again."""
-    Screen(quiet).note(f"{counted(States().clear(), 'state')} removed")
+    Screen(quiet).note(f"{counted(PromptCache().clear(), 'state')} removed")

@@ -30,7 +30,7 @@ from .options.groups import (
     StrengthOptions,
     Verbosity,
     gathered,
-    kept_states,
+    prompt_cache,
     user_info_of,
 )
 from .options.loading import open_scheduler
@@ -163,7 +163,7 @@ def chat(
     set_meta_prompt(conversation, meta_prompt, context)
     settings = gathered(loaded, sampling, strengths, talk)
     asked = read_query(query, no_stdin, repl=not as_json)
-    with open_scheduler(loaded, rendered, settings, screen, kept_states(no_cache)) as scheduler:
+    with open_scheduler(loaded, rendered, settings, screen, prompt_cache(no_cache)) as scheduler:
         report.introduce(conversation, scheduler.model.file.path.name, screen, talking=asked is None)
         markdown = markdown and settings.schema is None  # JSON would lose its stars and underscores
         if asked is None:

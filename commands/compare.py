@@ -22,7 +22,7 @@ from .options.groups import (
     StrengthOptions,
     Verbosity,
     gathered,
-    kept_states,
+    prompt_cache,
 )
 from .options.loading import open_scheduler
 from .options.query import read_query
@@ -58,7 +58,7 @@ def compare(
     asked, system_info = Turn(cast(str, read_query(query, no_stdin, repl=False))), meta_prompt.system_info()
     dialogs = [Dialog(system_info, one.text, (asked,)) for one in preferences]
     settings = gathered(loaded, sampling, strengths, talk)
-    opened = open_scheduler(loaded, rendered, settings, screen, kept_states(no_cache), len(dialogs))
+    opened = open_scheduler(loaded, rendered, settings, screen, prompt_cache(no_cache), len(dialogs))
     with opened as scheduler, scheduler.interrupt:
         heads = [one.given for one in preferences]
         with contextlib.nullcontext() if as_json else Columns(heads, screen) as columns:

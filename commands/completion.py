@@ -137,7 +137,7 @@ def completion(
     if shell not in SHELLS:
         raise UsageError(f"no completion for {shell!r}: there is one for {', '.join(SHELLS)}")
     if words is None:
-        path = files.part_folder("commands") / "shells" / f"metaalign-edge.{SHELLS[shell]}"
+        path = files.package_folder("commands") / "shells" / f"metaalign-edge.{SHELLS[shell]}"
         Screen().write(files.read_text(path, "the completion"))
         return
     found = suggestions(program, words)

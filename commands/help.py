@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from metaalign_edge_runtime.errors import UsageError, nearest
+from metaalign_edge_runtime.errors import UsageError, did_you_mean
 from metaalign_edge_runtime.stores import docs
 
 from . import program
@@ -45,5 +45,5 @@ def help(
     elif first in commands:
         program(args=[first, *more, "--help"], prog_name="metaalign-edge", standalone_mode=False)
     else:
-        alike = nearest(first, [*known, *commands], "`metaalign-edge help` lists them")
+        alike = did_you_mean(first, [*known, *commands], "`metaalign-edge help` lists them")
         raise UsageError(f"no topic {' '.join([first, *more])!r}: {alike}")

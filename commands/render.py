@@ -76,7 +76,7 @@ def render(
     if tokens or count or rendered.strict_tiers:
         with load_vocabulary(file, talk.verbose) as vocabulary:
             tokenized = edge.tokenize(rendering, vocabulary, file.context)
-        report.check_forged(tokenized.forged, screen, rendered.strict_tiers)
+        report.check_imitated(tokenized.imitated_markers, screen, rendered.strict_tiers)
         rows = tokenized.tokens if tokens or count else None
     elif not as_json:
         screen.note("metaalign-edge: note: tiers are checked on token ids; --tokens shows and checks them")

@@ -128,7 +128,7 @@ def some(names: Sequence[str], limit: int = 4) -> str:
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
-def nearest(word: str, words: Iterable[str], otherwise: str) -> str:
+def did_you_mean(word: str, words: Iterable[str], otherwise: str) -> str:
     """Ask whether one of the words was meant that are most like one that does not exist; else say something else."""
     import difflib
 

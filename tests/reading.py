@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from metaalign_edge import Engine, Feed, Sampler, SequenceState, in_common
+from metaalign_edge import BatchEntry, Engine, Sampler, SequenceState, common_prefix
 
 
 def read(engine: Engine, sequence: SequenceState, prompt: Sequence[int]) -> int:
     """Bring a sequence to a prompt and compute the logits after it; return how many tokens were there already."""
-    cached = engine.cut(sequence, in_common(sequence.tokens, prompt[:-1]))
-    for start in range(cached, len(prompt), engine.room):
-        chunk = prompt[start : start + engine.room]
-        engine.step([Feed(sequence, chunk, logits=start + len(chunk) == len(prompt))])
+    cached = engine.truncate(sequence, common_prefix(sequence.tokens, prompt[:-1]))
+    for start in range(cached, len(prompt), engine.batch_size):
+        chunk = prompt[start : start + engine.batch_size]
+        engine.decode([BatchEntry(sequence, chunk, logits=start + len(chunk) == len(prompt))])
     return cached
 
 
@@ -22,4 +22,4 @@ def write(engine: Engine, sequence: SequenceState, prompt: Sequence[int], sample
     while True:
         token = sampler.draw(engine, -1)
         yield token
-        engine.step([Feed(sequence, [token])])
+        engine.decode([BatchEntry(sequence, [token])])

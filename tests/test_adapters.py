@@ -18,9 +18,9 @@ from test_lora import IDS, MODULES, alone, base_gguf, matrices, merged, write_lo
 import metaalign_edge as edge
 from metaalign_edge import (  # fmt: skip
     Adapter,
+    BatchEntry,
     Dialog,
     Engine,
-    Feed,
     Model,
     RenderOptions,
     Scheduler,
@@ -54,7 +54,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def scores(path: Path, *adapters: Adapter) -> np.ndarray:
     settings = replace(GREEDY, adapters=adapters)
     with Model(ModelFile(path), settings) as model, Engine(model, settings, Interrupt(), 64) as engine:
-        return np.array([engine.logits(engine.step([Feed(engine.sequences[0], [token])])[0]).copy() for token in IDS])
+        return np.array(
+            [engine.logits(engine.decode([BatchEntry(engine.sequences[0], [token])])[0]).copy() for token in IDS]
+        )
 
 
 # -- what it does -----------------------------------------------------------------------------------------------------

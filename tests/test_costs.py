@@ -19,7 +19,7 @@ from metaalign_edge_runtime.errors import Interrupted, LoadError
 from metaalign_edge_runtime.llama import library
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.interrupt import Interrupt
-from metaalign_edge_runtime.llama.vocabulary import Loading
+from metaalign_edge_runtime.llama.vocabulary import VocabularyLoader
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 CPU = Settings(threads=1, gpu_layers="0")
@@ -99,7 +99,7 @@ def test_a_file_that_does_not_load_is_refused_and_nothing_stays_of_it(demo: Path
 
 
 def test_a_vocabulary_that_nobody_takes_is_freed(demo: Path) -> None:
-    loading = Loading(demo)
+    loading = VocabularyLoader(demo)
     with pytest.raises(ZeroDivisionError), loading:
         1 / 0  # noqa: B018
     with pytest.raises(LoadError):
@@ -116,5 +116,5 @@ def test_ctrl_c_stops_a_load(demo: Path) -> None:
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path, demo: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with Loading(tmp_path / "pipe") as loading, pytest.raises(LoadError):
+    with VocabularyLoader(tmp_path / "pipe") as loading, pytest.raises(LoadError):
         loading.take(ModelFile(demo))

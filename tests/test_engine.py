@@ -10,15 +10,15 @@ from reading import read, write
 
 import metaalign_edge as edge
 from metaalign_edge import (  # fmt: skip
+    BatchEntry,
     Dialog,
     Engine,
-    Feed,
-    Incremental,
     Model,
     RenderOptions,
     Sampler,
     Scheduler,
     Settings,
+    StopFilter,
     Turn,
 )
 from metaalign_edge_runtime.errors import ContextOverflow, Interrupted
@@ -50,16 +50,16 @@ def alone(model: Model, prompt: list[int], count: int) -> list[int]:
 def test_sequences_decoded_in_one_batch_say_what_each_says_alone(model: Model) -> None:
     expected = [alone(model, prompt, 12) for prompt in prompts(model)]
     with Engine(model, GREEDY, Interrupt(), 128, sequences=3) as engine, Sampler(model.file, GREEDY) as sampler:
-        rows = engine.step(
-            [Feed(sequence, prompt) for sequence, prompt in zip(engine.sequences, prompts(model), strict=True)]
+        rows = engine.decode(
+            [BatchEntry(sequence, prompt) for sequence, prompt in zip(engine.sequences, prompts(model), strict=True)]
         )
         written: list[list[int]] = [[], [], []]
         for _ in range(12):
             drawn = [sampler.draw(engine, row) for row in rows]
             for said, token in zip(written, drawn, strict=True):
                 said.append(token)
-            rows = engine.step(
-                [Feed(sequence, [token]) for sequence, token in zip(engine.sequences, drawn, strict=True)]
+            rows = engine.decode(
+                [BatchEntry(sequence, [token]) for sequence, token in zip(engine.sequences, drawn, strict=True)]
             )
     assert written == expected
 
@@ -93,7 +93,7 @@ def test_an_interrupt_stops_a_prefill_and_the_sequence_can_be_used_again(model: 
         sequence = engine.sequences[0]
         interrupt.raised = True
         with pytest.raises(Interrupted):
-            engine.step([Feed(sequence, prompt)])
+            engine.decode([BatchEntry(sequence, prompt)])
         interrupt.raised = False
         tokens = write(engine, sequence, prompt, sampler)
         assert [next(tokens) for _ in range(4)] == expected
@@ -102,12 +102,12 @@ def test_an_interrupt_stops_a_prefill_and_the_sequence_can_be_used_again(model: 
 def test_a_full_context_is_an_error_that_says_so(model: Model) -> None:
     with Engine(model, GREEDY, Interrupt(), 256) as engine, pytest.raises(ContextOverflow, match="256"):
         for _ in range(100):
-            engine.step([Feed(engine.sequences[0], prompts(model)[2])])
+            engine.decode([BatchEntry(engine.sequences[0], prompts(model)[2])])
 
 
 def test_a_step_refuses_more_tokens_than_its_batch_has_room_for(model: Model) -> None:
     with Engine(model, GREEDY, Interrupt(), 128, sequences=2) as engine, pytest.raises(ValueError, match="512"):
-        engine.step([Feed(sequence, [5] * 300) for sequence in engine.sequences])
+        engine.decode([BatchEntry(sequence, [5] * 300) for sequence in engine.sequences])
 
 
 def test_a_model_that_asks_for_greedy_answers_gives_way_to_a_temperature(demo: Path) -> None:
@@ -165,14 +165,14 @@ def test_what_is_pinned_and_does_not_fit_is_an_error_with_the_counts(model: Mode
 
 
 def test_text_is_never_half_a_character() -> None:
-    text = Incremental([])
+    text = StopFilter([])
     assert [text.feed(bytes([byte])) for byte in "ü€😀".encode()] == ["", "ü", "", "", "€", "", "", "", "😀"]
     assert text.feed("😀".encode()[:3]) + text.rest() == ""
 
 
 @pytest.mark.parametrize("pieces", [["one ST", "OP two"], ["one STOP two"], list("one STOP two")])
 def test_a_stop_text_is_found_across_pieces_and_never_shown(pieces: list[str]) -> None:
-    text, shown = Incremental(["STOP", "never"]), ""
+    text, shown = StopFilter(["STOP", "never"]), ""
     for piece in pieces:
         shown += text.feed(piece.encode())
         if text.stopped:
@@ -181,7 +181,7 @@ def test_a_stop_text_is_found_across_pieces_and_never_shown(pieces: list[str]) -
 
 
 def test_what_looks_like_a_stop_text_and_is_none_is_shown_in_the_end() -> None:
-    text = Incremental(["STOP"])
+    text = StopFilter(["STOP"])
     assert text.feed(b"a ST") == "a "
     assert text.feed(b"ART") == "START"
     assert text.feed(b"S") + text.rest() == "S"

@@ -20,7 +20,7 @@ from families import make_family
 from test_parallel import memories  # noqa: F401  a fixture
 
 import metaalign_edge as edge
-from metaalign_edge import Engine, Feed, Model, Settings
+from metaalign_edge import BatchEntry, Engine, Model, Settings
 from metaalign_edge_runtime.errors import LoadError, UsageError
 from metaalign_edge_runtime.llama import library, memory
 from metaalign_edge_runtime.llama.gguf import ModelFile
@@ -160,7 +160,7 @@ def test_the_bytes_of_a_token_and_of_a_sequence_are_what_llama_cpp_stores_of_the
     with Model(file, CPU) as model, Engine(model, CPU, Interrupt(), 256) as engine:
         (sequence,) = engine.sequences
         for _ in range(2):
-            engine.step([Feed(sequence, [7] * 20, False)])
+            engine.decode([BatchEntry(sequence, [7] * 20, False)])
             sizes.append(len(engine.state(sequence)))
     about, each = (sizes[1] - sizes[0]) / 20, sum(footprint.cache)
     assert each and each <= about <= each + 16 * footprint.masks  # its position, and whose it is

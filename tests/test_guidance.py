@@ -17,9 +17,9 @@ from reading import read
 import metaalign_edge as edge
 from metaalign_edge import (  # fmt: skip
     Answer,
+    BatchEntry,
     Dialog,
     Engine,
-    Feed,
     Guidance,
     Model,
     Request,
@@ -153,19 +153,19 @@ def test_strength_nought_is_the_dialog_without_the_tier(model: Model) -> None:
 
 def test_contexts_that_begin_alike_are_read_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     fed: list[list[tuple[int, int]]] = []
-    usual = Engine.step
+    usual = Engine.decode
 
     def step(engine: Engine, feeds: Any) -> list[int]:
         fed.append([(feed.sequence.id, len(feed.tokens)) for feed in feeds])
         return usual(engine, feeds)
 
-    monkeypatch.setattr(Engine, "step", step)
+    monkeypatch.setattr(Engine, "decode", step)
     dialog = Dialog("be kind " * 20, "brief", (Turn("q"),))
     answer = ask(model, replace(GREEDY, pref_strength=2.0), dialog)
     long, short = (len(prompt_of(model, one)) for one in (dialog, replace(dialog, user_info="")))
     assert answer.output_tokens > 1
     reading = [feeds for feeds in fed if sum(size for _, size in feeds) > len(feeds)]
-    common = edge.in_common(prompt_of(model, dialog), prompt_of(model, replace(dialog, user_info="")))
+    common = edge.common_prefix(prompt_of(model, dialog), prompt_of(model, replace(dialog, user_info="")))
     assert common > 40
     assert sum(size for feeds in reading for _, size in feeds) in range(
         long + short - common - 2, long + short - common + 1
@@ -254,7 +254,7 @@ def test_of_what_is_implausible_the_model_itself_decides_where_a_grammar_leaves_
     llama = library.llama_cpp()
     with Engine(model, GREEDY, Interrupt(), 256, sequences=2) as engine:
         prompts = [prompt_of(model, dialog) for dialog in (BOTH, replace(BOTH, user_info=""))]
-        rows = engine.step([Feed(one, prompt) for one, prompt in zip(engine.sequences, prompts, strict=True)])
+        rows = engine.decode([BatchEntry(one, prompt) for one, prompt in zip(engine.sequences, prompts, strict=True)])
         grammar = llama.llama_sampler_init_grammar(model.vocabulary.pointer, b'root ::= "zebra" [0-9]+', b"root")
         with Sampler(model.file, replace(GREEDY, temperature=0.8)) as sampler:
             written = b""
@@ -267,7 +267,7 @@ def test_of_what_is_implausible_the_model_itself_decides_where_a_grammar_leaves_
                 llama.llama_sampler_free(chain)
                 llama.llama_sampler_accept(grammar, token)
                 written += model.vocabulary.piece(token)
-                rows = engine.step([Feed(one, [token]) for one in engine.sequences])
+                rows = engine.decode([BatchEntry(one, [token]) for one in engine.sequences])
         llama.llama_sampler_free(grammar)
     assert b"zebra".startswith(written[:5]) and (not written[5:] or written[5:].isdigit())
 

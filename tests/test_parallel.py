@@ -19,9 +19,9 @@ from reading import read
 import metaalign_edge as edge
 from metaalign_edge import (  # fmt: skip
     Answer,
+    BatchEntry,
     Dialog,
     Engine,
-    Feed,
     Model,
     RenderOptions,
     Request,
@@ -227,12 +227,12 @@ def test_what_a_sliding_window_has_lost_is_read_again(memories: dict[str, Path],
             one, other = engine.sequences
             read(engine, one, first[:200])
             read(engine, other, second[:200])
-            engine.cut(one, 20)
+            engine.truncate(one, 20)
             read(engine, other, second[:300])  # into the cells that are free now
             read(engine, one, first[:20] + prompt(4, 200))  # into those, then into the other's outside its window
             memory = library.llama_cpp().llama_get_memory(engine.pointer)
             assert library.llama_cpp().llama_memory_seq_pos_min(memory, other.id) > 0
-            engine.share(other, one, 150)
+            engine.copy_prefix(other, one, 150)
             assert len(one.tokens) == 220  # nothing was shared
             read(engine, one, wanted)
             assert likeliest(engine) == expected
@@ -426,9 +426,9 @@ def test_a_state_that_cannot_be_cut_is_computed_anew_after_an_interruption(
 
 def test_of_equal_logits_the_first_is_taken_as_llama_cpps_greedy_sampler_does(model: Model) -> None:
     with Engine(model, SHORT, Interrupt(), 64, sequences=4) as engine, Sampler(model.file, SHORT) as sampler:
-        feeds = [Feed(sequence, [5, 6 + sequence.id]) for sequence in engine.sequences]
+        feeds = [BatchEntry(sequence, [5, 6 + sequence.id]) for sequence in engine.sequences]
         feeds[1] = feeds[1]._replace(logits=False)
-        rows = [row for row in engine.step(feeds) if row >= 0]
+        rows = [row for row in engine.decode(feeds) if row >= 0]
         pointer = library.llama_cpp().llama_get_logits(engine.pointer)
         table = np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (3, model.vocabulary.size))
         assert (

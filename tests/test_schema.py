@@ -15,7 +15,7 @@ import pytest
 from terminal import Terminal
 
 import metaalign_edge as edge
-from metaalign_edge import NO_TOKEN, Engine, Feed, Markers, Model, SchemaSampler, Settings
+from metaalign_edge import NO_TOKEN, BatchEntry, Engine, Markers, Model, SchemaSampler, Settings
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.llama.token_texts import token_texts
@@ -170,7 +170,7 @@ class Randomly:
     def __init__(self, tiny: Path) -> None:
         self.model = Model(ModelFile(tiny), RANDOM).wait()
         self.engine = Engine(self.model, RANDOM, Interrupt(), 64)
-        self.engine.step([Feed(self.engine.sequences[0], [5])])
+        self.engine.decode([BatchEntry(self.engine.sequences[0], [5])])
         vocabulary = self.model.vocabulary
         self.markers, self.texts = Markers("", vocabulary), token_texts(self.model.file)
         self.bias = np.array([

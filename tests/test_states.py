@@ -19,7 +19,7 @@ import metaalign_edge as edge
 from metaalign_edge import Answer, Dialog, Engine, Model, Scheduler, Settings, Turn
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.interrupt import Interrupt
-from metaalign_edge_runtime.stores.prompt_cache import States
+from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 GREEDY = Settings(temperature=0.0, threads=1, max_tokens=12, context=256)
@@ -39,12 +39,12 @@ def model(tiny: Path) -> Iterator[Model]:
 
 
 @pytest.fixture
-def states(tmp_path: Path) -> States:
-    return States(tmp_path / "states")
+def states(tmp_path: Path) -> PromptCache:
+    return PromptCache(tmp_path / "states")
 
 
 def ask(
-    model: Model, states: States | None, dialog: Dialog = LONG, settings: Settings = GREEDY
+    model: Model, states: PromptCache | None, dialog: Dialog = LONG, settings: Settings = GREEDY
 ) -> tuple[Answer, bytes]:
     """Answer in a context of its own; return the answer and the last logits, bit by bit."""
     template = edge.choose_template("auto", model.file)
@@ -54,7 +54,7 @@ def ask(
         return answer, session.engine.logits(-1).tobytes()
 
 
-def test_a_second_call_loads_the_meta_prompt_and_computes_the_same_bits(model: Model, states: States) -> None:
+def test_a_second_call_loads_the_meta_prompt_and_computes_the_same_bits(model: Model, states: PromptCache) -> None:
     first, bits = ask(model, states)
     (file,) = states.files()
     assert (first.cached_tokens, file.hits) == (0, 0)
@@ -68,7 +68,7 @@ def test_a_second_call_loads_the_meta_prompt_and_computes_the_same_bits(model: M
 
 
 @pytest.mark.parametrize("kind", ["full", "window", "hybrid"])
-def test_every_kind_of_memory_can_be_kept(kind: str, memories: dict[str, Path], states: States) -> None:  # noqa: F811
+def test_every_kind_of_memory_can_be_kept(kind: str, memories: dict[str, Path], states: PromptCache) -> None:  # noqa: F811
     with Model(ModelFile(memories[kind]), GREEDY) as model:
         wanted = ask(model, None)
         assert ask(model, states)[1] == wanted[1]
@@ -76,7 +76,7 @@ def test_every_kind_of_memory_can_be_kept(kind: str, memories: dict[str, Path], 
         assert again.cached_tokens > 30 and (again.response, bits) == (wanted[0].response, wanted[1])
 
 
-def test_a_conversation_goes_on_from_its_longest_state(model: Model, states: States) -> None:
+def test_a_conversation_goes_on_from_its_longest_state(model: Model, states: PromptCache) -> None:
     first, _ = ask(model, states)
     turns = (Turn(LONG.turns[0].query, first.response), Turn("and the fox"))
     second, _ = ask(model, states, replace(LONG, turns=turns))
@@ -89,14 +89,14 @@ def test_a_conversation_goes_on_from_its_longest_state(model: Model, states: Sta
 @pytest.mark.parametrize(
     "changes", [{"system_info": "be a kind and patient cat " * 6}, {"user_info": "brief and slow"}]
 )
-def test_another_meta_prompt_is_another_state(changes: dict[str, str], model: Model, states: States) -> None:
+def test_another_meta_prompt_is_another_state(changes: dict[str, str], model: Model, states: PromptCache) -> None:
     ask(model, states)
     assert ask(model, states, replace(LONG, **changes))[0].cached_tokens == 0
     assert len(states.files()) == 2
 
 
 def test_another_model_or_build_is_another_state(
-    model: Model, states: States, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Model, states: PromptCache, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask(model, states)
     copy = tmp_path / "copy.gguf"
@@ -119,7 +119,7 @@ def damage(data: bytes) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", damage(bytes(100)))
-def test_a_damaged_file_is_removed_and_the_answer_is_right(name: str, model: Model, states: States) -> None:
+def test_a_damaged_file_is_removed_and_the_answer_is_right(name: str, model: Model, states: PromptCache) -> None:
     wanted = ask(model, states)
     (file,) = states.files()
     file.path.write_bytes(damage(file.path.read_bytes())[name])
@@ -128,7 +128,7 @@ def test_a_damaged_file_is_removed_and_the_answer_is_right(name: str, model: Mod
     assert ask(model, states)[0].cached_tokens > 0  # there again
 
 
-def test_a_state_under_another_name_is_not_trusted(model: Model, states: States) -> None:
+def test_a_state_under_another_name_is_not_trusted(model: Model, states: PromptCache) -> None:
     ask(model, states)
     (first,) = states.files()
     other = replace(LONG, user_info="brief and slow")
@@ -138,7 +138,7 @@ def test_a_state_under_another_name_is_not_trusted(model: Model, states: States)
     assert ask(model, states, other)[0].cached_tokens == 0
 
 
-def test_no_other_user_may_read_them(model: Model, states: States) -> None:
+def test_no_other_user_may_read_them(model: Model, states: PromptCache) -> None:
     before = os.umask(0)
     try:
         ask(model, states)
@@ -148,7 +148,7 @@ def test_no_other_user_may_read_them(model: Model, states: States) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in states.folder.iterdir()} == {0o600}
 
 
-def test_the_least_recently_used_make_room(model: Model, states: States) -> None:
+def test_the_least_recently_used_make_room(model: Model, states: PromptCache) -> None:
     ask(model, states)
     size = states.files()[0].bytes
     states.most = 3 * size + size // 2
@@ -181,12 +181,12 @@ def test_where_nothing_can_be_written_nothing_is_lost_but_time(
             raise error
 
         monkeypatch.setattr(edge.os, "open" if place == "read-only" else "replace", refuse)
-    answer, bits = ask(model, States(folder))
+    answer, bits = ask(model, PromptCache(folder))
     assert (answer.finish_reason, bits) == ("length", ask(model, None)[1])
     assert place == "a file" or list(folder.iterdir()) == []
 
 
-def test_guided_contexts_are_kept_each(model: Model, states: States) -> None:
+def test_guided_contexts_are_kept_each(model: Model, states: PromptCache) -> None:
     settings = replace(GREEDY, system_strength=2.0, pref_strength=3.0)
     wanted = ask(model, None, LONG, settings)
     assert ask(model, states, LONG, settings)[1] == wanted[1]
@@ -195,13 +195,13 @@ def test_guided_contexts_are_kept_each(model: Model, states: States) -> None:
     assert len(states.files()) >= 2
 
 
-def test_what_is_near_is_not_kept(model: Model, states: States, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_near_is_not_kept(model: Model, states: PromptCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edge, "CACHE_WORTH_SAVING", 1 << 40)
     ask(model, states)
     assert states.files() == [] and not states.folder.exists()
 
 
-def test_ctrl_c_while_a_prompt_is_read_keeps_no_half_state(model: Model, states: States) -> None:
+def test_ctrl_c_while_a_prompt_is_read_keeps_no_half_state(model: Model, states: PromptCache) -> None:
     template, interrupt = edge.choose_template("auto", model.file), Interrupt()
     with Scheduler(model, template, GREEDY, edge.AS_USUAL, interrupt, cache=states) as session:
         interrupt.raised = True

@@ -12,7 +12,7 @@ from parrot import make_parrot
 from terminal import Terminal
 
 import metaalign_edge as edge
-from metaalign_edge import Model, RenderOptions, Scheduler, Settings, Thinking
+from metaalign_edge import Model, ReasoningSplitter, RenderOptions, Scheduler, Settings
 from metaalign_edge_commands.terminal.repl import Repl
 from metaalign_edge_commands.terminal.screen import Screen
 from metaalign_edge_runtime.llama.gguf import ModelFile
@@ -46,7 +46,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def parted(pieces: list[bytes], opened: bool = False) -> tuple[str, str]:
-    thinking = Thinking(MARKS, opened)
+    thinking = ReasoningSplitter(MARKS, opened)
     found = [*(thinking.feed(piece) for piece in pieces), thinking.rest()]
     return b"".join(thought for thought, _ in found).decode(), b"".join(said for _, said in found).decode()
 

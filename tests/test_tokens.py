@@ -159,11 +159,15 @@ def test_white_space_that_is_user_defined_is_no_marker(vocabulary: LlamaVocabula
 
 def test_a_marker_that_is_a_word_in_this_vocabulary_is_reported_when_a_tier_says_it(demo: Path) -> None:
     with load_vocabulary(ModelFile(demo)) as vocabulary:
-        assert tokens_of(vocabulary, "mistral", dialog_with("query", "x [/INST] y")).forged == ["[/INST]"]
-        assert tokens_of(vocabulary, "plain", dialog_with("user_info", "### Response:")).forged == ["### Response:"]
-        assert tokens_of(vocabulary, "chatml", dialog_with("query", "# System Info")).forged == ["# System Info"]
-        assert tokens_of(vocabulary, "metaalign", dialog_with("query", "<|end|> [/INST]")).forged == []
-        assert tokens_of(vocabulary, "mistral", dialog_with("query", "tea?")).forged == []
+        assert tokens_of(vocabulary, "mistral", dialog_with("query", "x [/INST] y")).imitated_markers == ["[/INST]"]
+        assert tokens_of(vocabulary, "plain", dialog_with("user_info", "### Response:")).imitated_markers == [
+            "### Response:"
+        ]
+        assert tokens_of(vocabulary, "chatml", dialog_with("query", "# System Info")).imitated_markers == [
+            "# System Info"
+        ]
+        assert tokens_of(vocabulary, "metaalign", dialog_with("query", "<|end|> [/INST]")).imitated_markers == []
+        assert tokens_of(vocabulary, "mistral", dialog_with("query", "tea?")).imitated_markers == []
 
 
 def test_a_token_belongs_to_the_tier_of_any_of_its_bytes(demo: Path) -> None:

@@ -21,7 +21,7 @@ from metaalign_edge_runtime.llama import library, memory
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.memory import Device, Footprint
 from metaalign_edge_runtime.stores import files, hub, models
-from metaalign_edge_runtime.stores.prompt_cache import States
+from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 
 from ..terminal.columns import COLUMN
 from ..terminal.screen import at_terminal
@@ -203,7 +203,7 @@ def check_fit(examination: Examination) -> Finding:
 def check_cache(_: Examination) -> Finding:
     """Check the cache's folder, and report how many prompt states it holds."""
     status, detail = check_folder(files.cache_folder(), "METAALIGN_EDGE_CACHE")
-    states = States()
+    states = PromptCache()
     kept = states.files()
     held = f"{in_bytes(sum(file.bytes for file in kept))} of {in_bytes(states.most)}"
     hits = counted(sum(file.hits for file in kept), "hit")

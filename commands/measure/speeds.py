@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import metaalign_edge as edge
-from metaalign_edge import Dialog, Engine, Feed, Guidance, Model, SequenceState, Settings
+from metaalign_edge import BatchEntry, Dialog, Engine, Guidance, Model, SequenceState, Settings
 from metaalign_edge_runtime.errors import EdgeError, one_line
 from metaalign_edge_runtime.llama import memory
 from metaalign_edge_runtime.llama.gguf import ModelFile
@@ -97,14 +97,16 @@ class Bench(Closing):
         engine = self._engine
         first, *others = engine.sequences[:count]
         for sequence in engine.sequences:
-            engine.cut(sequence, 0)
-        for start in range(0, length, engine.room):
+            engine.truncate(sequence, 0)
+        for start in range(0, length, engine.batch_size):
             self._interrupt.check()
-            engine.logits(engine.step([Feed(first, self._prompt[start : min(start + engine.room, length)])])[0])
+            engine.logits(
+                engine.decode([BatchEntry(first, self._prompt[start : min(start + engine.batch_size, length)])])[0]
+            )
         for sequence in others:
-            engine.share(first, sequence, length)
+            engine.copy_prefix(first, sequence, length)
             if not sequence.tokens:  # a state that cannot be shared
-                engine.step([Feed(sequence, self._prompt[:length], logits=False)])
+                engine.decode([BatchEntry(sequence, self._prompt[:length], logits=False)])
         return [first, *others]
 
     def read(self) -> float:
@@ -119,7 +121,7 @@ class Bench(Closing):
         tokens, started = [self._prompt[-1]] * count, time.perf_counter()
         for _ in range(BENCH_TOKENS):
             self._interrupt.check()
-            rows = self._engine.step([Feed(one, [token]) for one, token in zip(sequences, tokens, strict=True)])
+            rows = self._engine.decode([BatchEntry(one, [token]) for one, token in zip(sequences, tokens, strict=True)])
             if guidance:
                 guidance.combine([self._engine.logits(row) for row in rows])
                 rows = rows[:1] * count

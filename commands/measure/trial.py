@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import metaalign_edge as edge
-from metaalign_edge import Dialog, Engine, Feed, Model, RenderOptions, Request, Scheduler, Settings, Turn
+from metaalign_edge import BatchEntry, Dialog, Engine, Model, RenderOptions, Request, Scheduler, Settings, Turn
 from metaalign_edge_runtime.errors import ContextOverflow, EdgeError, LoadError, TemplateError, TierViolation, one_line
 from metaalign_edge_runtime.llama import library
 from metaalign_edge_runtime.llama.gguf import ModelFile
@@ -53,7 +53,7 @@ def try_model(path: Path, settings: Settings) -> list[str]:
         else:
             found.append("carries no chat template: chat will need --template")
             with Engine(model, settings, interrupt, cast(int, settings.context)) as engine:
-                engine.step([Feed(engine.sequences[0], [0])])
+                engine.decode([BatchEntry(engine.sequences[0], [0])])
                 found.append(check_logits(engine))
     return found
 

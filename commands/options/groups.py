@@ -18,7 +18,7 @@ from metaalign_edge_runtime import structured
 from metaalign_edge_runtime.errors import UsageError
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.stores import download, files, models, profiles
-from metaalign_edge_runtime.stores.prompt_cache import States
+from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 from metaalign_edge_runtime.structured import Schema
 
 from ..terminal.progress import progress_bar
@@ -150,7 +150,7 @@ class MetaPrompt(NamedTuple):
             given.append(files.read_text(self.pref_file, "--pref-file").removesuffix("\n"))
         if any(not one.strip() for one in given):
             raise UsageError("the preference is empty: say what you prefer, or leave --pref out")
-        return [Preference(one, profiles.wish_text(one)) for one in given]
+        return [Preference(one, profiles.preference_text(one)) for one in given]
 
     def dialog(self) -> Dialog:
         """Return a dialog without turns, with all preferences as its User Info."""
@@ -336,9 +336,9 @@ def gathered(
     return replace(strengths.added(sampling.added(model.settings())), verbose=verbosity.verbose)
 
 
-def kept_states(no_cache: bool, fills: bool = True) -> States | None:
-    """Return the cache of prompt states, None with --no-cache. `fills`: new states are stored, too."""
-    return None if no_cache else States(fills=fills)
+def prompt_cache(no_cache: bool, read_only: bool = False) -> PromptCache | None:
+    """Return the cache of prompt states; None with --no-cache."""
+    return None if no_cache else PromptCache(read_only=read_only)
 
 
 def read_schema(text: str) -> Schema:

@@ -19,7 +19,7 @@ import typer
 import typer.main
 
 import metaalign_edge as edge
-from metaalign_edge_runtime.errors import EdgeError, NotFound, UsageError, nearest, shortened
+from metaalign_edge_runtime.errors import EdgeError, NotFound, UsageError, did_you_mean, shortened
 from metaalign_edge_runtime.stores import config, files, models, profiles
 from metaalign_edge_runtime.stores.config import Project
 
@@ -280,7 +280,7 @@ def settable_key(key: str) -> Any:
     known = settings_by_name()
     name = key.removeprefix("--").replace("-", "_")
     if name not in known:
-        raise UsageError(f"no setting {key!r}: {nearest(name, known, '`metaalign-edge config show` lists all')}")
+        raise UsageError(f"no setting {key!r}: {did_you_mean(name, known, '`metaalign-edge config show` lists all')}")
     return known[name]
 
 

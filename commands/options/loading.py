@@ -11,7 +11,7 @@ from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.llama.memory import Plan
 from metaalign_edge_runtime.stores import models
-from metaalign_edge_runtime.stores.prompt_cache import States
+from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 
 from ..terminal import report
 from ..terminal.screen import Screen
@@ -24,7 +24,7 @@ def open_scheduler(
     rendered: RenderingOptions,
     settings: Settings,
     screen: Screen,
-    cache: States | None,
+    cache: PromptCache | None,
     slots: int = 1,
 ) -> Iterator[Scheduler]:
     """Load a model, and yield what answers with it in so many slots. Its template is chosen while it loads.
@@ -60,7 +60,7 @@ def open_slots(
     plan: Plan,
     slots: int,
     screen: Screen,
-    cache: States | None = None,
+    cache: PromptCache | None = None,
 ) -> Iterator[Scheduler]:
     """Load a model that was planned, and yield what answers with it in slots of one size, all made at once.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import metaalign_edge as edge
-from metaalign_edge_runtime.errors import UsageError, nearest, say
+from metaalign_edge_runtime.errors import UsageError, did_you_mean, say
 from metaalign_edge_runtime.stores import files, profiles, session_text, sessions
 from metaalign_edge_runtime.stores.sessions import Conversation
 
@@ -58,7 +58,7 @@ def run(repl: ReplState, line: str) -> None:
     """
     name, _, text = line.partition(" ")
     if (found := COMMANDS.get(name.strip())) is None:
-        guess = nearest(name, COMMANDS, "/help lists them")
+        guess = did_you_mean(name, COMMANDS, "/help lists them")
         raise UsageError(f"no command {name}: {guess} (a space before it makes it a question)")
     found.run(repl, text.strip())
 
@@ -78,7 +78,7 @@ def set_preference(repl: ReplState, text: str) -> None:
     """Show or set User Info, the preference (- clears it)."""
     if text:
         label = "" if text == "-" else session_text.label_of([text])
-        repl.set_tiers(user_info=profiles.wish_text(text), label=label)
+        repl.set_tiers(user_info=profiles.preference_text(text), label=label)
     say(f"User Info: {repl.conversation.meta_prompt['user_info'] or '(empty)'}")
 
 

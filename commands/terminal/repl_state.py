@@ -74,7 +74,7 @@ class ReplState:
             UsageError: nothing was asked yet. NotFound: the preference names a profile that does not exist.
         """
         dialog = dialog_of(self.conversation, self.last_query(), again=True)
-        return replace(dialog, user_info=profiles.wish_text(preference))
+        return replace(dialog, user_info=profiles.preference_text(preference))
 
     def set_tiers(self, **tiers: str) -> None:
         """Change the meta-prompt from here on (system_info, or user_info and its label), in the session's file too."""

@@ -91,18 +91,18 @@ def warn(prompt: Prompt, screen: Screen, strict: bool) -> None:
         screen.note(
             f"metaalign-edge: warning: {prompt.answer.truncated} of the oldest turns dropped to fit the context"
         )
-    check_forged(prompt.imitated_markers, screen, strict)
+    check_imitated(prompt.imitated_markers, screen, strict)
 
 
-def check_forged(forged: Sequence[str], screen: Screen, strict: bool) -> None:
+def check_imitated(imitated: Sequence[str], screen: Screen, strict: bool) -> None:
     """Warn of template markers in a tier's text that are not tokens of the model, so that ids cannot tell them apart.
 
     Raises:
         TierViolation: there are some, and `strict` is set.
     """
-    if not forged:
+    if not imitated:
         return
-    said = f"a tier's text contains {', '.join(forged)}, by which this template marks its turns"
+    said = f"a tier's text contains {', '.join(imitated)}, by which this template marks its turns"
     if strict:
         raise TierViolation(f"{said}: take it out")
     screen.note(f"metaalign-edge: warning: {said} (--strict-tiers refuses)")

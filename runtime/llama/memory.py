@@ -206,7 +206,7 @@ class Plan:
     sequences: int
     free: tuple[float, ...]  # bytes of main memory, and of each device
     names: tuple[str, ...] = ()  # of the devices
-    lanes: int = 1  # sequences of an answer
+    sequences_per_answer: int = 1  # sequences of an answer
     loaded: bool = False  # what is free on a device is what the weights left
 
     @property
@@ -244,8 +244,8 @@ class Plan:
 
     def largest_parallel(self) -> int:
         """Return how many answers at a time fit with some room to spare, if not all of them; 0 if none does."""
-        answers = range(1, self.sequences // self.lanes)
-        return self._last(answers, lambda count: replace(self, sequences=count * self.lanes))
+        answers = range(1, self.sequences // self.sequences_per_answer)
+        return self._last(answers, lambda count: replace(self, sequences=count * self.sequences_per_answer))
 
     @staticmethod
     def _last(counts: range, planned: Callable[[int], Plan]) -> int:

@@ -153,7 +153,7 @@ def load_words(path: str | Path) -> Any:
     return llama.llama_model_load_from_file(os.fsencode(path), params)
 
 
-class Loading(Closing):
+class VocabularyLoader(Closing):
     """A file's vocabulary, on its way: a thread loads it while this one goes on.
 
     llama.cpp takes some 0.25 s for 150,000 tokens. Close it, or use it in a `with`; a vocabulary that nobody has taken
@@ -197,7 +197,7 @@ def load_vocabulary(file: ModelFile, verbose: bool = False) -> LlamaVocabulary:
     """Load a vocabulary without the weights. Close it, or use it in a `with`.
 
     Raises:
-        LoadError: as `Loading.take`.
+        LoadError: as `VocabularyLoader.take`.
     """
-    with Loading(file.path, verbose) as loading:
+    with VocabularyLoader(file.path, verbose) as loading:
         return loading.take(file)

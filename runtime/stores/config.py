@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UsageError, nearest, one_line
+from ..errors import UsageError, did_you_mean, one_line
 from . import files
 
 Value = str | int | float | bool | list[str]  # of a setting in a file
@@ -51,7 +51,7 @@ def read_settings(path: Path, known: Iterable[str]) -> dict[str, Any]:
     found, known = read_toml(path), list(known)
     for key in found:
         if key not in known:
-            alike = nearest(key, known, f"it takes {', '.join(known)}")
+            alike = did_you_mean(key, known, f"it takes {', '.join(known)}")
             raise UsageError(f"{path}: no setting {key!r}: {alike}")
     model = found.get("model")
     if isinstance(model, str):
@@ -94,7 +94,7 @@ def store_setting(key: str, value: Value | None) -> None:
 
 
 class Project(NamedTuple):
-    """What the nearest `.metaalign.toml` says, upwards from the working folder."""
+    """What the did_you_mean `.metaalign.toml` says, upwards from the working folder."""
 
     path: Path
     settings: dict[str, Any]

@@ -17,7 +17,7 @@ class Topic(NamedTuple):
 
 def topics() -> dict[str, Topic]:
     """Return the topics by name, in alphabetical order."""
-    pages = sorted(files.part_folder("docs").glob("*.md"))
+    pages = sorted(files.package_folder("docs").glob("*.md"))
     return {page.stem: read_page(page.read_text(encoding="utf-8")) for page in pages}
 
 

@@ -48,7 +48,7 @@ def find_download(repository: str, commit: str, file: HubFile) -> Download:
         NotFound, NetworkError: it does not answer, or contradicts itself.
     """
     url = hub.hub().hf_hub_url(repository, file.name, revision=commit, endpoint=hub.hub_address())
-    found = hub.asked(lambda: hub.hub().get_hf_file_metadata(url, endpoint=hub.hub_address()), repository)
+    found = hub.with_retries(lambda: hub.hub().get_hf_file_metadata(url, endpoint=hub.hub_address()), repository)
     if found.size != file.bytes or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", found.etag or ""):
         raise NetworkError(
             f"the hub says that {file.name} has {file.bytes:,} bytes, and then {found.size or 0:,} with the checksum "

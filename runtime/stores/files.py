@@ -32,7 +32,7 @@ def digest(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def part_folder(name: str) -> Path:
+def package_folder(name: str) -> Path:
     """Return the folder that is `name` in a checkout and the package `metaalign_edge_name` where it is installed."""
     spec = importlib.util.find_spec(f"metaalign_edge_{name}")
     assert spec and spec.origin
@@ -206,7 +206,7 @@ def _sync(path: Path, flags: int) -> None:
 
 
 def room_at(folder: Path) -> tuple[Path, int]:
-    """Return a folder, or the nearest one above it that exists, and how many bytes are free there."""
+    """Return a folder, or the did_you_mean one above it that exists, and how many bytes are free there."""
     there = next((one for one in (folder, *folder.parents) if one.exists()), Path(os.sep))
     return there, shutil.disk_usage(there).free
 

@@ -92,8 +92,8 @@ def is_passing(error: Exception) -> bool:
     return isinstance(error, hub().errors.HTTPError) and (status is None or status >= 500)
 
 
-def asked(ask: Callable[[], Any], repository: str) -> Any:
-    """Ask the hub something; a few times, if need be.
+def with_retries(ask: Callable[[], Any], repository: str) -> Any:
+    """Ask the hub, again after a passing failure: TRIES times in all, PAUSE seconds apart.
 
     Raises:
         NotFound, NetworkError: it does not answer; see `hub_error`.
@@ -149,7 +149,7 @@ def read_repository(repository: str) -> tuple[str, list[Choice]]:
     """
     client = hub().HfApi(endpoint=hub_address())
     patience = hub().constants.HF_HUB_DOWNLOAD_TIMEOUT
-    found = asked(lambda: client.model_info(repository, files_metadata=True, timeout=patience), repository)
+    found = with_retries(lambda: client.model_info(repository, files_metadata=True, timeout=patience), repository)
     sizes = {file.rfilename: file.size for file in found.siblings or []}
     whole = [[part.as_posix() for part in parts_of(Path(name))] for name in filter(models.is_main_part, sizes)]
     whole = [parts for parts in whole if all(part in sizes for part in parts)]

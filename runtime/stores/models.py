@@ -9,14 +9,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import LoadError, NotFound, nearest
+from ..errors import LoadError, NotFound, did_you_mean
 from ..llama.gguf import PART, ModelFile, parts_of
 from . import config, files
 
 
 def embedded_model() -> Path:
     """Return the model that comes with the toolkit."""
-    return files.part_folder("models") / "metaalign-demo-q8_0.gguf"
+    return files.package_folder("models") / "metaalign-demo-q8_0.gguf"
 
 
 REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(.+))?")  # user/repo[:QUANT], on the hub
@@ -164,7 +164,7 @@ def resolve_model(name: str | None) -> Path | None:
             return found[0].path
         if repository:
             return None
-        hint = nearest(name, model_names(), "`metaalign-edge models list` shows what there is")
+        hint = did_you_mean(name, model_names(), "`metaalign-edge models list` shows what there is")
         raise NotFound(f"no model file and no model {name}: {hint}")
     raise NotFound(f"no model file {name}: give the path of a GGUF file, or leave -m out for the default model")
 

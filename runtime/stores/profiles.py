@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import NotFound, UsageError, nearest
+from ..errors import NotFound, UsageError, did_you_mean
 from . import config, files
 
 
@@ -30,7 +30,7 @@ def profile_name(name: str) -> str:
 @functools.cache
 def built_in_profiles() -> dict[str, str]:
     """Return the profiles that come along: name and text."""
-    return config.read_toml(files.part_folder("preferences") / "profiles.toml")
+    return config.read_toml(files.package_folder("preferences") / "profiles.toml")
 
 
 def own_profiles() -> list[str]:
@@ -66,7 +66,9 @@ def profile_text(name: str) -> str:
     if text is None:
         built_in = built_in_profiles()
         if name not in built_in:
-            alike = nearest(f"@{name}", [f"@{one}" for one in known_profiles()], "`metaalign-edge pref list` shows all")
+            alike = did_you_mean(
+                f"@{name}", [f"@{one}" for one in known_profiles()], "`metaalign-edge pref list` shows all"
+            )
             raise NotFound(f"no preference profile @{name}: {alike}")
         text = built_in[name]
     if not text:
@@ -76,19 +78,19 @@ def profile_text(name: str) -> str:
     return text
 
 
-def expand_profile(wish: str) -> str:
-    """Return the text of a profile, `@name`, or of several, `@one+@two`; any other wish as it is.
+def expand_profile(preference: str) -> str:
+    """Return the text of a profile, `@name`, or of several, `@one+@two`; any other preference as it is.
 
     Raises:
         NotFound: there is no such profile. UsageError: it is empty, or not UTF-8.
     """
-    names = profile_names(wish)
-    return "\n".join(map(profile_text, names)) if names else wish
+    names = profile_names(preference)
+    return "\n".join(map(profile_text, names)) if names else preference
 
 
-def profile_names(wish: str) -> list[str]:
-    """List the profiles that a wish names, `@one+@two`; none if it is a text."""
-    return wish[1:].split("+@") if re.fullmatch(r"@[\w.-]+(\+@[\w.-]+)*", wish) else []
+def profile_names(preference: str) -> list[str]:
+    """List the profiles that a preference names, `@one+@two`; none if it is a text."""
+    return preference[1:].split("+@") if re.fullmatch(r"@[\w.-]+(\+@[\w.-]+)*", preference) else []
 
 
 def store_profile(name: str, text: str, before: str | None = None, force: bool = False) -> None:
@@ -127,15 +129,17 @@ def remove_profiles(names: Sequence[str]) -> None:
                 continue
             if name in built_in_profiles():
                 raise UsageError(f"@{name} is built in and stays; an own profile of that name would win over it")
-            alike = nearest(f"@{name}", [f"@{one}" for one in own_profiles()], "`metaalign-edge pref list` shows all")
+            alike = did_you_mean(
+                f"@{name}", [f"@{one}" for one in own_profiles()], "`metaalign-edge pref list` shows all"
+            )
             raise NotFound(f"no preference profile @{name} of your own: {alike}")
         for name in names:
             (profiles_folder() / f"{name}.txt").unlink(missing_ok=True)
 
 
-def wish_text(wish: str) -> str:
+def preference_text(preference: str) -> str:
     """Return the text of a preference or of a profile; a lone dash is none."""
-    return "" if wish == "-" else expand_profile(wish)
+    return "" if preference == "-" else expand_profile(preference)
 
 
 def profile_words() -> list[str]:

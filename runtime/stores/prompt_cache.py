@@ -16,7 +16,7 @@ STATE_HEAD = struct.Struct("<8sQ32s")  # magic, hits, digest of what follows
 STATES_BYTES = 1 << 30  # of all files together; the least recently used go first
 
 
-class StateFile(NamedTuple):
+class CachedPrompt(NamedTuple):
     """A state on the disk."""
 
     path: Path
@@ -25,17 +25,20 @@ class StateFile(NamedTuple):
     hits: int
 
 
-class States:
-    """KV states of prompts' beginnings on disk: what took seconds to compute is there in milliseconds.
+class PromptCache:
+    """KV states of prompt prefixes in a folder, a file each: `<key>.kv`.
 
-    A file is named after a digest of all that
-    decides its content. One that is cut, altered or foreign is removed and never trusted; where nothing can be written,
-    nothing is kept. They hold what was said, in a form: no other user may read them. `fills` is off where there are
-    only some to be read.
+    A file is a header (magic, hits, SHA-256 of key and state) and the state. The key is a digest of all that decides
+    the state. A damaged or foreign file is removed and never trusted; where nothing can be written, nothing is stored.
+    A state contains the prompt in a form: files have the mode 0600, their folder 0700.
+
+    Args:
+        most: bytes of all files together; the least recently used are removed beyond it.
+        read_only: states are loaded, and no new ones stored.
     """
 
-    def __init__(self, folder: Path | None = None, most: int = STATES_BYTES, fills: bool = True) -> None:
-        self.folder, self.most, self.fills = folder or files.cache_folder() / "states", most, fills
+    def __init__(self, folder: Path | None = None, most: int = STATES_BYTES, read_only: bool = False) -> None:
+        self.folder, self.most, self.read_only = folder or files.cache_folder() / "states", most, read_only
 
     def load(self, key: str) -> bytearray | None:
         """Return a state, and count the hit; None if there is none."""
@@ -70,7 +73,7 @@ class States:
                 file.write(data)
             self._evict()
 
-    def files(self) -> list[StateFile]:
+    def files(self) -> list[CachedPrompt]:
         """List the states, the most recently used first."""
         found = []
         with contextlib.suppress(OSError):
@@ -78,7 +81,7 @@ class States:
                 with contextlib.suppress(OSError, struct.error), path.open("rb") as file:
                     stat = os.fstat(file.fileno())
                     hits = STATE_HEAD.unpack(file.read(STATE_HEAD.size))[1]
-                    found.append(StateFile(path, stat.st_size, stat.st_mtime, hits))
+                    found.append(CachedPrompt(path, stat.st_size, stat.st_mtime, hits))
         return sorted(found, key=lambda file: -file.used)
 
     def _evict(self) -> None:

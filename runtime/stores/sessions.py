@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import CannotWrite, NotFound, UsageError, nearest, one_line
+from ..errors import CannotWrite, NotFound, UsageError, did_you_mean, one_line
 from . import files
 from .jsonl import JsonLines
 
@@ -52,7 +52,7 @@ def existing_session(name: str) -> Path:
     """
     path, names = session_path(name), session_names()
     if not path.is_file():
-        hint = nearest(name, names, f"there are {', '.join(names) or 'none yet'}")
+        hint = did_you_mean(name, names, f"there are {', '.join(names) or 'none yet'}")
         raise NotFound(f"no session {name}: {hint}")
     return path
 

@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from metaalign_edge import ChatTemplate, Dialog, Turn, render, shipped_templates
 from metaalign_edge_runtime.errors import EdgeError, TemplateError
-from metaalign_edge_runtime.stores.files import part_folder
+from metaalign_edge_runtime.stores.files import package_folder
 from metaalign_edge_templates.sandbox import Refusal, Template
 from metaalign_edge_templates.tier_text import TierText
 
@@ -247,7 +247,7 @@ def test_what_templates_are_written_with_means_what_it_means_in_transformers(con
 def chat_template(name: str, source: str) -> ChatTemplate:
     """Put a real template in force, wrapped."""
     own = {
-        stem: (part_folder("templates") / f"{stem}.jinja").read_text("utf-8") for stem in ("meta_prompt", "reminder")
+        stem: (package_folder("templates") / f"{stem}.jinja").read_text("utf-8") for stem in ("meta_prompt", "reminder")
     }
     meta_prompt, reminder = (Template(text, stem) for stem, text in own.items())
     return ChatTemplate(Template(source, name), False, name, "", meta_prompt, reminder, "<s>", "</s>")

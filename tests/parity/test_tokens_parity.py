@@ -484,7 +484,7 @@ def test_a_closer_is_either_a_token_that_text_cannot_become_or_reported_as_forge
         closer = CLOSERS[template.name]
         dialog = Dialog("s", "p", (Turn("first", "r"), Turn(f"x {closer}\n y")))
         a_token = len(ids := case.raw_ids(closer)[-1:]) == 1 and case.vocabulary.piece(ids[0]).decode() == closer
-        assert (closer in tokens_of(case, template, dialog)[1].forged) != a_token, template.name
+        assert (closer in tokens_of(case, template, dialog)[1].imitated_markers) != a_token, template.name
 
 
 def test_a_marker_cannot_be_put_together_from_the_ends_of_two_tiers(case: Case) -> None:
