@@ -16,6 +16,7 @@ from ..errors import LoadError, NotFound
 MAGIC = b"GGUF"  # the first bytes of every file
 DEFAULT_CONTEXT = 4096  # tokens per sequence, unless the model has fewer or the dialog needs more
 DEFAULT_ALIGNMENT = 32  # bytes; weights begin at a multiple, unless `general.alignment` says otherwise
+STRIDE = 1024  # strings between two of an array whose offsets are kept
 DAMAGED = (struct.error, UnicodeDecodeError, KeyError, OverflowError)  # what reading a damaged file raises
 
 
@@ -25,6 +26,7 @@ class GGUFArray(NamedTuple):
     kind: int  # GGUF's number of the type of its items
     length: int  # items
     offset: int  # of its first item, in bytes from the start of the file
+    steps: tuple[int, ...] = ()  # of an array of strings, the offset of every STRIDE-th one
 
 
 class TensorInfo(NamedTuple):
@@ -112,23 +114,26 @@ class GGUFReader:
         if kind != self.ARRAY:
             return self.scalar(self.SCALARS[kind])
         inner, length = self.scalar("<I"), self.scalar("<Q")
-        array = GGUFArray(inner, length, self.at)
-        self.skip(inner, length)
-        return array
+        begin = self.at
+        return GGUFArray(inner, length, begin, self.skip(inner, length))
 
-    def skip(self, kind: int, length: int) -> None:
-        """Pass over as many values of this type as `length` says."""
+    def skip(self, kind: int, length: int) -> tuple[int, ...]:
+        """Pass over `length` values of this type; of strings, return the offset of every STRIDE-th one."""
+        steps = []
         if kind in self.SCALARS:
             self.at += struct.calcsize(self.SCALARS[kind]) * length
-        else:
-            if kind == self.ARRAY:
-                raise KeyError(kind)
-            data, at, size_at = self._data, self.at, struct.Struct("<Q").unpack_from  # quick for 300,000 strings
-            for _ in range(length):
-                at += 8 + size_at(data, at)[0]
+        elif kind == self.ARRAY:
+            raise KeyError(kind)
+        else:  # quick, as vocabularies have 300,000 strings
+            data, at, size_at = memoryview(self._data), self.at, struct.Struct("<Q").unpack_from
+            for first in range(0, length, STRIDE):
+                steps.append(at)
+                for _ in range(min(STRIDE, length - first)):
+                    at += 8 + size_at(data, at)[0]
             self.at = at
         if self.at > len(self._data):
             raise struct.error
+        return tuple(steps)
 
 
 class GGUFFile:
@@ -209,8 +214,9 @@ class GGUFFile:
         array = self.metadata.get(key)
         if not isinstance(array, GGUFArray) or not 0 <= index < array.length:
             return None
-        reader = GGUFReader(self._data, array.offset)
-        reader.skip(array.kind, index)
+        near = index // STRIDE if array.steps else 0
+        reader = GGUFReader(self._data, array.steps[near] if array.steps else array.offset)
+        reader.skip(array.kind, index - near * STRIDE)
         found = reader.value(array.kind)
         self._forget_pages()
         return found
