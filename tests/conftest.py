@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import gguf
 import pytest
+from helpers import checkpoints
 
 import metaalign_edge as edge
 from metaalign_edge_runtime.llama import library

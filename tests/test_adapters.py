@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CONFIG, make_checkpoint, random_weights
-from parrot import make_parrot
-from terminal import Terminal
-from test_lora import IDS, MODULES, alone, base_gguf, matrices, merged, write_lora
+from helpers.checkpoints import CONFIG, make_checkpoint, random_weights
+from helpers.parrot import make_parrot
+from helpers.terminal import Terminal
+from test_convert_lora import IDS, MODULES, alone, base_gguf, matrices, merged, write_lora
 
 import metaalign_edge as edge
 from metaalign_edge import (  # fmt: skip

@@ -11,10 +11,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import checkpoints
 import gguf
 import pytest
-import vocabularies
+from helpers import checkpoints, vocabularies
 
 from metaalign_edge_runtime.llama.gguf import ModelFile
 

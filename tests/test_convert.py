@@ -15,7 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from checkpoints import (
+from helpers.checkpoints import (
     BYTE_LEVEL,
     CONFIG,
     MARKERS,

@@ -18,8 +18,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from checkpoints import CONFIG, edit_json, make_checkpoint, random_weights, write_container, write_weights
 from gguf import GGMLQuantizationType as Type
+from helpers.checkpoints import CONFIG, edit_json, make_checkpoint, random_weights, write_container, write_weights
 from llama_cpp import Llama, llama_cpp
 
 import metaalign_edge as edge

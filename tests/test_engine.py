@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from reading import read, write
+from helpers.reading import read, write
 
 import metaalign_edge as edge
 from metaalign_edge import (  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reading import read
+from helpers.reading import read
 
 import metaalign_edge as edge
 from metaalign_edge import (  # fmt: skip

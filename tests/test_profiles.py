@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from terminal import Terminal
+from helpers.terminal import Terminal
 
 import metaalign_edge as edge
 from metaalign_edge_runtime.stores import config, profiles

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from terminal import Terminal
+from helpers.terminal import Terminal
 
 import metaalign_edge as edge
 from metaalign_edge_commands import program, summary

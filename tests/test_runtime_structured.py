@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vocabularies import write_bpe, write_spm
+from helpers.vocabularies import write_bpe, write_spm
 
 from metaalign_edge import ModelFile, UsageError
 from metaalign_edge_runtime.llama.token_texts import texts_of, token_texts

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from terminal import Terminal
+from helpers.terminal import Terminal
 
 import metaalign_edge as edge
 from metaalign_edge import NO_TOKEN, BatchEntry, Engine, Markers, Model, SchemaSampler, Settings

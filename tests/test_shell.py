@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from terminal import Terminal
+from helpers.terminal import Terminal
 from test_package import imported_by
 
 import metaalign_edge as edge

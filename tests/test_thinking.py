@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from parrot import make_parrot
-from terminal import Terminal
+from helpers.parrot import make_parrot
+from helpers.terminal import Terminal
 
 import metaalign_edge as edge
 from metaalign_edge import Model, ReasoningSplitter, RenderOptions, Scheduler, Settings

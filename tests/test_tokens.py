@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import vocabularies
+from helpers import vocabularies
 from test_rendering import CHATML, chat_template, shipped
 
 from metaalign_edge import Dialog, Markers, Tokens, Turn, render, tokenize

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import CONFIG, edit_json, random_weights, write_json, write_weights
+from helpers.checkpoints import CONFIG, edit_json, random_weights, write_json, write_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from metaalign_edge_convert import OUTTYPES, open_checkpoint, write_gguf

@@ -7,11 +7,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import checkpoints
 import numpy as np
 from tokenizers import Tokenizer
 
 import metaalign_edge as edge
+from helpers import checkpoints
 
 THINKS = ("<think>", "</think>")
 END = "<|end|>"

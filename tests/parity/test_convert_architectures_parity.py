@@ -1,6 +1,6 @@
 """Every class against llama.cpp's own converter, byte for byte, and against transformers, number for number.
 
-`python tests/parity/test_families_parity.py` writes the digests anew that the fast tests go by.
+`python tests/parity/test_convert_architectures_parity.py` writes the digests anew that the fast tests go by.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from families import FAMILIES, GOLDEN, NOT_IN_TRANSFORMERS, configuration, digest, golden_digests, make_family, weights
+from helpers.families import (
+    FAMILIES,
+    GOLDEN,
+    NOT_IN_TRANSFORMERS,
+    configuration,
+    digest,
+    golden_digests,
+    make_family,
+    weights,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import GELUTanh
 

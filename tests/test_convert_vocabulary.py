@@ -12,9 +12,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from checkpoints import BYTE_LEVEL, CONFIG, ROWS, edit_json, make_checkpoint, write_json, write_tokenizer
+from helpers.checkpoints import BYTE_LEVEL, CONFIG, ROWS, edit_json, make_checkpoint, write_json, write_tokenizer
+from helpers.vocabularies import FLAGS, GEMMA, LEGACY, METASPACE, model_proto, pieces, write_sentencepiece
 from tokenizers import Tokenizer
-from vocabularies import FLAGS, GEMMA, LEGACY, METASPACE, model_proto, pieces, write_sentencepiece
 
 from metaalign_edge_convert import open_checkpoint, prove_pre_tokenizer, write_gguf
 from metaalign_edge_convert.folder import Folder

@@ -16,8 +16,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from families import make_family
-from test_parallel import memories  # noqa: F401  a fixture
+from helpers.families import make_family
+from test_scheduler import memories  # noqa: F401  a fixture
 
 import metaalign_edge as edge
 from metaalign_edge import BatchEntry, Engine, Model, Settings

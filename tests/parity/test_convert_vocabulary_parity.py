@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import pytest
 import sentencepiece
-from checkpoints import CONFIG, edit_json, write_json
+from helpers.checkpoints import CONFIG, edit_json, write_json
+from helpers.vocabularies import FLAGS, GEMMA, LEGACY, METASPACE, model_proto, spm_tokenizer
 from tokenizers import Tokenizer
 from transformers import GemmaTokenizer, LlamaTokenizer
-from vocabularies import FLAGS, GEMMA, LEGACY, METASPACE, model_proto, spm_tokenizer
 
 from metaalign_edge_convert import ARCHITECTURES
 from metaalign_edge_convert.chat import read_templates

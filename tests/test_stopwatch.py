@@ -1,4 +1,4 @@
-"""What a call costs: where its time went can be seen. (What memory it takes: test_fit.)"""
+"""What a call costs: where its time went can be seen. (What memory it takes: test_runtime_memory.)"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import gguf
 import huggingface_hub
 import pytest
-from hub import keep
+from helpers.hub import keep
 
 import metaalign_edge as edge
 from metaalign_edge_runtime.llama import memory

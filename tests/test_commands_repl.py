@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from terminal import Emulator, Terminal
+from helpers.terminal import Emulator, Terminal
 
 from metaalign_edge_commands.terminal import repl_commands
 from metaalign_edge_runtime.stores import files, profiles

@@ -9,8 +9,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from checkpoints import CONFIG, edit_json, random_weights, write_json, write_tokenizer, write_weights
-from families import FAMILIES, GOLDEN, configuration, give_tokenizer, golden_digests, make_family
+from helpers.checkpoints import CONFIG, edit_json, random_weights, write_json, write_tokenizer, write_weights
+from helpers.families import FAMILIES, GOLDEN, configuration, give_tokenizer, golden_digests, make_family
 from safetensors.numpy import load_file
 
 from metaalign_edge_convert import ARCHITECTURES, open_checkpoint, write_gguf

@@ -15,12 +15,12 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from checkpoints import BYTE_LEVEL, edit_json, write_json
+from helpers.checkpoints import BYTE_LEVEL, edit_json, write_json
+from helpers.vocabularies import FLAGS
 from llama_cpp import Llama
 from safetensors.torch import load_file
-from test_tokenizers_parity import FIXTURES, SHELL, fixture, real_llama
+from test_convert_vocabulary_parity import FIXTURES, SHELL, fixture, real_llama
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from vocabularies import FLAGS
 
 import metaalign_edge as edge
 from metaalign_edge_runtime.errors import UsageError

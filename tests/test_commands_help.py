@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from terminal import Emulator, Terminal
+from helpers.terminal import Emulator, Terminal
 
 import metaalign_edge as edge
 from metaalign_edge_commands import program

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoints import CONFIG, ROWS, draw_weights, edit_json, write_json, write_tokenizer, write_weights
-from vocabularies import GEMMA as GEMMA_STYLE
-from vocabularies import LEGACY, model_proto, pieces, write_sentencepiece
 
+from helpers.checkpoints import CONFIG, ROWS, draw_weights, edit_json, write_json, write_tokenizer, write_weights
+from helpers.vocabularies import GEMMA as GEMMA_STYLE
+from helpers.vocabularies import LEGACY, model_proto, pieces, write_sentencepiece
 from metaalign_edge_convert import OUTTYPES, open_checkpoint, write_gguf
 from metaalign_edge_convert.architectures import find
 

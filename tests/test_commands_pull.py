@@ -15,8 +15,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub import Hub, keep, running
-from terminal import Terminal
+from helpers.hub import Hub, keep, running
+from helpers.terminal import Terminal
 
 import metaalign_edge as edge
 from metaalign_edge_commands.terminal.progress import progress_bar

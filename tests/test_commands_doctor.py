@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from terminal import Terminal
+from helpers.terminal import Terminal
 from test_bad_input import edited
 
 import metaalign_edge as edge

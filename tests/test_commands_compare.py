@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from terminal import Terminal
+from helpers.terminal import Terminal
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 ASKED = ("--pref", "Answer in capital letters.", "--pref", "@json", "--pref", "-", "What is a volcano?")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub import Hub, running
+from helpers.hub import Hub, running
 
 Fails = Callable[..., str]
 

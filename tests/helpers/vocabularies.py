@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from checkpoints import write_json
+
+from helpers.checkpoints import write_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = (
     int(getattr(gguf.TokenType, name)) for name in ("NORMAL", "UNKNOWN", "CONTROL", "USER_DEFINED", "BYTE")

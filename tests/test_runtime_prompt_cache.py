@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_parallel import memories  # noqa: F401  a fixture
+from test_scheduler import memories  # noqa: F401  a fixture
 
 import metaalign_edge as edge
 from metaalign_edge import Answer, Dialog, Engine, Model, Scheduler, Settings, Turn

@@ -9,12 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import gguf
 import numpy as np
 import pytest
-from families import make_family
-from reading import read
+from helpers import checkpoints
+from helpers.families import make_family
+from helpers.reading import read
 
 import metaalign_edge as edge
 from metaalign_edge import (  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from checkpoints import (
+from helpers.checkpoints import (
     CONFIG,
     ROWS,
     edit_json,
@@ -25,7 +25,7 @@ from checkpoints import (
     write_tokenizer,
     write_weights,
 )
-from families import FAMILIES, configuration, make_family, weights
+from helpers.families import FAMILIES, configuration, make_family, weights
 from llama_cpp import Llama
 
 import metaalign_edge_convert.plan as planning

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from checkpoints import make_checkpoint
+from helpers.checkpoints import make_checkpoint
 
 from metaalign_edge_convert import open_checkpoint, write_gguf
 from metaalign_edge_convert.prove import tokenize_with_llama

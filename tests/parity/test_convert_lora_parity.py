@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import CONFIG, ROWS, edit_json, make_checkpoint
+from helpers.checkpoints import CONFIG, ROWS, edit_json, make_checkpoint
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_convert_lora import IDS, logits
 from test_convert_parity import assert_same_bytes
-from test_lora import IDS, logits
 from transformers import AutoModelForCausalLM
 
 from metaalign_edge_convert import merge, open_adapter, open_checkpoint, write_adapter, write_gguf

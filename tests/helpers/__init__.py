@@ -1,0 +1,1 @@
+"""What several tests need: models and checkpoints to try, a hub, a terminal."""
