@@ -2427,6 +2427,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return Interrupted.exit_code
     except Interrupted as error:
         return error.exit_code
+    except ModuleNotFoundError as error:  # a bare checkout under a Python without the dependencies
+        lacks = f"the Python package {error.name} is missing"
+        say(f"metaalign-edge: {lacks}: `pip install .` in the folder of this program installs all that it needs")
+        return LoadError.exit_code
     except Exception as error:
         code = exit_code(error)
         text = error.format_message() if hasattr(error, "format_message") else str(error)  # Typer's

@@ -357,11 +357,11 @@ def test_a_bare_checkout_runs_from_any_folder(tiny: Path, tmp_path: Path) -> Non
     elsewhere.mkdir()
     depends_on = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
 
-    def start(*arguments: str) -> tuple[int, str, str]:
+    def start(*arguments: str, path: str = depends_on) -> tuple[int, str, str]:
         """Run the script where nothing is installed: -S leaves out what an editable install adds."""
         child = subprocess.run(
             [sys.executable, "-S", str(script), *arguments], input="", capture_output=True, text=True, timeout=120,
-            cwd=elsewhere, env={**os.environ, "PYTHONPATH": depends_on},
+            cwd=elsewhere, env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
         return child.returncode, child.stdout, child.stderr
 
@@ -370,3 +370,5 @@ def test_a_bare_checkout_runs_from_any_folder(tiny: Path, tmp_path: Path) -> Non
     assert (code, error) == (0, "") and "<|user_info|>short<|end|>" in out
     assert start("chat", "-n", "2", *asked)[::2] == (0, "")
     assert start("convert", str(elsewhere))[0] == 3
+    code, out, error = start("--version", path="")  # nor what the program depends on
+    assert (code, out, error.count("\n")) == (5, "", 1) and "package typer is missing: `pip install .`" in error
