@@ -409,7 +409,23 @@ def choose_template(name: str, model: ModelFile) -> ChatTemplate:
     return ChatTemplate(template, native, label, why, meta_prompt, reminder, model.token("bos"), model.token("eos"))
 
 
-def conversion_template(name: str, checkpoint: Any) -> tuple[str | None, str | None]:
+class TemplateSource(Protocol):
+    """A checkpoint as far as the choice of its template needs it; `convert` opens checkpoints."""
+
+    @property
+    def name(self) -> str:
+        """The name of its folder, for messages."""
+
+    @property
+    def tokens(self) -> frozenset[str]:
+        """The texts of its vocabulary."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of its chat template; None if it has none."""
+
+
+def conversion_template(name: str, checkpoint: TemplateSource) -> tuple[str | None, str | None]:
     """Choose the chat template that `convert` writes into a GGUF.
 
     Returns:

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from typing import Annotated
 
 import metaalign_edge as edge
+from metaalign_edge_preferences import report as pages
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.stores import files
 
@@ -46,8 +47,6 @@ def bench(
         )
     if chart:
         title = f"{found.model}: what this machine makes of it"
-        from metaalign_edge_preferences import report as pages
-
         files.write_whole(chart, pages.draw(found.charts(), title, chart.suffix[1:].lower()))
     heads = ["", found.model, "", ""]
     screen.json(asdict(found)) if as_json else screen.lines(screen.lay_out(heads, found.rows()))

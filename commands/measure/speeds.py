@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import metaalign_edge as edge
 from metaalign_edge import BatchEntry, Dialog, Engine, Guidance, Model, SequenceState, Settings
@@ -19,6 +19,9 @@ from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.llama.library import Closing
 from metaalign_edge_runtime.llama.vocabulary import ATTR_NORMAL
+
+if TYPE_CHECKING:
+    from metaalign_edge_preferences import report as pages
 
 BENCH_PROMPT, BENCH_TOKENS = 512, 48  # tokens that a measurement reads, and writes
 BENCH_PARALLEL = (2, 4, 8)  # sequences that write at the same time
@@ -57,9 +60,9 @@ class Speeds:
             line("memory", self.peak_mb, "MB at most, of such a call"),
         ]
 
-    def charts(self) -> list[Any]:
+    def charts(self) -> list[pages.Chart]:
         """Return the speeds and the times as bars."""
-        from metaalign_edge_preferences import report as pages
+        from metaalign_edge_preferences.report import Bar, Chart  # not at the top: a timed child imports this file
 
         found = []
         for title, unit, kind in (("Speed", "Tokens per second", "tokens/s"), ("A call", "Milliseconds", "ms,")):
@@ -67,8 +70,8 @@ class Speeds:
             most = max(figure for _, figure in shown)
             power = 10 ** math.floor(math.log10(most))
             top = next(size * power for size in (2, 4, 6, 8, 10) if size * power >= most)
-            labels = tuple((what, (pages.Bar(figure, figure, figure, f"{figure:,.1f}"),)) for what, figure in shown)
-            found.append(pages.Chart(title, f"{unit}, the median of some rounds.", 0, top, labels))
+            labels = tuple((what, (Bar(figure, figure, figure, f"{figure:,.1f}"),)) for what, figure in shown)
+            found.append(Chart(title, f"{unit}, the median of some rounds.", 0, top, labels))
         return found
 
 
