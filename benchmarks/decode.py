@@ -221,7 +221,7 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, list[float]]:
             str(path), n_ctx=CONTEXT, n_threads=options.threads, n_threads_batch=options.threads, verbose=False
         )
         ways: dict[str, Callable[[], float]] = {
-            "Scheduler.answer": lambda: ours(chat, options.tokens),
+            "answer_one": lambda: ours(chat, options.tokens),
             "Llama": lambda: high_level(llama, prompt, options.tokens),
             "bare loop": lambda: bare.run(prompt, options.tokens),
         }

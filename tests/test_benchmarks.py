@@ -40,4 +40,4 @@ def test_the_growth_of_a_conversion_is_measured() -> None:
 def test_speeds_are_compared(demo: Path) -> None:
     said = said_by("decode.py", "--model", str(demo), "--rounds", "1", "--tokens", "4", "--threads", "1")
     ways = [line.split("  ")[0] for line in said.splitlines()[3:]]
-    assert ways == ["Chat.answer", "Llama", "bare loop"]
+    assert ways == ["answer_one", "Llama", "bare loop"]
