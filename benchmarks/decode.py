@@ -9,7 +9,7 @@ is the output matrix too, so their logit is 0 while the greatest of 150,000 rand
 
 Every round runs each way once, greedily, after the same prompt:
 
-- ours: `Scheduler.answer`, what the command `chat` calls, by the speed that it reports;
+- ours: `answer_one`, what the command `chat` calls, by the speed that it reports;
 - llama-cpp-python: `Llama.create_completion(stream=True)`;
 - bare loop: `llama_decode` and llama.cpp's greedy sampler through the low-level binding, and nothing else;
 - llama-bench, if --llama-bench says where it is: llama.cpp's own `tg`, which samples nothing and has no prompt.
