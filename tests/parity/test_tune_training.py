@@ -2,8 +2,8 @@
 
 import json
 import math
-import os
 import re
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -217,9 +217,13 @@ def test_a_checkpoint_of_another_recipe_is_refused(folder):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system cannot play a full disk")
 def test_a_full_disk_is_said_and_a_damaged_checkpoint_too(folder, tmp_path, capsys):
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    (tmp_path / f".training.pt.{os.getpid()}").symlink_to("/dev/full")
     command = ["--out", str(tmp_path), "--steps", "1", "--every", "1", "--no-dpo"]
-    assert main(command) == 8
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most[1]))  # bytes of a file: as a disk that fills
+    try:
+        assert main(command) == 8
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == f"demo: {tmp_path}: the disk is full; make room, and the same command goes on from there"
     assert main(command) == 0 and (tmp_path / "model.safetensors").exists()
