@@ -61,11 +61,9 @@ def answer_once(
         report.warn(prompt, screen, strict)
         begun.append(prompt.answer)
 
-    dialog, seed, show = (
-        dialog_of(conversation, query),
-        scheduler.settings.seed,
-        reply.show if reply else lambda _: None,
-    )
+    dialog = dialog_of(conversation, query)
+    seed = scheduler.settings.seed
+    show = reply.show if reply else lambda _: None
     request = Request(dialog, seed, show=show, think=ReasoningPrinter(screen).write)
     complete = False
     try:
