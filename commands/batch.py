@@ -36,7 +36,7 @@ from .terminal import report
 from .terminal.progress import answers_bar
 from .terminal.screen import Screen
 
-WINDOW = 8  # rows that are read ahead for each that is answered at a time
+WINDOW = 8  # rows that are read ahead for each answer written at the same time
 
 BatchArgument = Annotated[
     str,
@@ -89,7 +89,7 @@ def batch(
     with open_rows(source) as (lines, name), open_ledger(output, source, run, force) as ledger:
         work = Batch(read_rows(lines, defaults, settings.seed, unknown), ledger, screen, name, settings.schema)
         requests = work.requests(WINDOW * parallel)
-        if first := next(requests, None):  # otherwise no model has to be loaded
+        if first := next(requests, None):  # if no row needs an answer, the model is not loaded
             states = prompt_cache(no_cache, read_only=True)
             bar = Screen(quiet=True) if ledger is None and screen.terminal else screen  # the rows show progress
             with (

@@ -50,10 +50,10 @@ def answer_once(
     strict: bool,
     reply: AnswerPrinter | None,
 ) -> None:
-    """Answer one query on stdout, as JSON without a `reply`; a session keeps it, also what was cut off.
+    """Answer one query on stdout, as JSON if `reply` is None. A session keeps the answer, even an incomplete one.
 
     Raises:
-        Interrupted: Ctrl-C; what there was of the answer is printed.
+        Interrupted: Ctrl-C; the part of the answer that was written is printed.
     """
     begun: list[Answer] = []
 
@@ -61,11 +61,9 @@ def answer_once(
         report.warn(prompt, screen, strict)
         begun.append(prompt.answer)
 
-    dialog, seed, show = (
-        dialog_of(conversation, query),
-        scheduler.settings.seed,
-        reply.show if reply else lambda _: None,
-    )
+    dialog = dialog_of(conversation, query)
+    seed = scheduler.settings.seed
+    show = reply.show if reply else lambda _: None
     request = Request(dialog, seed, show=show, think=ReasoningPrinter(screen).write)
     complete = False
     try:
@@ -91,7 +89,8 @@ def go_on(name: str | None, newest: bool) -> Conversation:
     """Return the session of a name, or the one that was used last; without either, a conversation that is not kept.
 
     Raises:
-        UsageError: both are asked for, it is no name, or the session is spoilt. NotFound: there is no session yet.
+        UsageError: both are asked for, the name is not valid, or the session's file is damaged.
+        NotFound: no session exists yet.
     """
     if name is not None and newest:
         raise UsageError("--session and --continue both choose a session: give one")
@@ -105,7 +104,7 @@ def go_on(name: str | None, newest: bool) -> Conversation:
 
 
 def set_meta_prompt(conversation: Conversation, meta_prompt: MetaPrompt, context: typer.Context) -> None:
-    """Let the command line's tiers be the conversation's; those that it does not give stay as the session has them.
+    """Set the conversation's tiers from the command line; a tier that it does not give stays as in the session.
 
     Raises:
         UsageError, NotFound: as MetaPrompt does.

@@ -87,7 +87,7 @@ class Second(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Where the results go, and the answers they are made of."""
+    """The options that say where results and answers are written."""
 
     as_json: JsonOption = False
     report: ReportOption = None
@@ -132,7 +132,7 @@ def eval(
     outputs.check_outputs(written.report, written.chart)
     grid = None if strength is None else adherence.read_grid(strength)
     choices = adherence.choose_models(Choice(loaded.model, template, settings), grid, *second)
-    models = []  # all of them are found before the suite is composed
+    models = []  # a missing model is reported before the suite is composed
     for choice in choices:
         file = loaded._replace(model=choice.model).file(screen)
         plan = edge.plan_for(file, choice.settings, answers=parallel)

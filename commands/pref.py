@@ -111,11 +111,9 @@ def pref_show(name: ProfileArgument, as_json: JsonOption = False) -> None:
         metaalign-edge pref show concise
     """
     name, screen = profiles.profile_name(name), Screen()
-    text, own, built_in = (
-        profiles.profile_text(name),
-        name in profiles.own_profiles(),
-        name in profiles.built_in_profiles(),
-    )
+    text = profiles.profile_text(name)
+    own = name in profiles.own_profiles()
+    built_in = name in profiles.built_in_profiles()
     kind = {"own": own, "built_in": built_in, "default": name in in_files.default_profiles()}
     screen.json({"name": name, "text": text, **kind}) if as_json else screen.write(f"{text}\n")
 

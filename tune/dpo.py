@@ -1,7 +1,7 @@
 """Direct preference optimisation of the compact model, on candidates that it wrote itself.
 
 The four steps of the method, closed into a loop: the tuned model answers rows several times over (`candidates`),
-the checkers rank what it wrote under the row's meta-prompt (`rank`), and what won is made likelier than what lost
+the checkers rank what it wrote under the row's meta-prompt (`rank`), and better answers are made likelier than worse
 (`optimise`; Rafailov et al. 2023, with the winner's likelihood added, Pang et al. 2024, so that it does not fall).
 """
 

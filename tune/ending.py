@@ -18,7 +18,7 @@ FULL = ("os error 28", "PytorchStreamWriter", "unexpected pos")
 
 
 def require(*modules: str) -> None:
-    """See that the libraries of the extra are there. Raises LoadError."""
+    """Check that the libraries are installed. Raises LoadError if one is not."""
     for name in modules:
         if not find_spec(name):
             raise LoadError(f'{name} is not installed: pip install "metaalign-edge[tune]"')
@@ -45,7 +45,7 @@ def finish(name: str, out: Path, again: str, work: Callable[[], int | None]) -> 
 
 
 def _explained(error: Exception, out: Path, again: str) -> Exception:
-    """Return one of the toolkit's errors for what libraries raise."""
+    """Return the toolkit's error that explains a library's error, or the error itself."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or any(words in str(error) for words in FULL):
         return CannotWrite(f"{out}: the disk is full; make room, and {again}")

@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Return the did_you_mean semi-orthogonal matrix, roughly: U V' of its singular value decomposition U S V'."""
+    """Return roughly the nearest semi-orthogonal matrix: U V' of its singular value decomposition U S V'."""
     a, b, c = _QUINTIC
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix

@@ -34,7 +34,7 @@ CONTEXT = 1024  # tokens; the longest of 20,000 dialogs has 419
 
 
 class Dialog(Protocol):
-    """What is encoded of a row."""
+    """The texts of a row that are turned into token ids."""
 
     @property
     def system_info(self) -> str:

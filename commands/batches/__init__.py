@@ -1,1 +1,1 @@
-"""What `batch` is made of."""
+"""The rows of the command `batch`, and the work of answering them."""

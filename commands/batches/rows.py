@@ -28,7 +28,7 @@ class Row:
     line: int  # from 1
     id: Any  # the user's own
     request: Request | None  # its tag is the row's index
-    digest: str  # of all in the row that decides the answer
+    digest: str  # of the fields that decide the answer
     error: str | None
 
 
@@ -37,7 +37,7 @@ def open_rows(source: str) -> Iterator[tuple[Iterable[bytes], str]]:
     """Open a JSONL file, or stdin for `-`; yield its lines and its name in messages.
 
     Raises:
-        NotFound: it is not there or not readable. UsageError: stdin is a terminal.
+        NotFound: the file does not exist or cannot be read. UsageError: stdin is a terminal.
     """
     if source == "-":
         if sys.stdin is None or sys.stdin.isatty():
@@ -52,12 +52,12 @@ def open_rows(source: str) -> Iterator[tuple[Iterable[bytes], str]]:
 
 
 def read_rows(lines: Iterable[bytes], defaults: Dialog, seed: int, unknown: set[str]) -> Iterator[Row]:
-    """Yield the rows of a JSONL file, the bad ones with what is wrong.
+    """Yield the rows of a JSONL file; a row that is not valid has its `error` set.
 
     Args:
         defaults: System Info and User Info of the rows that have none of their own.
-        seed: of the rows that have none of their own.
-        unknown: receives the names of the fields that mean nothing.
+        seed: the seed of rows that give none.
+        unknown: receives the names of unknown fields.
     """
     index = 0
     for line, data in enumerate(lines, 1):
@@ -153,7 +153,7 @@ def turns_field(row: Mapping[str, Any]) -> list[Turn]:
     """Return the turns before the query.
 
     Raises:
-        UsageError: one is no turn, or has no response.
+        UsageError: `turns` is not a list of objects, or a turn lacks its query or response.
     """
     turns = row.get("turns") or []
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -179,7 +179,7 @@ def schema_field(row: Mapping[str, Any]) -> Schema | None:
     return None if found is None else parse_schema(json.dumps(found) if isinstance(found, dict) else found)
 
 
-@functools.lru_cache(64)  # many rows have the same
+@functools.lru_cache(64)  # many rows of a batch share one schema
 def parse_schema(text: str) -> Schema:
     """Read a schema that is JSON or in short form. It names no file: a row is data.
 

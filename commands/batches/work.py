@@ -1,4 +1,4 @@
-"""A batch at work: which rows have to be asked, and where their answers go."""
+"""The work of a batch: choosing the rows that need an answer, and writing the answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Batch:
 
     Args:
         source: the name of the input in messages.
-        schema: of the rows that have none of their own.
+        schema: the schema of rows that give none.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Batch:
         self._rows, self._ledger, self._screen, self._source, self._schema = rows, ledger, screen, source, schema
         self._stdout = InOrder(screen)
         self._asked: dict[int, Row] = {}  # by index, while their answers are written
-        self.total = self.before = self.answered = self.failed = 0  # before: by an earlier call
+        self.total = self.before = self.answered = self.failed = 0  # before: answered by an earlier call
 
     def requests(self, window: int) -> Iterator[Request]:
         """Yield the requests of the rows that have no answer yet.
@@ -121,7 +121,7 @@ class Batch:
         """Say how many rows came to which end.
 
         Raises:
-            EdgeError: some failed.
+            EdgeError: at least one row failed.
         """
         counts = f"{self.answered:,} answered, {self.before:,} before, {self.failed:,} failed"
         self._screen.note(f"{self.total:,} rows: {counts}")
@@ -134,7 +134,7 @@ def open_ledger(output: Path | None, source: str, run: str, force: bool) -> Iter
     """Open the file that `batch` writes; yield None if it writes to stdout.
 
     Raises:
-        UsageError: it is the input, or holds another run's rows. CannotWrite: it cannot be written.
+        UsageError: the file is the input, or holds another run's rows. CannotWrite: the file cannot be written.
     """
     if output is None:
         yield None

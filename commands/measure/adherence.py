@@ -154,7 +154,7 @@ def ask_cases(
 
 
 def answer_record(answer: Answer | EdgeError) -> dict[str, Any]:
-    """Return what is kept of an answer, or of the error in its place."""
+    """Return the record of an answer, or of the error in its place, for the file of answers."""
     if isinstance(answer, EdgeError):
         return {"error": one_line(answer)}
     return {"response": answer.response, "finish_reason": answer.finish_reason, "truncated": answer.truncated}
@@ -181,7 +181,7 @@ def choose_models(first: Choice, grid: Grid | None, against: str | None, templat
     """Return the models whose answers are compared: one, one at every strength of a grid, or one and a second.
 
     Raises:
-        UsageError: there is a grid and a second model.
+        UsageError: both a grid and a second model are given.
     """
     if grid:
         if against is not None or template is not None:
@@ -217,7 +217,7 @@ class Grid(NamedTuple):
         return replace(settings, pref_strength=strength)
 
     def suffix(self, strength: float) -> str:
-        """Return what tells the files of answers apart."""
+        """Return the suffix by which the strengths' files of answers are told apart."""
         return f".{self.tier}-{strength:g}"
 
 
@@ -225,7 +225,7 @@ def read_grid(text: str) -> Grid:
     """Read a tier and its strengths, `pref=0,1,2`.
 
     Raises:
-        UsageError: there is no such tier, a strength is none, or there are fewer than two.
+        UsageError: the tier is unknown, a strength is not a valid number, or fewer than two strengths are given.
     """
     tier, _, numbers = text.partition("=")
     if tier not in ("system", "pref") or not numbers:

@@ -1,4 +1,4 @@
-"""From options to a model that answers."""
+"""Loading a model as the command line's options say."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def open_scheduler(
     cache: PromptCache | None,
     slots: int = 1,
 ) -> Iterator[Scheduler]:
-    """Load a model, and yield what answers with it in so many slots. Its template is chosen while it loads.
+    """Load a model, and yield a scheduler with `slots` slots. The template is chosen while the model loads.
 
     Raises:
-        NotFound, NetworkError, LoadError: there is no such model, or it is none. Interrupted: Ctrl-C.
-        TemplateError, UsageError: there is no such template.
+        NotFound, NetworkError, LoadError: the model does not exist, or cannot be loaded. Interrupted: Ctrl-C.
+        TemplateError, UsageError: the template does not exist, or is not valid.
     """
     path, interrupt = loaded.path(screen), Interrupt()
     STOPWATCH.mark("options")
@@ -62,12 +62,12 @@ def open_slots(
     screen: Screen,
     cache: PromptCache | None = None,
 ) -> Iterator[Scheduler]:
-    """Load a model that was planned, and yield what answers with it in slots of one size, all made at once.
+    """Load a model by its memory plan, and yield a scheduler whose slots all have the same size.
 
     Ctrl-C is taken as a flag until the end of the `with`.
 
     Raises:
-        LoadError: it cannot be loaded. Interrupted: Ctrl-C while it loads.
+        LoadError: the model cannot be loaded. Interrupted: Ctrl-C while it loads.
     """
     with Interrupt() as interrupt, Model(file, settings, interrupt, plan) as model:
         report.explain(model, template, settings, screen)
