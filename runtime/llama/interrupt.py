@@ -1,4 +1,4 @@
-"""Ctrl-C as a flag, which is looked at where it is safe to stop."""
+"""Ctrl-C as a flag, which is checked where it is safe to stop."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..errors import Interrupted
 
 
 class Interrupt:
-    """Ctrl-C as a flag: an exception inside a ctypes callback would be lost, and llama.cpp be left in the middle.
+    """Ctrl-C as a flag: an exception would be lost in a ctypes callback, or stop Python while llama.cpp computes.
 
-    A second Ctrl-C while the first is still being honoured ends the process at once. One `with` may hold another.
+    A second Ctrl-C before the flag is checked ends the process at once. The context manager can be nested.
     """
 
-    undo: ClassVar[list[Callable[[], object]]] = []  # gives a terminal back what was taken from it
+    undo: ClassVar[list[Callable[[], object]]] = []  # functions that restore the terminal
 
     def __init__(self) -> None:
         self.raised = False
@@ -27,7 +27,7 @@ class Interrupt:
         self._before: Any = None
 
     def __enter__(self) -> Interrupt:
-        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a script's background job: its Ctrl-C is not ours
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # shells do so for background jobs
         if not self._depth and threading.current_thread() is threading.main_thread() and not ignored:
             self._before = signal.signal(signal.SIGINT, self._raise)
         self._depth += 1
@@ -48,7 +48,7 @@ class Interrupt:
 
     @classmethod
     def leave(cls, code: int) -> None:
-        """End the process at once, from wherever it is."""
+        """Restore the terminal and end the process at once."""
         for undo in reversed(cls.undo):
             with contextlib.suppress(Exception):  # the terminal may be gone
                 undo()
@@ -62,7 +62,7 @@ class Interrupt:
 
 @contextlib.contextmanager
 def undone_at_once(undo: Callable[[], object]) -> Iterator[None]:
-    """Have what ends the process at once, as a second Ctrl-C, undo what is done to the terminal inside."""
+    """Have `undo` called if the process ends at once within the `with`, as by a second Ctrl-C."""
     Interrupt.undo.append(undo)
     try:
         yield
@@ -72,9 +72,9 @@ def undone_at_once(undo: Callable[[], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopping_at(progress: Callable[[str, int, int], None]) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield what tells of progress, too, but raises `Interrupted` after Ctrl-C.
+    """Yield a callback that reports progress and raises `Interrupted` after Ctrl-C.
 
-    An exception that comes at any moment may find a lock taken that other threads wait for.
+    KeyboardInterrupt could come at any moment, even while a lock is held that other threads wait for.
     """
     with Interrupt() as interrupt:
 

@@ -1,4 +1,4 @@
-"""llama.cpp's library by llama-cpp-python's low-level interface: its log, its build, its devices."""
+"""llama.cpp's library through llama-cpp-python's low-level interface: its log, its build, its devices."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-is_program = False  # this process is metaalign-edge itself, not a host: `main` says so
+is_program = False  # set by `main`: this process is the command line, not a host program that imports us
 
 
 class Background:
-    """Work that a thread does, in C for the most part, while this one goes on. It begins at once."""
+    """Work that another thread does, mostly in C code. It begins at once."""
 
-    _busy, _usual = 0, 0.0  # how many there are, and what the interval was before the first
+    _busy, _usual = 0, 0.0  # the number of running instances, and the switch interval in seconds before the first
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self._work, self._awaited = work, True
         self._found: Any = None
         self._error: BaseException | None = None
-        if is_program:  # a host's interval is its own, and its threads may load several models at a time
+        if is_program:  # a host program's switch interval is not ours to change
             if not Background._busy:
                 Background._usual = sys.getswitchinterval()
             Background._busy += 1
-            sys.setswitchinterval(1e-5)  # seconds; llama.cpp would wait longer for this thread at each line it logs
+            sys.setswitchinterval(1e-5)  # seconds; at each logged line llama.cpp waits that long for the other thread
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -50,7 +50,7 @@ class Background:
             self._error = error
 
     def result(self) -> Any:
-        """Wait for what the work returns, or raises."""
+        """Wait until the work is done; return its result, or raise its exception."""
         self._thread.join()
         if self._awaited and is_program:
             Background._busy -= 1
@@ -63,10 +63,10 @@ class Background:
 
 
 class Closing:
-    """What is closed, at the latest at the end of a `with`."""
+    """A base class of context managers that are closed at the end of their `with`."""
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release the resources; subclasses override this."""
 
     def __enter__(self) -> Self:
         return self
@@ -76,18 +76,18 @@ class Closing:
 
 
 class Log:
-    """llama.cpp's log: shown with -v, otherwise only its last errors are kept, to say why a load failed."""
+    """llama.cpp's log: shown with -v; its last errors are kept to explain a failed load."""
 
     def __init__(self) -> None:
         self.verbose = False
-        self.level = 0  # of the line that is being written
+        self.level = 0  # level of the current line, which may come in several parts
         self.errors: list[str] = []
-        self._metadata: set[str] = set()  # lines that say what is in a file
+        self._metadata: set[str] = set()  # lines about a file's metadata, shown once
         self._callback: Any = None
         self._last: Any = None
 
     def attach(self, verbose: bool) -> None:
-        """Take over llama.cpp's log; again, as llama-cpp-python takes it for itself where it is imported whole."""
+        """Take over llama.cpp's log. Each start repeats this: importing llama-cpp-python as a whole takes it away."""
         llama, self.verbose = llama_cpp(), verbose
         self._metadata.clear()
         self._callback = self._callback or llama.llama_log_callback(self._write)
@@ -98,7 +98,7 @@ class Log:
 
     @staticmethod
     def _give_up(message: bytes) -> None:
-        """Say in a line why llama.cpp is about to end the process, which it does with a page of addresses."""
+        """Write one line on why llama.cpp aborts, instead of its page of addresses, and end the process."""
         where, _, what = message.decode("utf-8", "replace").partition(": ")
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
@@ -115,11 +115,11 @@ class Log:
         self.level = level if level != 5 else self.level  # GGML_LOG_LEVEL_CONT
         if level == 4 and line.strip():  # GGML_LOG_LEVEL_ERROR
             self.errors.append(one_line(line).removeprefix("llama_model_load: ").removeprefix("error loading model: "))
-        if line.startswith("llama_model_loader: "):  # the vocabulary and the weights say the same
+        if line.startswith("llama_model_loader: "):  # logged for the vocabulary and again for the weights
             if line in self._metadata:
                 return
             self._metadata.add(line)
-        if self.verbose and self.level != 1:  # GGML_LOG_LEVEL_DEBUG: a thousand lines, in which ours would drown
+        if self.verbose and self.level != 1:  # GGML_LOG_LEVEL_DEBUG: a thousand lines
             sys.stderr.write(line)
 
     def reason(self) -> str:
@@ -138,8 +138,8 @@ def llama_cpp() -> Any:
     Raises:
         LoadError: llama-cpp-python is missing or does not run on this machine.
     """
-    # The package's __init__ imports numpy and the high-level class, five times the cost of the module we need: a bare
-    # package of the same name stands in while that one is imported.
+    # The package's __init__ imports numpy and the high-level class, which takes five times as long as the module we
+    # need. So an empty package of the same name replaces it while that module is imported.
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
         raise LoadError("llama-cpp-python is not installed: pip install llama-cpp-python")
@@ -157,7 +157,7 @@ def llama_cpp() -> Any:
 
 
 def start(verbose: bool = False) -> Any:
-    """Start llama.cpp's backends, their log taken over, and return its low-level interface; again is harmless.
+    """Take over llama.cpp's log, start its backends, and return its low-level interface; repeated calls are harmless.
 
     Raises:
         LoadError: llama-cpp-python is missing or does not run on this machine.
@@ -172,7 +172,7 @@ def start(verbose: bool = False) -> Any:
 def ggml_library(name: str) -> Any:
     """Return one of ggml's libraries, whose functions llama-cpp-python does not bind.
 
-    llama.cpp's own handle finds those that it is linked with; a wheel has no links, so their files are copies of those.
+    llama.cpp's own handle finds the functions of the libraries that it is linked with, except on Windows.
     """
     library = llama_cpp()._lib
     if os.name != "nt":
@@ -182,7 +182,7 @@ def ggml_library(name: str) -> Any:
 
 @functools.cache
 def build() -> str:
-    """Return what tells this build of llama.cpp, and this processor's part in it, from others."""
+    """Return a text that identifies this build of llama.cpp and the processor features that it uses."""
     llama = llama_cpp()
     library = Path(llama._lib._name)
     return f"{library}, {library.stat().st_mtime_ns}, {llama.llama_print_system_info().decode('utf-8', 'replace')}"

@@ -1,7 +1,7 @@
-"""Whether a model fits: what it takes is computed from its metadata, before anything is loaded.
+"""Whether a model fits into memory, computed from its metadata before anything is loaded.
 
-Weights and KV cache are exact to the byte, compute buffers to some per cent. Which layer goes where is llama.cpp's own
-rule.
+The sizes of weights and KV cache are exact; those of compute buffers are off by a few per cent. Layers are assigned to
+devices by llama.cpp's own rule.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import NamedTuple
 from ..errors import LoadError, in_bytes
 from .gguf import GGUFArray, ModelFile
 
-PREFILL_CHUNK = 512  # tokens between two looks at the interrupt flag where llama.cpp has no abort callback (GPUs)
+PREFILL_CHUNK = 512  # tokens per call: GPUs have no abort callback, so Ctrl-C is checked between calls
 
 
 def peak_mb() -> float:
-    """Return the process's highest memory use in MB, 0 where the system does not say."""
-    try:  # Linux: getrusage would include what the parent used before it started this program
+    """Return the process's peak memory use in MB; 0 if the system does not report it."""
+    try:  # Linux: getrusage would include the parent's memory at the time of the fork
         (line,) = [row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM")]
         return int(line.split()[1]) * 1024 / 1e6
     except (OSError, ValueError):
@@ -36,49 +36,49 @@ def peak_mb() -> float:
         import resource
     except ImportError:  # Windows
         return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, other systems kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def trim_memory() -> None:
-    """Give back to the system what is free: glibc keeps it for the thread that freed it, 20 MB after a vocabulary."""
+    """Return freed memory to the system: glibc keeps it per thread, 20 MB after loading a vocabulary."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, another system
         ctypes.CDLL(None).malloc_trim(0)
 
 
-SPARE = 1 << 29  # bytes of a GPU that -ngl auto leaves free: for its driver, and for what others take meanwhile
-SHARE = 0.9  # of what is free that -c auto, and advice, use
-CELLS = 256  # tokens; llama.cpp makes a context a multiple of it
-MOST_LAYERS = 512  # that llama.cpp loads
-UNFORETOLD = (  # what architectures have whose cache is of another kind: compressed, shared by layers, recurrent
+SPARE = 1 << 29  # bytes of a GPU's memory that -ngl auto leaves free for the driver and other programs
+SHARE = 0.9  # share of the free main memory that -c auto and the advice in errors use
+CELLS = 256  # tokens; llama.cpp rounds a context up to a multiple of it
+MOST_LAYERS = 512  # llama.cpp's limit
+UNFORETOLD = (  # metadata keys of architectures with another kind of cache: compressed, shared by layers, recurrent
     "attention.kv_lora_rank attention.key_length_swa attention.shared_kv_layers attention.indexer.head_count "
     "attention.recurrent_layers nextn_predict_layers ssm.state_size wkv.head_size kda.head_dim altup.num_inputs"
 ).split()
 
 
 class Device(NamedTuple):
-    """A device of llama.cpp's."""
+    """A device that llama.cpp can compute on."""
 
     name: str
     description: str
-    kind: int  # 0 is the CPU, 1 a GPU, 2 one that shares main memory (ggml-backend.h)
-    free: int  # bytes, here and below
-    total: int
+    kind: int  # 0: CPU, 1: GPU, 2: GPU that shares main memory (ggml-backend.h)
+    free: int  # bytes
+    total: int  # bytes
 
 
 class Need(NamedTuple):
-    """What a place has to hold."""
+    """The bytes that main memory or a device has to hold."""
 
     weights: int
-    cache: int  # keys and values, and states that do not grow
-    compute: int  # numbers between layers, and logits
+    cache: int  # keys and values, and recurrent states of a fixed size
+    compute: int  # intermediate results and logits
 
 
 def cache_bytes(file: ModelFile) -> tuple[int, ...] | None:
-    """Return what a token takes in the KV cache, layer by layer, in bytes: keys and values, 16 bits a number.
+    """Return the bytes of KV cache per token for each layer: keys and values, 16 bits a number.
 
-    A sliding window saves nothing: we let llama.cpp keep all tokens, so that a conversation can be cut anywhere.
-    None where it is not foretold: caches that are compressed, or shared by layers, and most recurrent states.
+    A sliding window saves nothing: llama.cpp is told to keep all tokens, so that a conversation can be cut anywhere.
+    None if the size cannot be computed: the cache is compressed, shared by layers, or recurrent (except for LFM2).
     """
     if any(f"{file.architecture}.{key}" in file.metadata for key in UNFORETOLD):
         return None
@@ -92,15 +92,15 @@ def cache_bytes(file: ModelFile) -> tuple[int, ...] | None:
 
 
 def state_bytes(file: ModelFile, cache: Sequence[int]) -> tuple[int, ...]:
-    """Return what a sequence takes however long it is, layer by layer, in bytes: the inputs of a convolution (LFM2)."""
+    """Return the bytes per sequence, whatever its length, for each layer: the inputs of a convolution (LFM2)."""
     state = 4 * max(0, file.number("shortconv.l_cache") - 1) * file.number("embedding_length")
     return tuple(0 if grows else state for grows in cache)
 
 
 def step_numbers(file: ModelFile) -> int:
-    """Return how many 32-bit numbers llama.cpp keeps of a token while it computes, at most: found by trying.
+    """Return the most 32-bit numbers that llama.cpp holds per token while it computes; the formula is empirical.
 
-    The widest place of a layer decides: its feed-forward network, what its experts say together, or its attention.
+    The widest part of a layer decides: its feed-forward network, the outputs of its experts, or its attention.
     """
     width, heads = file.number("embedding_length"), file.number("attention.head_count", 1)
     each = file.number("attention.key_length", width // max(1, heads))
@@ -113,21 +113,21 @@ def step_numbers(file: ModelFile) -> int:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What decides how much memory a model takes."""
+    """The sizes that decide how much memory a model takes."""
 
     weights: tuple[int, ...]  # bytes of each layer and, last, of the output
-    embedding: int  # bytes of the input's weights, which stay in main memory
-    tied: bool  # the output multiplies by them, too
-    cache: tuple[int, ...]  # bytes of a token, by layer
-    states: tuple[int, ...]  # bytes of a sequence, by layer
-    foretold: bool  # those are known; otherwise they count as nothing
-    numbers: int  # see `step_numbers`
-    masks: int  # of attention: a sliding window has its own
+    embedding: int  # bytes of the input embeddings, which stay in main memory
+    tied: bool  # the output layer uses the input embeddings as its weights
+    cache: tuple[int, ...]  # bytes per token, by layer
+    states: tuple[int, ...]  # bytes per sequence, by layer
+    foretold: bool  # whether `cache` and `states` are known; otherwise they are 0
+    numbers: int  # per token, see `step_numbers`
+    masks: int  # attention masks: 2 with a sliding window, which has a mask of its own
     vocabulary: int  # tokens
 
     @classmethod
     def of(cls, file: ModelFile) -> Footprint:
-        """Read it from a model's metadata.
+        """Compute the footprint from a model's metadata.
 
         Raises:
             LoadError: the list of tensors is damaged. NotFound: a part of the model is missing.
@@ -158,21 +158,21 @@ class Footprint:
 
     @property
     def bytes(self) -> int:
-        """Return the size of all weights."""
+        """The bytes of all weights."""
         return sum(self.weights) + self.embedding
 
     def needs(self, places: Sequence[int], context: int, sequences: int) -> list[Need]:
-        """Return what each place has to hold if the layers lie there: main memory, then the devices.
+        """Return the needs of main memory, then of each device.
 
         Args:
-            places: of each layer and of the output, as `placed` gives them.
+            places: the place of each layer and, last, of the output, as `placed` returns them.
         """
         cells, last = -(-context * sequences // CELLS) * CELLS, len(places) - 1
         batch, logits = min(cells, max(PREFILL_CHUNK, sequences)), 4 * self.vocabulary * sequences
         compute = logits + max(logits, batch * (4 * self.numbers + 2 * cells * self.masks))
         stay = max((self.weights[layer] for layer, place in enumerate(places) if not place), default=0)
         found = [Need(self.embedding, 0, compute)]
-        found += [Need(0, 0, compute + stay)] * max(places)  # a long prompt visits the GPU for every layer
+        found += [Need(0, 0, compute + stay)] * max(places)  # for a long prompt, llama.cpp copies each layer to the GPU
         for layer, place in enumerate(places):
             weights, cache, compute = found[place]
             weights += self.weights[layer]
@@ -185,9 +185,9 @@ class Footprint:
 
 
 def placed(layers: int, offloaded: int, free: Sequence[int]) -> list[int]:
-    """Return where llama.cpp puts each of the layers, the output the last of them: 0 is main memory, 1 a first device.
+    """Return the place of each layer and, last, of the output: 0 is main memory, 1 the first device.
 
-    The last ones go to the devices, to each a share that is as large as what it has free (`load_tensors`).
+    As in llama.cpp's `load_tensors`, the last layers go to the devices, in proportion to each device's free memory.
     """
     offloaded = min(offloaded, layers) if free else 0
     ends = list(itertools.accumulate(free))
@@ -198,31 +198,33 @@ def placed(layers: int, offloaded: int, free: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a model goes, what that takes, and what is free there."""
+    """The places of a model's layers, with the memory that is needed and free there."""
 
     footprint: Footprint
-    places: tuple[int, ...]
+    places: tuple[int, ...]  # as `placed` returns them
     context: int  # tokens of each sequence
     sequences: int
     free: tuple[float, ...]  # bytes of main memory, and of each device
-    names: tuple[str, ...] = ()  # of the devices
-    sequences_per_answer: int = 1  # sequences of an answer
-    loaded: bool = False  # what is free on a device is what the weights left
+    names: tuple[str, ...] = ()  # the devices' names
+    sequences_per_answer: int = 1
+    loaded: bool = False  # the weights are on the devices already, and not counted in `free`
 
     @property
     def offloaded(self) -> int:
-        """Return how many layers lie on devices, the output counted as one."""
+        """The number of layers on devices, including the output."""
         return sum(place > 0 for place in self.places)
 
     @property
     def needs(self) -> list[Need]:
-        """Return what main memory has to hold, then each device that is used."""
+        """The needs of main memory, then of each device that is used."""
         return self.footprint.needs(self.places, self.context, self.sequences)
 
     def over_budget(self, roomy: bool = False, whole: bool = False) -> list[int]:
-        """List the places that cannot hold their part, or with `roomy` not with some room to spare.
+        """List the places that cannot hold their part.
 
-        Weights in main memory count with `whole` only: what of the file does not stay there is read again.
+        Args:
+            roomy: leave a reserve free: SPARE on devices, 1 - SHARE of main memory.
+            whole: count the weights in main memory; without room for them, they are read from the file again.
         """
         found = []
         for place, (need, free) in enumerate(zip(self.needs, self.free, strict=False)):
@@ -234,22 +236,22 @@ class Plan:
 
     @property
     def reads_from_disk(self) -> bool:
-        """Tell whether main memory cannot keep the weights besides: they are read from the disk for every token."""
+        """Whether the weights do not fit into main memory, so that they are read from the disk for every token."""
         return sum(self.needs[0]) > self.free[0]
 
     def largest(self, most: int) -> int:
-        """Return the largest context that fits with some room to spare, of `most` tokens at most; 0 if none does."""
+        """Return the largest context in tokens, at most `most`, that fits with a reserve; 0 if none fits."""
         contexts = range(CELLS, most + CELLS, CELLS)
         return min(most, self._last(contexts, lambda context: replace(self, context=context)))
 
     def largest_parallel(self) -> int:
-        """Return how many answers at a time fit with some room to spare, if not all of them; 0 if none does."""
+        """Return how many answers at a time, fewer than planned, fit with a reserve; 0 if not even one does."""
         answers = range(1, self.sequences // self.sequences_per_answer)
         return self._last(answers, lambda count: replace(self, sequences=count * self.sequences_per_answer))
 
     @staticmethod
     def _last(counts: range, planned: Callable[[int], Plan]) -> int:
-        """Return the largest count whose plan fits, if possible beside the weights; 0 if none does."""
+        """Return the largest count whose plan fits with the weights, else without them in main memory; 0 if none."""
 
         def too_large(whole: bool, count: int) -> bool:
             return bool(planned(count).over_budget(roomy=True, whole=whole))
@@ -260,10 +262,10 @@ class Plan:
         return 0
 
     def check(self, path: Path) -> None:
-        """Refuse what does not fit: the system would grant it, and end the process later.
+        """Refuse a plan that does not fit: the system would grant the memory, and kill the process later.
 
         Raises:
-            LoadError: with the numbers, and what would fit.
+            LoadError: the plan does not fit; the message advises a smaller one.
         """
         for place in self.over_budget()[:1]:
             need, where = self.needs[place], f" on {self.names[place - 1]}" if place else ""
@@ -278,7 +280,7 @@ class Plan:
 
     @property
     def size(self) -> str:
-        """Return the context in words."""
+        """The size of the context in words."""
         return f"{self.sequences} times {self.context:,} tokens" if self.sequences > 1 else f"{self.context:,} tokens"
 
     def __str__(self) -> str:
@@ -293,11 +295,11 @@ class Plan:
 def make_plan(
     footprint: Footprint, main: float, devices: Sequence[Device], context: int, sequences: int, wish: str = "auto"
 ) -> Plan:
-    """Plan where a model goes: with `auto`, as many layers on the devices as fit there with their part of the cache.
+    """Plan the places of a model's layers.
 
     Args:
-        main: bytes that are free in main memory.
-        wish: auto, all, or a number of layers.
+        main: free bytes of main memory.
+        wish: the layers on devices: a number, `all`, or `auto` for as many as fit with their part of the cache.
     """
     layers, free = len(footprint.weights), [device.free for device in devices]
     nowhere = Plan(footprint, (), context, sequences, (main, *free), tuple(device.name for device in devices))
@@ -312,29 +314,29 @@ def make_plan(
 
 
 def usable(devices: Sequence[Device]) -> list[Device]:
-    """List the devices that llama.cpp offloads layers to: those with memory of their own, else those without."""
+    """List the devices that llama.cpp offloads layers to: GPUs with memory of their own, else GPUs without."""
     found = [device for device in devices if device.kind in (1, 2)]
-    found = [one if one.total else one._replace(free=int(free_memory())) for one in found]  # it does not say
+    found = [one if one.total else one._replace(free=int(free_memory())) for one in found]  # size unknown
     return [device for device in found if device.kind == 1] or found
 
 
 def memory_limits() -> dict[str, float]:
-    """Return how many bytes can still be taken, swap apart: of the system, and of the container, as far as they say."""
+    """Return the free bytes of the system and of the container, without swap, as far as the system reports them."""
     found = {}
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         (free,) = [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
         found["free"] = free
-    with contextlib.suppress(OSError, ValueError, KeyError):  # a container's share; "max" is none
+    with contextlib.suppress(OSError, ValueError, KeyError):  # "max" means no limit
         group = Path("/sys/fs/cgroup")
         limit, taken = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
         counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        found["free for this container"] = limit - taken + float(counts["file"])  # what copies files makes room
+        found["free for this container"] = limit - taken + float(counts["file"])  # cached files can be dropped
     return found
 
 
 def physical_memory() -> float:
-    """Return how many bytes of main memory there are; infinity where the system does not say."""
+    """Return the bytes of main memory; infinity if the system does not report them."""
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, OSError, ValueError):
@@ -342,5 +344,5 @@ def physical_memory() -> float:
 
 
 def free_memory() -> float:
-    """Return how many bytes can still be taken, swap apart; where no one says, all there are, or infinity."""
+    """Return the free bytes of main memory, without swap; if unknown, all its bytes, or infinity."""
     return min(memory_limits().values(), default=physical_memory())

@@ -20,13 +20,13 @@ ATTR_LSTRIP, ATTR_RSTRIP = 128, 256
 
 
 class LlamaVocabulary(Closing):
-    """llama.cpp's vocabulary, as `tokenize` needs it. `load_vocabulary` loads one. Close it, or use it in a `with`.
+    """llama.cpp's vocabulary, as `tokenize` needs it, loaded by `load_vocabulary`. Close it, or use it in a `with`.
 
     Args:
         model: llama.cpp's pointer to a model; the vocabulary frees it.
 
     Raises:
-        LoadError: it is of no kind that chat models have.
+        LoadError: the vocabulary is of a kind that chat models do not have.
     """
 
     def __init__(self, model: Any, file: ModelFile) -> None:
@@ -52,13 +52,13 @@ class LlamaVocabulary(Closing):
             self._pieces.clear()
 
     def close(self) -> None:
-        """Free it; again is harmless."""
+        """Free the model; repeated calls are harmless."""
         if self._model:
             self._llama.llama_model_free(self._model)
             self._model = None
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """Tokenise; long text on a thread with a stack for it, as llama.cpp's regex fallback recurses per character."""
+        """Tokenise a text. A long one gets a thread with a large stack: llama.cpp's regex recurses per character."""
         data = text.encode()
         if len(data) < 2048:
             return self._encode(data, special)
@@ -77,7 +77,7 @@ class LlamaVocabulary(Closing):
         return result[0]
 
     def _encode(self, data: bytes, special: bool) -> list[int]:
-        room = len(data) + 16  # never more tokens than bytes, but for the space that SentencePiece puts in front
+        room = len(data) + 16  # at most one token per byte, and the space that SentencePiece puts in front
         ids = (ctypes.c_int32 * room)()
         count = self._llama.llama_tokenize(self.pointer, data, len(data), ids, room, False, special)
         if count < 0:
@@ -108,12 +108,12 @@ class LlamaVocabulary(Closing):
 
     @functools.cached_property
     def longest(self) -> int:
-        """Bytes of the longest token."""
+        """The length of the longest token in bytes."""
         return max(len(self.piece(token)) for token in range(self.size))
 
     @functools.cached_property
     def _letters(self) -> dict[bytes, int]:
-        """Tokens of one byte or one character, by their bytes; a byte token only where no ordinary one is."""
+        """The tokens of one byte or one character, by their bytes; ordinary tokens win over byte tokens."""
         letters: dict[bytes, int] = {}
         for token in range(self.size):
             attributes, data = self.attributes(token), self.piece(token)
@@ -127,10 +127,10 @@ class LlamaVocabulary(Closing):
         return letters
 
     def spell(self, text: str) -> list[int]:
-        """Write text one character, or one byte, per token.
+        """Tokenise a text with one token per character, or per byte where a character has no token.
 
         Raises:
-            TierViolation: the vocabulary lacks a letter.
+            TierViolation: the vocabulary has no tokens for a character.
         """
         ids: list[int] = []
         for character in text:
@@ -146,7 +146,7 @@ class LlamaVocabulary(Closing):
 
 
 def load_words(path: str | Path) -> Any:
-    """Return llama.cpp's pointer to the vocabulary of a file, which is null if it does not load."""
+    """Return llama.cpp's pointer to a model file's vocabulary; null if it does not load."""
     llama = library.llama_cpp()
     params = llama.llama_model_default_params()
     params.vocab_only, params.n_gpu_layers = True, 0
@@ -154,20 +154,19 @@ def load_words(path: str | Path) -> Any:
 
 
 class VocabularyLoader(Closing):
-    """A file's vocabulary, on its way: a thread loads it while this one goes on.
+    """A thread that loads a file's vocabulary, which takes llama.cpp about 0.25 s for 150,000 tokens.
 
-    llama.cpp takes some 0.25 s for 150,000 tokens. Close it, or use it in a `with`; a vocabulary that nobody has taken
-    by its end is freed.
+    Close it, or use it in a `with`; a vocabulary that has not been taken by then is freed.
 
     Raises:
         LoadError: llama.cpp does not run on this machine.
     """
 
     def __init__(self, path: Path, verbose: bool = False) -> None:
-        self._llama = library.start(verbose)  # not in the thread: Python in two threads at a time is slower than in one
+        self._llama = library.start(verbose)  # not in the other thread: two threads of Python code slow each other down
         self._path = path
-        self._loads: Background | None = None  # until it is taken
-        if path.is_file():  # a pipe would be read up, or waited for
+        self._loads: Background | None = None  # None once the vocabulary is taken
+        if path.is_file():  # not a pipe, which can be read only once, or blocks
             self._loads = Background(self._load)
 
     def _load(self) -> Any:
@@ -176,16 +175,19 @@ class VocabularyLoader(Closing):
         return pointer
 
     def close(self) -> None:
-        """Wait for what nobody needs any more, and free it; again is harmless."""
+        """Wait for the thread, and free a vocabulary that was not taken; repeated calls are harmless."""
         if self._loads and (pointer := self._loads.result()):
             self._llama.llama_model_free(pointer)
         self._loads = None
 
     def take(self, file: ModelFile) -> LlamaVocabulary:
-        """Wait for the vocabulary, which is this file's, and return it. Close that, too.
+        """Wait for the vocabulary and return it. The caller closes it.
+
+        Args:
+            file: the metadata of the file that is being loaded.
 
         Raises:
-            LoadError: llama.cpp refuses it, or it is of no kind that chat models have.
+            LoadError: llama.cpp refuses the file, or its vocabulary is of a kind that chat models do not have.
         """
         loads, self._loads = self._loads, None
         if not loads or not (pointer := loads.result()):
@@ -197,7 +199,7 @@ def load_vocabulary(file: ModelFile, verbose: bool = False) -> LlamaVocabulary:
     """Load a vocabulary without the weights. Close it, or use it in a `with`.
 
     Raises:
-        LoadError: as `VocabularyLoader.take`.
+        LoadError: see `VocabularyLoader.take`.
     """
     with VocabularyLoader(file.path, verbose) as loading:
         return loading.take(file)

@@ -1,6 +1,6 @@
-"""Structured answers: a JSON schema, or the short form of one, as a mask of tokens; and the final check.
+"""Structured answers: a JSON Schema or its short form, the mask of the next tokens, and the final check of an answer.
 
-llguidance makes the mask, jsonschema judges the answer; both are imported only where a schema is.
+llguidance computes the mask and jsonschema checks the answer; both are imported only when a schema is used.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from ..errors import UsageError, one_line
 
 @dataclass(frozen=True)
 class Schema:
-    """What an answer has to fit."""
+    """A schema that an answer has to fit."""
 
     document: dict[str, Any]  # JSON Schema
-    relaxed: tuple[str, ...]  # keywords that the mask leaves to the final check, as `not at /tags`
-    mask: str  # the schema without them, as llguidance takes it: JSON
+    relaxed: tuple[str, ...]  # keywords that the mask leaves to the final check, e.g. `not at /tags`
+    mask: str  # the schema without those keywords, as JSON for llguidance
 
 
 def parse_schema(text: str, where: str = "the schema") -> Schema:
-    """Read a schema that is JSON.
+    """Read a JSON Schema from JSON text.
 
     Raises:
-        UsageError: it is none, or no schema that an answer can fit.
+        UsageError: the text is not JSON, the JSON is not a schema, or no answer can fit the schema.
     """
     try:
         document = json.loads(text)
@@ -33,16 +33,16 @@ def parse_schema(text: str, where: str = "the schema") -> Schema:
         raise UsageError(f"{where} is no JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
     except RecursionError:
         raise UsageError(f"{where} nests too deep") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         raise UsageError(f"{where} cannot be used: {one_line(error)}") from None
     return make_schema(document, where)
 
 
 def expand_schema(text: str) -> Schema:
-    """Read the short form of a schema. Its mask writes integers of 15 digits at most.
+    """Read the short form of a schema. Its mask allows integers of at most 15 digits.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the text is not in the short form.
     """
     from .short import MASKED, expand
 
@@ -50,10 +50,10 @@ def expand_schema(text: str) -> Schema:
 
 
 def make_schema(document: Any, where: str = "the schema") -> Schema:
-    """Turn a JSON Schema into what llguidance can follow.
+    """Make a `Schema` of a JSON Schema: its mask holds the keywords that llguidance can follow.
 
     Raises:
-        UsageError: it is none, or no answer can fit it.
+        UsageError: the document is not a JSON Schema, or no answer can fit it.
     """
     from .check import schema_fault
     from .mask import LAYOUT
@@ -63,7 +63,7 @@ def make_schema(document: Any, where: str = "the schema") -> Schema:
         if reason := schema_fault(document):
             raise UsageError(f"{where} cannot be used: {one_line(reason)}")
         mask, relaxed = relax(json.loads(json.dumps(document, allow_nan=False)), where)
-    except (ValueError, OverflowError) as error:  # NaN for a number
+    except (ValueError, OverflowError) as error:  # NaN or infinity as a number
         raise UsageError(f"{where} cannot be used: {one_line(error)}") from None
     except RecursionError:
         raise UsageError(f"{where} nests too deep") from None
@@ -71,7 +71,7 @@ def make_schema(document: Any, where: str = "the schema") -> Schema:
 
 
 def fault(text: str, schema: Schema) -> str | None:
-    """Say why a text is no answer to a schema: it is no JSON, or a value that does not fit; None if it fits."""
+    """Return the reason why an answer does not fit a schema (not JSON, or a wrong value); None if the answer fits."""
     from .check import document_fault
 
     return document_fault(text, schema.document)

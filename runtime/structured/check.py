@@ -1,4 +1,7 @@
-"""The final check: whether a document is a JSON Schema, and whether an answer fits one. By jsonschema, lazily."""
+"""The final check: whether a document is a JSON Schema, and whether an answer fits it.
+
+Functions import jsonschema when they are called, because the import is slow.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,19 @@ from .patterns import FORMATS, rust_pattern
 
 
 def pointer(path: Iterable[Any]) -> str:
-    """Write where something is, as `/tags/0`; the whole is `/`."""
+    """Write the path of a value in a document as `/tags/0`; the whole document is `/`."""
     return "/" + "/".join(map(str, path))
 
 
 def draft(document: Mapping[str, Any]) -> Any:
-    """Return jsonschema's class for the draft that `$schema` names, or else for 2020-12."""
+    """Return jsonschema's validator class for the draft that `$schema` names, by default 2020-12."""
     from jsonschema.validators import Draft202012Validator, validator_for
 
     return validator_for(document, default=Draft202012Validator)
 
 
 def schema_fault(document: Any) -> str | None:
-    """Say what keeps a document from being a JSON Schema; None if it is one. Patterns are not looked at."""
+    """Return the reason why a document is not a JSON Schema; None if it is a schema. Patterns are not checked."""
     from jsonschema import FormatChecker
     from jsonschema.exceptions import SchemaError
 
@@ -41,15 +44,15 @@ def schema_fault(document: Any) -> str | None:
 
 
 def document_fault(text: str, document: Mapping[str, Any]) -> str | None:
-    """Say why a text is no answer to a schema: it is no JSON, or a value that does not fit; None if it fits."""
+    """Return the reason why an answer does not fit a schema (not JSON, or a wrong value); None if the answer fits."""
     from jsonschema.exceptions import best_match
     from referencing import Registry
 
     try:
         value = json.loads(text)
         kind = _exact(draft(document))
-        plain = {key: part for key, part in document.items() if key != "$schema"}  # by which it would find another kind
-        validator = kind(plain, registry=Registry(), format_checker=kind.FORMAT_CHECKER)  # which fetches nothing
+        plain = {key: part for key, part in document.items() if key != "$schema"}  # else jsonschema takes its own class
+        validator = kind(plain, registry=Registry(), format_checker=kind.FORMAT_CHECKER)  # fetches no URLs
         found = best_match(validator.iter_errors(value))
     except RecursionError:
         return "it nests too deep"
@@ -58,12 +61,12 @@ def document_fault(text: str, document: Mapping[str, Any]) -> str | None:
     return None if found is None else f"{pointer(found.absolute_path)}: {found.message}"
 
 
-# -- what jsonschema leaves to Python's floats and regular expressions ------------------------------------------------
+# -- replacements for jsonschema's keywords that use Python's floats and regular expressions ---------------------------
 
 
 @functools.cache
 def _exact(kind: Any) -> Any:
-    """Return a draft whose decimals are exact (19.99 is a multiple of 0.01) and whose patterns are ECMA-262's."""
+    """Return a validator class with exact decimals (19.99 is a multiple of 0.01) and with ECMA-262's patterns."""
     from jsonschema.validators import extend
 
     additional = kind.VALIDATORS["additionalProperties"]
@@ -117,17 +120,17 @@ def _pattern_properties(validator: Any, patterns: Any, instance: Any, schema: An
 
 
 def found_in(pattern: str, text: str) -> bool:
-    """Tell whether a pattern is found in a text: by llguidance, or by Python if it has what llguidance lacks.
+    """Tell whether a pattern matches somewhere in a text. Python's `re` handles the patterns that llguidance cannot.
 
     Raises:
-        re.error: neither knows it.
+        re.error: neither llguidance nor Python understands the pattern.
     """
     fits = _fits(text, pattern=rust_pattern(pattern))
     return re.search(pattern, text) is not None if fits is None else fits
 
 
 def is_pattern(pattern: str) -> bool:
-    """Tell whether a text is a regular expression to llguidance or, for the final check only, to Python."""
+    """Tell whether llguidance or, for the final check only, Python understands a text as a regular expression."""
     try:
         found_in(pattern, "")
     except (re.error, OverflowError, RecursionError):
@@ -136,18 +139,18 @@ def is_pattern(pattern: str) -> bool:
 
 
 def format_keywords(name: str) -> dict[str, Any]:
-    """Return what says a format to llguidance."""
+    """Return the keywords that express a format for llguidance: our own patterns, or the format's name."""
     patterns = [{"pattern": f"^({pattern})$"} for pattern in FORMATS.get(name, ())]
     return {"allOf": patterns} if patterns else {"format": name}
 
 
 def is_known(**keywords: Any) -> bool:
-    """Tell whether llguidance knows keywords of a string."""
+    """Tell whether llguidance can follow these keywords of a string schema."""
     return _grammar(json.dumps({"type": "string", **keywords})) is not None
 
 
 def _fits(text: str, **keywords: Any) -> bool | None:
-    """Tell whether a text fits keywords of a string; None if llguidance does not know them."""
+    """Tell whether a text fits these keywords of a string schema; None if llguidance cannot follow them."""
     from llguidance import LLMatcher
 
     if not (grammar := _grammar(json.dumps({"type": "string", **keywords}))):
@@ -159,7 +162,7 @@ def _fits(text: str, **keywords: Any) -> bool | None:
 
 @functools.lru_cache(256)
 def _grammar(document: str) -> str | None:
-    """Return llguidance's grammar of a schema: an empty one if nothing fits it, None if llguidance does not know it."""
+    """Return llguidance's grammar of a schema: "" if no value fits the schema, None if llguidance cannot follow it."""
     from llguidance import LLMatcher
 
     if reason := refusal(json.loads(document)):

@@ -1,4 +1,4 @@
-"""Which tokens a schema allows next, by llguidance."""
+"""The tokens that a schema allows next, as llguidance computes them."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import Any
 
 from ..errors import UsageError, one_line
 
-# White space is one blank or none behind `,` and `:`, and nowhere else: small models lose themselves in it.
+# An answer's only white space is one optional space behind `,` and `:`: small models would repeat it without end.
 LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
 
 def refusal(document: Any) -> str:
-    """Return why llguidance cannot take a schema, in its words; an empty text if it can."""
+    """Return llguidance's message on why it cannot follow a schema; "" if it can."""
     from llguidance import LLMatcher
 
     try:
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(document), overrides=LAYOUT)
-    except ValueError as error:  # no JSON to Rust: half a pair of surrogates, or 128 levels
+    except ValueError as error:  # Rust's JSON parser refuses lone surrogates and 128 levels of nesting
         return one_line(error)
     failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     return one_line(messages[0]) if failed else ""
 
 
 class Vocabulary:
-    """The tokens of a model, as a constraint sees them.
+    """The tokens of a model, as a constraint needs them.
 
     Args:
-        text: returns what a token stands for.
+        text: returns the bytes of a token.
         is_end: tells whether a token ends an answer.
-        is_barred: tells whether a token may not stand in an answer, though it has a text.
-        texts: returns what all tokens stand for, and nothing for those that are no text. It is called late or never.
+        is_barred: tells whether a token is forbidden in answers although it has text.
+        texts: returns the bytes of all tokens, empty for tokens without text. It is slow, and called only when needed.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class Vocabulary:
 
     @functools.cached_property
     def texts(self) -> Sequence[bytes]:
-        """What all tokens stand for."""
+        """The bytes of all tokens."""
         return self._texts()
 
     @functools.cached_property
     def by_first(self) -> list[list[int]]:
-        """The tokens that begin with each byte."""
+        """The tokens by their first byte."""
         found: list[list[int]] = [[] for _ in range(256)]
         for token, text in enumerate(self.texts):
             if text:
@@ -61,7 +61,7 @@ class Vocabulary:
 
     @functools.cached_property
     def ends(self) -> list[int]:
-        """The tokens that end an answer; in some files they count as text."""
+        """The tokens that end an answer; some model files give them a text."""
         likely = (token for token, text in enumerate(self.texts) if not text or text.startswith((b"<", b"[")))
         return [token for token in likely if self.is_end(token)]
 
@@ -70,8 +70,7 @@ class Vocabulary:
 def letters() -> Any:
     """Return llguidance's vocabulary of the 256 bytes.
 
-    It takes no time, where a vocabulary of 150,000 tokens takes llguidance 0.3 s; and one token after the other is
-    looked at anyway.
+    Tokens are checked one by one, byte by byte, so llguidance need not know them: 150,000 tokens would take it 0.3 s.
     """
     from llguidance import LLTokenizer
 
@@ -79,12 +78,12 @@ def letters() -> Any:
 
 
 class Constraint:
-    """One answer that is held to a schema while it is written.
+    """The state of one answer that has to fit a schema while it is written.
 
     Args:
-        mask: a schema, as JSON that llguidance takes.
-        blank_lines: up to two line breaks may come before it, as models write them behind their reasoning.
-        opening: a token that may come first instead, and is not taken for a part of the answer.
+        mask: a schema that llguidance can follow, as JSON.
+        blank_lines: allow up to two line breaks before the answer, as models write them after their reasoning.
+        opening: a token that may come before the answer and is no part of it.
 
     Raises:
         UsageError: llguidance cannot follow the schema.
@@ -102,17 +101,17 @@ class Constraint:
         )
         self._vocabulary, self._opening = vocabulary, opening
         self._matcher = LLMatcher(letters(), "\n".join(rules), log_level=0)
-        self._failed = False  # what is written does not fit, or is too much for llguidance: no token will fit
+        self._failed = False  # the text so far does not fit, or exceeds llguidance's limits: no token fits any more
         if reason := self._matcher.get_error():
             raise UsageError(f"llguidance cannot follow this schema: {one_line(reason)[:200]}: make it simpler")
 
     @property
     def may_end(self) -> bool:
-        """Tell whether the answer is complete; a number may go on all the same."""
+        """Whether the answer is complete. More tokens may still fit: a number can get more digits."""
         return not self._failed and self._matcher.is_accepting()
 
     def fits(self, token: int) -> bool:
-        """Tell whether a token may come next: some 3 microseconds."""
+        """Tell whether a token may come next, in about 3 microseconds."""
         if self._failed or self._vocabulary.is_end(token):
             return self.may_end
         return token == self._opening or self._goes_on(token, self._vocabulary.text(token))
@@ -122,10 +121,10 @@ class Constraint:
         return fits and not self._vocabulary.is_barred(token)
 
     def fitting(self, tokens: Iterable[int] | None = None) -> list[int]:
-        """Return those of some tokens that may come next, or of all; but for the one that may come instead."""
+        """Return the tokens that may come next, of the given ones or of all; `opening` is never among them."""
         if self._failed:
             return []
-        vocabulary, first = self._vocabulary, self._matcher.compute_logit_bias()  # of each byte: may it come next
+        vocabulary, first = self._vocabulary, self._matcher.compute_logit_bias()  # by byte: 0 if it may not come next
         if tokens is None:
             ends = vocabulary.ends
             tokens = itertools.chain(*itertools.compress(vocabulary.by_first, first))
@@ -137,10 +136,10 @@ class Constraint:
         return found + [token for token, text in others if text and first[text[0]] and self._goes_on(token, text)]
 
     def accept(self, token: int) -> None:
-        """Take a token that fits."""
+        """Append a token that fits to the answer."""
         self.accept_text(self._vocabulary.text(token))
 
     def accept_text(self, data: bytes) -> None:
-        """Take what is written already; if it does not fit, no token will."""
+        """Append bytes to the answer; if they do not fit, no token fits from then on."""
         self._opening = None
         self._failed = self._matcher.try_consume_tokens(list(data)) < len(data)

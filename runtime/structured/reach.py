@@ -1,4 +1,4 @@
-"""The schemas that an answer can meet: where they stand, what their references mean, and whether any answer ends."""
+"""The subschemas that apply to an answer: their places, the targets of their `$ref`s, and whether an answer can end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 
 
 def members(schema: Node) -> Iterator[tuple[str, Any]]:
-    """Yield the schemas of an object's or an array's parts, with where those are in a value."""
+    """Yield the subschemas of properties and items, each with the place of its value, e.g. `/name`."""
     for keyword in ("properties", "patternProperties"):
         for name, part in schema.get(keyword, {}).items():
             yield f"/{name}", part
@@ -30,7 +30,7 @@ def members(schema: Node) -> Iterator[tuple[str, Any]]:
 
 
 def others(schema: Node) -> Iterator[tuple[str, Any]]:
-    """Yield all other schemas in one, with where they are: in place, or else by their keyword."""
+    """Yield all other subschemas with their places: "" if they apply to the same value, else their keyword."""
     for keyword in IN_PLACE:
         yield from (("", part) for part in schema.get(keyword, ()))
     for keyword in ASIDE:
@@ -40,19 +40,19 @@ def others(schema: Node) -> Iterator[tuple[str, Any]]:
 
 
 class Reached:
-    """A schema, read as an answer meets it.
+    """A schema with the subschemas that can apply to a part of an answer.
 
     Args:
         root: the schema.
-        where: how it is called.
+        where: the schema's name in error messages.
 
     Attributes:
-        nodes: the schemas that an answer can meet, by their `id`.
-        places: where they are in an answer, by the same.
-        targets: what the `$ref` of a schema means, by the same; None if that is no part of this document.
+        nodes: the subschemas that can apply, by `id()`.
+        places: the place in an answer where each applies, by the subschema's `id()`.
+        targets: the target of each subschema's `$ref`, by its `id()`; None if the target is outside of this document.
 
     Raises:
-        UsageError: a reference leads nowhere, a pattern is none, or no answer is ever complete.
+        UsageError: a reference has no target, a pattern is no regular expression, or no answer is ever complete.
     """
 
     def __init__(self, root: Node, where: str) -> None:
@@ -70,13 +70,13 @@ class Reached:
         self._check_finite()
 
     def refusal(self, reason: str) -> UsageError:
-        """Return the error that says why the schema is of no use."""
+        """Return an error with the reason why the schema cannot be used."""
         return UsageError(f"{self.where} cannot be used: {reason}")
 
     # -- references ---------------------------------------------------------------------------------------------------
 
     def _look_up(self) -> None:
-        """Find what references mean, and look at patterns: in all of the document."""
+        """Resolve the references and check the patterns of the whole document."""
         from jsonschema_specifications import REGISTRY
         from referencing.jsonschema import specification_with
 
@@ -120,10 +120,10 @@ class Reached:
             if not is_pattern(pattern):
                 raise self.refusal(f"{at}/pattern: {pattern!r} is no regular expression")
 
-    # -- what an answer meets -----------------------------------------------------------------------------------------
+    # -- subschemas that apply to an answer ---------------------------------------------------------------------------
 
     def _enter(self, schema: Any, at: str, inside: tuple[int, ...], queue: list[tuple[Any, str]]) -> None:
-        """Note a schema and those in its place; the parts of its values are queued."""
+        """Record a subschema and those that apply to the same value; queue those of its properties and items."""
         key = id(schema)
         if key in inside:
             self._loops.append(at or "/")
@@ -145,7 +145,7 @@ class Reached:
             raise self.refusal(f"{self._loops[0]} refers to itself without end")
 
     def _ends(self, schema: Node, finite: set[int]) -> bool:
-        """Tell whether some value of a schema is finite, if there is one of each of those."""
+        """Tell whether a subschema has a finite value, given that the subschemas in `finite` (by `id()`) have one."""
 
         def ends(part: Any) -> bool:
             return not isinstance(part, dict) or id(part) in finite

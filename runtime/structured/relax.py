@@ -1,7 +1,7 @@
-"""A schema as llguidance can follow it: what it cannot say is left out, and named.
+"""Relaxing a schema: keywords that llguidance cannot follow are left out of the mask, and listed.
 
-The mask of a relaxed schema lets through whatever the schema allows, properties in the order of the schema; what it
-lets through besides is for the final check.
+The relaxed schema allows every answer that the original allows, with properties in the schema's order. It may allow
+more; the final check refuses such answers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .numbers import BOUNDS, bounds, factors, fit_together, is_exact, is_leaky, 
 from .patterns import rust_pattern
 from .reach import IN_PLACE, Node, Reached
 
-UNSAID = (  # by llguidance
+UNSAID = (  # keywords that llguidance cannot express
     "not if uniqueItems contains propertyNames dependentRequired dependentSchemas dependencies "
     "unevaluatedItems unevaluatedProperties $dynamicRef $recursiveRef"
 ).split()
@@ -27,15 +27,15 @@ RISKY = ("$ref", "allOf", "pattern", *BOUNDS, "multipleOf", *COUNTS, "patternPro
 
 
 def relax(root: Node, where: str) -> tuple[Node, tuple[str, ...]]:
-    """Change a schema so that llguidance can follow it; return it with the keywords that are left out, and where.
+    """Change a schema in place so that llguidance can follow it; return it and the left out keywords with their places.
 
     Raises:
-        UsageError: no answer can fit it, or llguidance does not take it however much is left out.
+        UsageError: no answer can fit the schema, or llguidance cannot follow it however much is left out.
     """
     relaxed = _Relaxed(Reached(root, where))
     dialect = relaxed.reached.kind.META_SCHEMA["$schema"].rstrip("#")
     if root.get("$schema", dialect).rstrip("#") != dialect:
-        relaxed.leave(root, "$schema")  # nobody here knows it: taken for the newest draft
+        relaxed.leave(root, "$schema")  # jsonschema does not know this draft, and takes the newest
     for key, node in relaxed.reached.nodes.items():
         relaxed.ease(node, relaxed.reached.places[key])
     _Settled(relaxed).settle()
@@ -43,7 +43,7 @@ def relax(root: Node, where: str) -> tuple[Node, tuple[str, ...]]:
 
 
 class _Relaxed:
-    """Leaves out what llguidance is known not to say, or to say otherwise: one schema after the other."""
+    """The first pass: leaves out keywords that llguidance lacks or reads differently, in one subschema at a time."""
 
     def __init__(self, reached: Reached) -> None:
         self.reached = reached
@@ -54,16 +54,16 @@ class _Relaxed:
         self._old = "$vocabulary" not in reached.kind.META_SCHEMA  # drafts up to 7, where $ref stands alone
 
     def leave(self, node: Node, keyword: str) -> None:
-        """Leave a keyword out, and name it."""
+        """Leave a keyword out of a subschema, and list it."""
         at = self.reached.places[id(node)] or "/"
         about = f"{keyword} {node[keyword]!r}" if keyword == "format" else keyword
         self.named.append(f"{about} at {at}")
         del node[keyword]
         if keyword == "patternProperties" and node.get("additionalProperties", True) is not True:
-            self.leave(node, "additionalProperties")  # they are those that no pattern matches
+            self.leave(node, "additionalProperties")  # it applies to names without a matching pattern
 
     def ease(self, node: Node, at: str) -> None:
-        """Rewrite a schema."""
+        """Rewrite the keywords of a subschema for llguidance."""
         if "$ref" in node and self._old:
             for keyword in node.keys() - {"$ref", "$schema", "$defs", "definitions"}:
                 del node[keyword]
@@ -82,12 +82,12 @@ class _Relaxed:
                 node[keyword] = int(node[keyword])
         open_ended = node.get("additionalProperties", True) is not False or "patternProperties" in node
         if open_ended and node.get("minProperties", 0) > len(node.get("required", ())):
-            self.named.append(f"minProperties at {at or '/'}")  # the same name twice is one property
+            self.named.append(f"minProperties at {at or '/'}")  # the mask counts a repeated name twice
         self._numbers(node)
         self._strings(node)
 
     def _close(self, node: Node) -> None:
-        """Say "unevaluated" as "additional" where that is the same."""
+        """Replace "unevaluated…" keywords by "additionalProperties" and "items" where these mean the same."""
         if node.keys() & {*IN_PLACE, "$ref", "$dynamicRef", "$recursiveRef", "if", "dependentSchemas", "contains"}:
             return
         for keyword, plain in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
@@ -113,7 +113,7 @@ class _Relaxed:
             self._either(node, "multipleOf", factors(node["multipleOf"]) if self._factors else [])
 
     def _loosen(self, node: Node, keyword: str, value: float) -> None:
-        """Leave out a bound that llguidance would see otherwise, for one that lets more through."""
+        """Replace a bound that llguidance would misread by the nearest looser bound, if there is one."""
         plain = keyword.removeprefix("exclusive").lower()
         seen = nearest(plain, value)
         if seen != value or (keyword != plain and (not is_exact(value) or is_leaky(keyword, value, self._ends))):
@@ -122,7 +122,7 @@ class _Relaxed:
                 node.setdefault(plain, seen)
 
     def _either(self, node: Node, keyword: str, options: list[Node]) -> None:
-        """Say a keyword by several, any of which may hold; none: leave it out."""
+        """Replace a keyword by alternatives, of which any may hold; without alternatives, leave it out."""
         if not options:
             self.leave(node, keyword)
         elif len(options) > 1:
@@ -151,7 +151,7 @@ class _Relaxed:
 
 
 class _Settled:
-    """Leaves out what llguidance cannot combine: as little as possible, found by halves."""
+    """The second pass: leaves out as few keywords as possible that llguidance cannot combine, found by bisection."""
 
     def __init__(self, relaxed: _Relaxed) -> None:
         self._relaxed, self._reached = relaxed, relaxed.reached
@@ -159,10 +159,10 @@ class _Settled:
         self._out: dict[int, set[str]] = {key: set() for key in self._whole}
 
     def settle(self) -> None:
-        """Leave out what must be.
+        """Leave out keywords until llguidance can follow the schema.
 
         Raises:
-            UsageError: no answer can fit it, or llguidance does not take it however much is left out.
+            UsageError: no answer can fit the schema, or llguidance cannot follow it however much is left out.
         """
         if not self._refusal():
             return
@@ -181,7 +181,7 @@ class _Settled:
         return reason
 
     def _put(self, spots: Sequence[tuple[int, str]], out: bool) -> None:
-        """Put keywords back, or leave them out; of several, `oneOf` is then any."""
+        """Leave keywords out, or put them back. A `oneOf` that is left out becomes `anyOf`."""
         for key, keyword in spots:
             (self._out[key].add if out else self._out[key].discard)(keyword)
             node, whole, left = self._reached.nodes[key], self._whole[key], self._out[key]
@@ -193,7 +193,7 @@ class _Settled:
                     node[name] = value
 
     def _restore(self, spots: Sequence[tuple[int, str]]) -> None:
-        """Put back what can be, and name the rest."""
+        """Put back the keywords that llguidance can follow, and list the others."""
         self._put(spots, out=False)
         if not self._refusal():
             return
@@ -209,7 +209,7 @@ class _Settled:
             self._relaxed.named += [f"{name} at {self._reached.places[key] or '/'}" for name in named]
 
     def _are_apart(self, key: int, keyword: str) -> bool:
-        """Tell whether no value fits two options of a `oneOf`; llguidance sees that of references only if they are."""
+        """Tell whether no value fits two options of a `oneOf`; llguidance sees this only if `$ref`s are resolved."""
         if keyword != "oneOf":
             return False
         options = self._whole[key]["oneOf"]
@@ -221,7 +221,7 @@ class _Settled:
         return apart
 
     def _followed(self, option: Any) -> Any:
-        """Return the schema that a reference means, through others."""
+        """Return the schema that a chain of references leads to."""
         while self._whole.get(id(option), {}).keys() == {"$ref"}:
             option = self._reached.targets[id(option)]
         return option

@@ -21,7 +21,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "any": {},
 }
 SHORT = {"type": "integer", "minimum": 1 - 10**15, "maximum": 10**15 - 1}
-MASKED = {**TYPES, "int": SHORT, "integer": SHORT}  # small models would write digits for ever
+MASKED = {**TYPES, "int": SHORT, "integer": SHORT}  # at most 15 digits: small models would write digits without end
 FORM = "name, age int, tags [str], mood good|bad, note? str: what it is"
 FIELD = re.compile(
     r"""(?P<name>[^\s:?,{}[\]|"']+)(?P<optional>\?)?(?:\s+(?P<kind>[^:]+?))?\s*(?::\s*(?P<about>.*))?""", re.S
@@ -31,15 +31,15 @@ FIELD = re.compile(
 def expand(text: str, types: Mapping[str, dict[str, Any]] = TYPES) -> dict[str, Any]:
     """Return the JSON Schema that a short form stands for.
 
-    Fields are parted by commas or, if there are several lines, by lines; each is a name, `?` if it may be missing, a
-    type (str if there is none) and a description behind a colon. A type is one of TYPES, choices parted by `|`, a list
-    `[type]` or fields in braces; `[name, age int]` alone is a list of such objects.
+    Fields are separated by commas or, in a text of several lines, by line breaks. A field is a name, `?` if it is
+    optional, a type (by default str), and after a colon a description. A type is a key of TYPES, choices separated by
+    `|`, a list `[type]`, or fields in braces. `[name, age int]` as the whole text is a list of such objects.
 
     Args:
-        types: what the words for types stand for.
+        types: the JSON Schema of each type's name.
 
     Raises:
-        UsageError: a field is none.
+        UsageError: a field is malformed or given twice, a type is unknown, or brackets do not match.
     """
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):
@@ -86,7 +86,7 @@ def _type(text: str, types: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Split at the separators that stand in no bracket; empty parts are dropped."""
+    """Split a text at the separators outside of brackets, and drop empty parts."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "[{") - (character in "]}")
