@@ -507,7 +507,9 @@ def test_a_marker_cannot_be_put_together_from_the_ends_of_two_tiers(case: Case) 
 GIANTS = """
 import sys
 from pathlib import Path
-from metaalign_edge import ContextOverflow, Dialog, ModelFile, Turn, choose_template, load_vocabulary, render, tokenize
+from metaalign_edge import ContextOverflow, Dialog, Turn, choose_template, render, tokenize
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.vocabulary import load_vocabulary
 file = ModelFile(Path(sys.argv[1]))
 chat_template = choose_template("chatml", file)
 megabytes = ["The quick brown fox, 12 times.\\n" * 34000, "a" * 2**20]
@@ -551,13 +553,16 @@ CHILD = """
 import sys
 from pathlib import Path
 texts = {"megabyte": " tea" * 262_144, "letter": "a" * 30_000, "spaces": "x" + " " * 100_000 + "x", "lines": "\\n" * 50_000}
-file = edge.ModelFile(Path(sys.argv[1]))
-chat = edge.choose_template("chatml", file)
-with edge.load_vocabulary(file) as vocabulary:
+from metaalign_edge import Dialog, Turn, choose_template, render, tokenize
+from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.vocabulary import load_vocabulary
+file = ModelFile(Path(sys.argv[1]))
+chat = choose_template("chatml", file)
+with load_vocabulary(file) as vocabulary:
     for name, text in texts.items():
         print(name, flush=True)
-        rendering = edge.render(edge.Dialog(turns=(edge.Turn(text),)), chat)
-        tokens = edge.tokenize(rendering, vocabulary, 1 << 20).tokens
+        rendering = render(Dialog(turns=(Turn(text),)), chat)
+        tokens = tokenize(rendering, vocabulary, 1 << 20).tokens
         assert text.strip() in b"".join(token.data for token in tokens if token.tier).decode()
 print("survived")
 """
