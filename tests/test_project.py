@@ -1,4 +1,4 @@
-"""A project's file: the did_you_mean upwards, what it may set, and how the user learns of it."""
+"""A project's file: the nearest upwards, what it may set, and how the user learns of it."""
 
 from __future__ import annotations
 

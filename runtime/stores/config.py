@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from ..errors import UsageError, did_you_mean, one_line
 from . import files
 
-Value = str | int | float | bool | list[str]  # of a setting in a file
-PROJECT_KEYS = ("system", "pref", "model")  # nothing that runs code or reads another file
+Value = str | int | float | bool | list[str]  # the value of a setting in a file
+PROJECT_KEYS = ("system", "pref", "model")  # settings that run no code and read no other file
 
 
 def config_file() -> Path:
@@ -22,7 +22,7 @@ def config_file() -> Path:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file; one that is not there, or in a folder closed to us, says nothing.
+    """Read a TOML file; nothing if it does not exist, or lies in a folder that cannot be read.
 
     Raises:
         UsageError: it is no TOML, or not UTF-8. NotFound: it cannot be read.
@@ -43,7 +43,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_settings(path: Path, known: Iterable[str]) -> dict[str, Any]:
-    """Read the settings in a file, by key; a model's path is found from where the file lies.
+    """Read the settings in a file, by key; a model's path is relative to the folder of the file.
 
     Raises:
         UsageError: it has a key that is not known, or is no TOML. NotFound: it cannot be read.
@@ -62,7 +62,7 @@ def read_settings(path: Path, known: Iterable[str]) -> dict[str, Any]:
 
 
 def setting(key: str) -> Any:
-    """Return what the user's file says; None if it says nothing.
+    """Return a setting of the user's file; None if it is not set.
 
     Raises:
         UsageError: it is no TOML. NotFound: it cannot be read.
@@ -71,12 +71,12 @@ def setting(key: str) -> Any:
 
 
 def store_setting(key: str, value: Value | None) -> None:
-    """Write a setting to the user's file, or remove it if it is None; comments and all else stay.
+    """Write a setting to the user's file, or remove it for None; comments and all other lines stay.
 
     Raises:
         UsageError: the file is no TOML. NotFound: it cannot be read. CannotWrite: it cannot be written.
     """
-    import tomlkit  # 50 milliseconds
+    import tomlkit  # not at the top: it takes 50 ms
 
     path = config_file()
     with files.changing(path):
@@ -94,20 +94,20 @@ def store_setting(key: str, value: Value | None) -> None:
 
 
 class Project(NamedTuple):
-    """What the did_you_mean `.metaalign.toml` says, upwards from the working folder."""
+    """The settings of the nearest `.metaalign.toml`, from the working folder upwards."""
 
     path: Path
     settings: dict[str, Any]
     owner: int | None  # the id of another user, whose file it is; None: the user's own
 
     def is_known(self) -> bool:
-        """Tell whether the user has been told what it sets, and it has set that since."""
+        """Tell whether the user was told these very settings before."""
         with contextlib.suppress(OSError):
             return self.owner is None and self._memory().read_bytes() == self._digest().encode()
         return False
 
     def remember(self) -> None:
-        """Remember that the user has been told; where nothing can be written, it is told again."""
+        """Remember that the user was told; where nothing can be written, the user is told again."""
         with contextlib.suppress(OSError):
             self._memory().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             files.write_text(self._memory(), self._digest())

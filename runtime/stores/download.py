@@ -24,17 +24,17 @@ class Download(NamedTuple):
 
     file: HubFile
     url: str
-    checksum: str  # of LFS, SHA-256; of git, SHA-1
-    blob: Path  # where it belongs
+    checksum: str  # SHA-256 of a file in LFS, SHA-1 of one in git
+    blob: Path  # its path when it is complete
 
     @property
     def partial(self) -> Path:
-        """Return where it lies until it is whole."""
+        """The path of the file until it is complete."""
         return self.blob.with_name(f"{self.blob.name}.incomplete")
 
     @property
     def have(self) -> int:
-        """Return how many bytes are here."""
+        """The bytes that are on this machine."""
         for path in (self.blob, self.partial):
             with contextlib.suppress(OSError):
                 return path.stat().st_size
@@ -59,7 +59,7 @@ def find_download(repository: str, commit: str, file: HubFile) -> Download:
 
 
 def receive(download: Download, repository: str, tell: Callable[[int], None]) -> None:
-    """Get what is missing of a file. A connection that breaks is taken up where it broke, as long as more comes.
+    """Receive the missing bytes of a file. After a broken connection it goes on there, as long as more bytes come.
 
     Raises:
         NetworkError: there comes no more, or too much. CannotWrite: the disk is full.
@@ -76,7 +76,7 @@ def receive(download: Download, repository: str, tell: Callable[[int], None]) ->
                 hub.hub().utils.get_session().stream("GET", download.url, headers=headers, timeout=patience) as answer,
             ):
                 hub.hub().utils.hf_raise_for_status(answer)
-                if answer.status_code != 206:  # it begins anew
+                if answer.status_code != 206:  # the server knows no ranges, and sends the whole file
                     out.seek(0)
                     out.truncate()
                 for data in answer.iter_bytes():
@@ -96,7 +96,7 @@ def receive(download: Download, repository: str, tell: Callable[[int], None]) ->
 
 
 def check_download(download: Download) -> None:
-    """Compare what was received with its checksum; what is wrong is removed.
+    """Compare a received file with its checksum; a wrong one is removed.
 
     Raises:
         NetworkError: it is not what the hub said it would be.
@@ -184,7 +184,7 @@ def download_model(
 def find_model(
     name: str | None, offline: bool, note: Note, bar: Callable[[], contextlib.AbstractContextManager[Progress]]
 ) -> Path:
-    """Return where the model is that -m names; one of the hub's that is not here is downloaded, unless offline.
+    """Return the path of the model that -m names; one of the hub is downloaded if need be, unless offline.
 
     Raises:
         NotFound: there is no such one. NetworkError, CannotWrite: it cannot be had from the hub.

@@ -21,26 +21,26 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-PART = ".metaalign-part"  # what the names of temporary files end in
-BINARY = getattr(os, "O_BINARY", 0)  # without it, Windows writes two bytes for a newline
+PART = ".metaalign-part"  # the suffix of temporary files
+BINARY = getattr(os, "O_BINARY", 0)  # without it, Windows writes two bytes for a line break
 
 
 def digest(document: Any) -> str:
-    """Return 32 hexadecimal digits that stand for a JSON document."""
-    import hashlib  # four milliseconds
+    """Return a digest of a JSON document: 32 hexadecimal digits of its SHA-256."""
+    import hashlib  # not at the top: it takes 4 ms
 
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def package_folder(name: str) -> Path:
-    """Return the folder that is `name` in a checkout and the package `metaalign_edge_name` where it is installed."""
+    """Return the folder `name` of a checkout, or of the installed package `metaalign_edge_<name>`."""
     spec = importlib.util.find_spec(f"metaalign_edge_{name}")
     assert spec and spec.origin
     return Path(spec.origin).parent
 
 
 def system_folder(kind: Literal["cache", "config", "data"]) -> Path:
-    """Return where this system keeps a program's files of a kind; a user without a home has none that exists."""
+    """Return this system's folder for a program's files of a kind; for a user without a home, one that cannot exist."""
     from platformdirs import PlatformDirs
 
     folder = Path(getattr(PlatformDirs("metaalign-edge", appauthor=False), f"user_{kind}_dir"))
@@ -48,23 +48,23 @@ def system_folder(kind: Literal["cache", "config", "data"]) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be made again: METAALIGN_EDGE_CACHE, else the system's."""
+    """Return the folder for files that can be made again: METAALIGN_EDGE_CACHE, else the system's."""
     return Path(os.environ.get("METAALIGN_EDGE_CACHE") or system_folder("cache"))
 
 
 def config_folder() -> Path:
-    """Return the folder for what the user decides: METAALIGN_EDGE_CONFIG, else the system's."""
+    """Return the folder for settings and profiles: METAALIGN_EDGE_CONFIG, else the system's."""
     return Path(os.environ.get("METAALIGN_EDGE_CONFIG") or system_folder("config"))
 
 
 def data_folder() -> Path:
-    """Return the folder for what was said: METAALIGN_EDGE_DATA, else the system's."""
+    """Return the folder for sessions and history: METAALIGN_EDGE_DATA, else the system's."""
     return Path(os.environ.get("METAALIGN_EDGE_DATA") or system_folder("data"))
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that other processes of this program wait for; it is named after a file, and lies beside it.
+    """Hold a lock for which other processes of this program wait: a hidden file beside `path`, named after it.
 
     Raises:
         OSError: the folder cannot be written.
@@ -206,13 +206,13 @@ def _sync(path: Path, flags: int) -> None:
 
 
 def room_at(folder: Path) -> tuple[Path, int]:
-    """Return a folder, or the did_you_mean one above it that exists, and how many bytes are free there."""
+    """Return a folder, or its nearest parent that exists, and the bytes that are free on its disk."""
     there = next((one for one in (folder, *folder.parents) if one.exists()), Path(os.sep))
     return there, shutil.disk_usage(there).free
 
 
 def from_bytes(data: bytes) -> str:
-    """Decode a text that may come from Windows: with a byte order mark, and two characters at the end of a line.
+    """Decode a text that may come from Windows: a byte order mark is dropped, CR LF becomes LF.
 
     Raises:
         UnicodeDecodeError: it is not UTF-8.
@@ -245,7 +245,7 @@ def read_text(path: Path, what: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all, where a link at its place leads, and with the rights it had.
+    """Write a text file, whole or not at all. A link is followed, and the file keeps its mode.
 
     Raises:
         OSError: it cannot be written.
@@ -258,7 +258,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_whole(path: Path, data: bytes | None) -> None:
-    """Write a file that is there whole or not at all; None only tries.
+    """Write a file, whole or not at all. With None for `data`, only try whether it can be written.
 
     Raises:
         CannotWrite: it cannot be written.
@@ -272,7 +272,7 @@ def write_whole(path: Path, data: bytes | None) -> None:
 
 
 def file_name(name: str, what: str) -> str:
-    """Return a name that the user gives to something which is kept in a file.
+    """Return the name of a profile or a session, after checking that a file can have it.
 
     Raises:
         UsageError: a file could not have that name on every system.
@@ -286,13 +286,13 @@ def file_name(name: str, what: str) -> str:
 
 
 def looks_like_path(name: str, suffix: str) -> bool:
-    """Tell whether a name is meant as a path."""
+    """Tell whether a name is a path: it has a separator, begins with . or ~, ends in `suffix`, or is a file."""
     return "/" in name or os.sep in name or name.startswith((".", "~")) or name.endswith(suffix) or os.path.isfile(name)
 
 
 @contextlib.contextmanager
 def changing(path: Path) -> Iterator[None]:
-    """Hold what the user decides in a file or a folder against other processes, to change it.
+    """Lock the settings file or the folder of profiles against other processes, to change it.
 
     Raises:
         CannotWrite: it cannot be changed.

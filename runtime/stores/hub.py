@@ -18,20 +18,20 @@ from ..llama.gguf import parts_of
 from . import models
 from .models import Stored
 
-TRIES = 3  # to reach the hub, or to get more of a file
-PAUSE = 1.0  # seconds before the next try
-ROOM = 0.6  # of the free memory may be taken by weights; the rest is for contexts and for other programs
+TRIES = 3  # attempts to reach the hub, or to receive more of a file
+PAUSE = 1.0  # seconds between two attempts
+ROOM = 0.6  # the share of free memory that weights may take; contexts and other programs need the rest
 USUAL = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")  # below four bits a model loses much, above eight it gains nothing
 
 
 @functools.cache
 def hub() -> Any:
-    """Import huggingface_hub, and keep it from talking: what is to be said is said here."""
+    """Import huggingface_hub, without its telemetry, its log below errors and, off a terminal, its progress bars."""
     import huggingface_hub.constants
     import huggingface_hub.errors
     import huggingface_hub.utils
 
-    module: Any = huggingface_hub  # its types do not export all that its manual names
+    module: Any = huggingface_hub  # its types lack some documented names
     module.constants.HF_HUB_DISABLE_TELEMETRY = True  # it would ask for a list of programs to look out for
     module.utils.logging.set_verbosity_error()
     if sys.stderr is None or not sys.stderr.isatty():
@@ -40,22 +40,22 @@ def hub() -> Any:
 
 
 def hub_address() -> str:
-    """Return where the hub is: HF_ENDPOINT, else the public one."""
+    """Return the hub's address: HF_ENDPOINT, else the public one."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def is_offline(wanted: bool) -> bool:
-    """Tell whether no socket may be opened: it was wanted, or the hub's own variable says so."""
+    """Tell whether no connection may be opened: by --offline, or by HF_HUB_OFFLINE."""
     return wanted or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def absent(name: str) -> NetworkError:
-    """Return the error of what is not here and, offline, cannot be had."""
+    """Return the error for a repository that is not on this machine while offline."""
     return NetworkError(f"{name} is not on this machine, and offline nothing is downloaded: pull it with a network")
 
 
 def hub_error(error: Exception, repository: str) -> EdgeError:
-    """Return what an exception of huggingface_hub's means, and what to do."""
+    """Translate an exception of huggingface_hub into an error of ours that says what to do."""
     errors = hub().errors
     if isinstance(error, errors.LocalEntryNotFoundError):
         return hub_error(error.__cause__, repository) if isinstance(error.__cause__, Exception) else absent(repository)
@@ -87,7 +87,7 @@ def hub_error(error: Exception, repository: str) -> EdgeError:
 
 
 def is_passing(error: Exception) -> bool:
-    """Tell whether the next try may go better: a connection that broke, a server that failed."""
+    """Tell whether another attempt may succeed: the connection broke, or the server failed (status 500 and above)."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return isinstance(error, hub().errors.HTTPError) and (status is None or status >= 500)
 
@@ -108,8 +108,8 @@ def with_retries(ask: Callable[[], Any], repository: str) -> Any:
     raise AssertionError
 
 
-Note = Callable[[str], None]  # is told in a line what happens
-Progress = Callable[[str, int, int], None]  # is told of a file how many bytes of how many are here
+Note = Callable[[str], None]  # takes a line for the user
+Progress = Callable[[str, int, int], None]  # takes a file's name, the bytes received and the bytes in all
 
 
 class HubFile(NamedTuple):
@@ -122,7 +122,7 @@ class HubFile(NamedTuple):
 class Choice(NamedTuple):
     """A model of a repository: a GGUF, or all parts of one."""
 
-    tag: str  # what -m takes behind the colon: its quantisation, or its name where several have the same
+    tag: str  # behind the colon of -m: its quantisation, or its file name where several have the same
     files: tuple[HubFile, ...]
 
     @property
@@ -132,11 +132,11 @@ class Choice(NamedTuple):
 
     @property
     def quantization(self) -> str:
-        """Return its quantisation, nothing if its name tells none."""
+        """The quantisation in its name; an empty string without one."""
         return models.quantization_of(self.files[0].name)
 
     def is_called(self, wanted: str) -> bool:
-        """Tell whether this is what stands behind a colon: a quantisation, or a file."""
+        """Tell whether `wanted`, the text behind the colon of -m, is its quantisation or its file name."""
         name = self.files[0].name.lower()
         return wanted.lower() in (self.quantization.lower(), name, Path(name).name)
 
@@ -180,7 +180,7 @@ def best_choice(choices: Sequence[Choice], free: float) -> Choice | None:
 
 
 def choose(repository: str, choices: Sequence[Choice], wanted: str, note: Note) -> Choice:
-    """Return the model that is wanted; where nothing is, the one that suits this machine, and note why.
+    """Return the wanted model of a repository, or without a wish the best one for this machine, and note why.
 
     Raises:
         NotFound: there is no such one. UsageError: there are several. LoadError: none fits this machine.

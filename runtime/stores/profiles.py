@@ -29,7 +29,7 @@ def profile_name(name: str) -> str:
 
 @functools.cache
 def built_in_profiles() -> dict[str, str]:
-    """Return the profiles that come along: name and text."""
+    """Return the built-in profiles: name and text."""
     return config.read_toml(files.package_folder("preferences") / "profiles.toml")
 
 
@@ -94,7 +94,7 @@ def profile_names(preference: str) -> list[str]:
 
 
 def store_profile(name: str, text: str, before: str | None = None, force: bool = False) -> None:
-    """Write a profile of the user's own in place of the text `before` (None: there is none yet), or of any by force.
+    """Write a profile of the user's own. It must have the text `before` (None: not exist), unless `force` is set.
 
     Raises:
         UsageError: the text is empty or not UTF-8, or another one stands there. CannotWrite: it cannot be written.
@@ -143,5 +143,5 @@ def preference_text(preference: str) -> str:
 
 
 def profile_words() -> list[str]:
-    """List the profiles as they are written."""
+    """List the names of all profiles as the command line takes them: `@name`."""
     return [f"@{name}" for name in known_profiles()]
