@@ -96,7 +96,9 @@ class OutputClosed(Exception):
     """Whoever read stdout has gone; that is no error."""
 
 
-CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])  # what could steer a terminal
+CONTROLS = dict.fromkeys(
+    [*range(9), 11, 12, *range(14, 32), *range(127, 160)]
+)  # control characters that could steer a terminal, for str.translate
 
 
 def say(text: str) -> None:

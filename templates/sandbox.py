@@ -27,14 +27,16 @@ BUDGET_SECONDS = 5.0
 BUDGET_TEXT = 1 << 24  # characters of any one string
 BUDGET_NODES = 1 << 17  # values in any one list or dict
 TEMPLATE_SIZE = 1 << 20  # characters of a template's source
-# What chat templates in the wild use; each can be bounded. The rest of Jinja's filters (`center`, `sum`, `batch`, …)
-# would only serve to burn time or memory.
+# The filters that chat templates use; each can be bounded. Jinja's others (`center`, `sum`, `batch`, …) are left out: a
+# hostile template could spend time or memory with them.
 FILTERS = (
     "abs capitalize count d default dictsort e escape first float format indent int items join last length list lower "
     "map max min reject rejectattr replace reverse round safe select selectattr sort string title tojson trim unique "
     "upper"
 ).split()
-EXACT_FILTERS = "capitalize d default first last lower reverse string trim upper".split()  # a string's own methods
+EXACT_FILTERS = (
+    "capitalize d default first last lower reverse string trim upper".split()
+)  # those that are methods of str, which TierText follows exactly
 STRING_METHODS = (
     "capitalize count endswith find format index isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle "
     "isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split "
@@ -57,7 +59,7 @@ class OverBudget(Exception):
 class TierSandbox:
     """The part of the sandbox that is ours: budgets, and the tiers' text followed through every operation."""
 
-    rendered: tuple[type, ...]  # callables of a template whose result `concat` wrote
+    rendered: tuple[type, ...]  # kinds of callables (macros, loops) whose result `concat` has written
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
     steps = 0
     deadline = 0.0
@@ -179,10 +181,12 @@ class TierSandbox:
         if owner is self:  # our own `tilde`, `looped`, `bounded`
             return function(*args)
         if isinstance(function, BuiltinMethodType | MethodType) and isinstance(owner, str):
-            named = {name: value for name, value in kwargs.items() if not name.startswith("_")}  # not Jinja's own
+            named = {
+                name: value for name, value in kwargs.items() if not name.startswith("_")
+            }  # others are Jinja's own
             return self.string_method(owner, function.__name__, args, named)
         result = super().call(context, function, *args, **kwargs)  # type: ignore[misc]
-        if isinstance(function, self.rendered):  # written by `concat`, which follows exactly
+        if isinstance(function, self.rendered):  # `concat` has written it, and its spans are exact
             return result
         return self.owned(self.bounded(result), [args, kwargs])
 
@@ -202,7 +206,7 @@ class TierSandbox:
     def guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a filter: it counts as a step, its values are bounded, tiers are followed."""
 
-        @functools.wraps(function)  # carries `jinja_pass_arg` along
+        @functools.wraps(function)  # keeps the attribute `jinja_pass_arg`
         def filtered(*args: Any, **kwargs: Any) -> Any:
             self.step()
             values = [*args[1:], *kwargs.values()] if hasattr(function, "jinja_pass_arg") else [*args, *kwargs.values()]
@@ -231,7 +235,9 @@ def to_json(
 ) -> str:
     """Do what transformers' `tojson` does: JSON without HTML escapes."""
     if isinstance(indent, int) and indent > 16:
-        raise OverBudget("it indents JSON wider than any chat template needs")  # some values times any depth
+        raise OverBudget(
+            "it indents JSON wider than any chat template needs"
+        )  # a nested value would grow by the width at each level
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

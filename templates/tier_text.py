@@ -218,4 +218,6 @@ def tier_within(value: Any) -> Tier | None:
         return tier_within([*value.keys(), *value.values()])
     if isinstance(value, list | tuple | set | frozenset):
         return next((tier for item in reversed(list(value)) if (tier := tier_within(item))), None)
-    return "query" if isinstance(value, Iterator) else None  # a lazy sequence cannot be looked into: assume the worst
+    return (
+        "query" if isinstance(value, Iterator) else None
+    )  # an iterator cannot be read twice: assume that it holds a tier's text

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from ..errors import CannotWrite
 from . import files
 
-STATE_MAGIC = b"MAEKV\x00\x00\x01"  # of a file that holds a state, with the version of its layout
-STATE_HEAD = struct.Struct("<8sQ32s")  # magic, hits, digest of what follows
-STATES_BYTES = 1 << 30  # of all files together; the least recently used go first
+STATE_MAGIC = b"MAEKV\x00\x00\x01"  # the first bytes of a file; the last one is the version of its layout
+STATE_HEAD = struct.Struct("<8sQ32s")  # magic, hits, SHA-256 of key and state
+STATES_BYTES = 1 << 30  # the default limit of all files together
 
 
 class CachedPrompt(NamedTuple):
@@ -21,7 +21,7 @@ class CachedPrompt(NamedTuple):
 
     path: Path
     bytes: int
-    used: float  # when, in seconds since 1970
+    used: float  # the time of the last use, in seconds since 1970
     hits: int
 
 
@@ -51,7 +51,9 @@ class PromptCache:
                 magic, hits, checksum = STATE_HEAD.unpack(head) if len(head) == STATE_HEAD.size else (b"", 0, b"")
                 if magic == STATE_MAGIC and checksum == state_checksum(key, data):
                     file.seek(0)
-                    file.write(STATE_HEAD.pack(magic, hits + 1, checksum))  # its time is now, too
+                    file.write(
+                        STATE_HEAD.pack(magic, hits + 1, checksum)
+                    )  # this also renews the modification time, by which files are evicted
                     return data
             path.unlink()
         except OSError:
@@ -111,6 +113,6 @@ def state_checksum(key: str, data: bytes | bytearray) -> bytes:
     """Return 32 bytes that stand for a state and the name it is filed under."""
     import hashlib
 
-    checksum = hashlib.sha256(key.encode())  # twice as fast as blake2b where a processor helps
+    checksum = hashlib.sha256(key.encode())  # twice as fast as blake2b on processors with SHA instructions
     checksum.update(data)
     return checksum.digest()

@@ -83,7 +83,7 @@ class Constraint:
     Args:
         mask: a schema that llguidance can follow, as JSON.
         blank_lines: allow up to two line breaks before the answer, as models write them after their reasoning.
-        opening: a token that may come before the answer and is no part of it.
+        opening: the token that opens reasoning; it may come first, and the answer then follows the reasoning.
 
     Raises:
         UsageError: llguidance cannot follow the schema.
