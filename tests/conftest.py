@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 from helpers import checkpoints
+from helpers.gguf_files import copy_model, types
 
 import metaalign_edge as edge
 from metaalign_edge_runtime.llama import library
@@ -196,19 +196,5 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parts(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """That model in three parts."""
     path = tmp_path_factory.mktemp("parts") / "tiny-Q8_0.gguf"
-    reader = gguf.GGUFReader(tiny)
-    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=-(-len(reader.tensors) // 3))
-    for name, entry in reader.fields.items():
-        if name.startswith(("GGUF.", "general.architecture")):
-            continue
-        if entry.types[0] == gguf.GGUFValueType.ARRAY:
-            writer.add_array(name, entry.contents())
-        else:
-            writer.add_key_value(name, entry.contents(), entry.types[0])
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    copy_model(tiny, path, part=-(-len(types(tiny)) // 3))
     return sorted(path.parent.glob("*.gguf"))

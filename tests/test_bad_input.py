@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import pytest
 from helpers import checkpoints, vocabularies
+from helpers.gguf_files import copy_model
 
 from metaalign_edge_runtime.llama.gguf import ModelFile
 
@@ -57,40 +57,17 @@ def test_a_missing_model_is_not_found_and_a_folder_is_no_model(tmp_path: Path, r
     assert "no model file" in refuses(3, "render", "-m", "./none", "tea?")
 
 
-def edited(tiny: Path, path: Path, *drop: str, **add: str) -> Path:
-    """Copy a model without the keys that begin with `drop`, and with other strings."""
-    reader = gguf.GGUFReader(tiny)
-    writer = gguf.GGUFWriter(path, "llama")
-    for name, entry in reader.fields.items():
-        if name.startswith(("GGUF.", "general.architecture", *drop)):
-            continue
-        kind = entry.types[0]
-        if kind == gguf.GGUFValueType.ARRAY:
-            writer.add_array(name, entry.contents())
-        else:
-            writer.add_key_value(name, entry.contents(), kind)
-    for name, text in add.items():
-        writer.add_string(name.replace("__", "."), text)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def test_a_model_without_a_tokenizer_or_without_weights_cannot_be_loaded(
     tiny: Path, tmp_path: Path, refuses: Fails
 ) -> None:
-    bare = edited(tiny, tmp_path / "bare.gguf", "tokenizer.ggml")
+    bare = copy_model(tiny, tmp_path / "bare.gguf", drop=["tokenizer.ggml"])
     refuses(5, "chat", "-m", str(bare), "--template", "chatml", "tea?")
     weightless = vocabularies.write_bpe(tmp_path / "weightless.gguf")
     refuses(5, "chat", "-m", str(weightless), "--template", "chatml", "tea?")
 
 
 def test_without_a_template_the_names_to_choose_from_are_listed(tiny: Path, tmp_path: Path, refuses: Fails) -> None:
-    bare = edited(tiny, tmp_path / "bare.gguf", "tokenizer.chat_template")
+    bare = copy_model(tiny, tmp_path / "bare.gguf", drop=["tokenizer.chat_template"])
     line = refuses(7, "chat", "-m", str(bare), "tea?")
     assert all(name in line for name in ("--template", "metaalign", "chatml", "llama3", "gemma", "mistral", "plain"))
 
@@ -106,8 +83,11 @@ def test_without_a_template_the_names_to_choose_from_are_listed(tiny: Path, tmp_
     "nobody's words",
 ])  # fmt: skip
 def test_a_bad_embedded_template_is_exit_7(source: str, tiny: Path, tmp_path: Path, refuses: Fails) -> None:
-    model = edited(
-        tiny, tmp_path / "model.gguf", "tokenizer.chat_template", "metaalign", tokenizer__chat_template=source
+    model = copy_model(
+        tiny,
+        tmp_path / "model.gguf",
+        drop=["tokenizer.chat_template", "metaalign"],
+        add={"tokenizer.chat_template": source},
     )
     line = refuses(7, "render", "-m", str(model), "tea?")
     assert "--template" in line

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.gguf_files import copy_model
 from helpers.terminal import Terminal
-from test_bad_input import edited
 
 import metaalign_edge as edge
 from metaalign_edge import Settings
@@ -168,10 +168,13 @@ def test_a_model_that_is_missing_or_broken_is_a_failed_line(
 def test_a_model_without_a_template_is_a_warning_and_a_bad_template_a_failure(
     tiny: Path, tmp_path: Path, examination: Examination
 ) -> None:
-    examination.file = ModelFile(edited(tiny, tmp_path / "bare.gguf", "tokenizer.chat_template"))
+    examination.file = ModelFile(copy_model(tiny, tmp_path / "bare.gguf", drop=["tokenizer.chat_template"]))
     assert health.check_template(examination) == ("warning", "the model carries none: give one with --template")
-    changed = edited(
-        tiny, tmp_path / "bad.gguf", "tokenizer.chat_template", tokenizer__chat_template="{{ messages[9].x }}"
+    changed = copy_model(
+        tiny,
+        tmp_path / "bad.gguf",
+        drop=["tokenizer.chat_template"],
+        add={"tokenizer.chat_template": "{{ messages[9].x }}"},
     )
     checks = dict(check[:2] for check in health.run_checks(Examination(str(changed), Settings(threads=1), False)))
     assert checks["template"] == checks["first token"] == "failed" and checks["fit"] == "ok"

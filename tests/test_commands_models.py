@@ -14,6 +14,7 @@ from pathlib import Path
 import gguf
 import huggingface_hub
 import pytest
+from helpers.gguf_files import finish
 from helpers.hub import keep
 
 import metaalign_edge as edge
@@ -53,11 +54,7 @@ def write_gguf(path: Path, architecture: str = "llama", **metadata: object) -> P
     for key, value in metadata.items():
         (writer.add_string if isinstance(value, str) else writer.add_uint32)(key.replace("__", "."), value)
     writer.add_tensor("a", gguf.np.zeros((32,), dtype="float32"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return finish(writer, path)
 
 
 # ---- where models lie

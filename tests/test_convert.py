@@ -29,6 +29,8 @@ from helpers.checkpoints import (
     write_tokenizer,
     write_weights,
 )
+from helpers.families import LLAMA3
+from helpers.gguf_files import keys, weights_in
 from llama_cpp import Llama
 
 import metaalign_edge_convert.plan as planning
@@ -36,15 +38,6 @@ from metaalign_edge_convert import OUTTYPES, open_checkpoint, prove_pre_tokenize
 from metaalign_edge_convert.pretokenizers import TABLE
 from metaalign_edge_convert.prove import TEXTS
 from metaalign_edge_runtime.errors import CannotWrite, LoadError, NotFound, UsageError
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 
 
 @pytest.fixture
@@ -58,18 +51,6 @@ def convert(folder: Path, outtype: str = "f32", **options: Any) -> Path:
     output = folder.parent / f"{folder.name}-{outtype}.gguf"
     write_gguf(open_checkpoint(folder), output, outtype=outtype, force=True, **{"check": False, **options})
     return output
-
-
-def keys(path: Path) -> dict[str, Any]:
-    """Read the keys of a GGUF file."""
-    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
-
-
-def weights_in(path: Path) -> dict[str, np.ndarray]:
-    """Read the tensors of a GGUF file as float32."""
-    return {
-        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors
-    }
 
 
 def logits(path: Path, ids: list[int]) -> np.ndarray:

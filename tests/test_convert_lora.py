@@ -26,6 +26,7 @@ from helpers.checkpoints import (
     write_weights,
 )
 from helpers.families import FAMILIES, configuration, make_family, weights
+from helpers.gguf_files import keys, weights_in
 from llama_cpp import Llama
 
 import metaalign_edge_convert.plan as planning
@@ -164,18 +165,6 @@ def base_gguf(folder: Path) -> Path:
     output = folder.parent / "base.gguf"
     write_gguf(open_checkpoint(folder), output, outtype="f32", force=True, check=False)
     return output
-
-
-def keys(path: Path) -> dict[str, Any]:
-    """Read the keys of a GGUF file."""
-    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
-
-
-def weights_in(path: Path) -> Weights:
-    """Read the tensors of a GGUF file as float32."""
-    return {
-        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors
-    }
 
 
 def same_weights(ours: Path, theirs: Path) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from helpers.checkpoints import CONFIG, edit_json, make_checkpoint, random_weights, write_container, write_weights
+from helpers.gguf_files import finish, types
 from llama_cpp import Llama, llama_cpp
 
 import metaalign_edge as edge
@@ -71,11 +72,6 @@ def silence() -> Iterator[None]:
         llama_cpp.llama_log_set(before, data)
 
 
-def types(path: Path) -> dict[str, str]:
-    """Read the types of a GGUF file's tensors."""
-    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
-
-
 def write_imatrix(path: Path, source: Path, old: bool = False) -> dict[str, np.ndarray]:
     """Write an importance matrix for a GGUF file; return what each column weighs."""
     draw = np.random.default_rng(3)
@@ -94,10 +90,7 @@ def write_imatrix(path: Path, source: Path, old: bool = False) -> dict[str, np.n
     for name, values in sums.items():
         out.add_tensor(f"{name}.in_sum2", values)
         out.add_tensor(f"{name}.counts", np.array([[4.0]], np.float32))
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish(out, path)
     return {name: values / np.float32(4) for name, values in sums.items()}
 
 
@@ -400,15 +393,13 @@ def test_a_damaged_head_never_leads_to_anything_but_a_convert_error(source: Path
 
 
 def test_a_part_of_a_split_model_is_refused(source: Path, tmp_path: Path) -> None:
-    out = gguf.GGUFWriter(tmp_path / "x-00001-of-00002.gguf", "llama")
+    path = tmp_path / "x-00001-of-00002.gguf"
+    out = gguf.GGUFWriter(path, "llama")
     out.add_uint16("split.count", 2)
     out.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
+    finish(out, path)
     with pytest.raises(LoadError, match=r"one of several parts; join them first with llama\.cpp's llama-gguf-split"):
-        plan_gguf(tmp_path / "x-00001-of-00002.gguf")
+        plan_gguf(path)
 
 
 def test_a_model_that_llama_cpp_does_not_know_is_refused(source: Path, tmp_path: Path) -> None:

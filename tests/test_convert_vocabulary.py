@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
+from helpers import gguf_files
 from helpers.checkpoints import BYTE_LEVEL, CONFIG, ROWS, edit_json, make_checkpoint, write_json, write_tokenizer
 from helpers.vocabularies import FLAGS, GEMMA, LEGACY, METASPACE, model_proto, pieces, write_sentencepiece
 from tokenizers import Tokenizer
@@ -50,9 +50,8 @@ def convert(folder: Path) -> Path:
 
 def keys(path: Path) -> dict[str, Any]:
     """Read the tokenizer's keys of a GGUF file."""
-    fields = gguf.GGUFReader(path).fields
-    start = "tokenizer."
-    return {name.split(".")[-1]: field.contents() for name, field in fields.items() if name.startswith(start)}
+    found = gguf_files.keys(path).items()
+    return {name.split(".")[-1]: value for name, value in found if name.startswith("tokenizer.")}
 
 
 def read(folder: Path, rows: int = ROWS, config: dict[str, Any] = LLAMA, **rules: Any) -> Vocabulary:

@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 import pytest
 from helpers.families import make_family
+from helpers.gguf_files import copy_model
 from test_scheduler import memories  # noqa: F401  a fixture
 
 import metaalign_edge as edge
@@ -382,25 +383,11 @@ def test_the_devices_are_read_from_ggml_and_a_build_for_the_cpu_offloads_nothing
         assert plan.offloaded == 0 and len(plan.needs) == 1
 
 
-def split(tiny: Path, folder: Path) -> list[Path]:
-    """Write a model anew in parts of some tensors each."""
-    reader, writer = gguf.GGUFReader(tiny), gguf.GGUFWriter(folder / "parts.gguf", "llama", split_max_tensors=7)
-    for name, entry in reader.fields.items():
-        if not name.startswith(("GGUF.", "general.architecture")):
-            writer.add_key_value(name, entry.contents(), *entry.types[:2])
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return sorted(folder.glob("parts-*.gguf"))
-
-
 def test_the_parts_of_a_split_model_count_together_and_a_missing_one_is_named(
     tiny: Path, tmp_path: Path, here: Run, refuses: Refuses
 ) -> None:
-    parts = split(tiny, tmp_path)
+    copy_model(tiny, tmp_path / "parts.gguf", part=7)
+    parts = sorted(tmp_path.glob("parts-*.gguf"))
     assert len(parts) > 2 and ModelFile(parts[0]).paths == parts and ModelFile(tiny).paths == [tiny]
     assert Footprint.of(ModelFile(parts[0])) == Footprint.of(ModelFile(tiny))
     assert here("chat", "-m", str(parts[0]), "-n", "2", "--seed", "1", "tea?").returncode == 0

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from helpers import checkpoints
 from helpers.families import make_family
+from helpers.gguf_files import finish
 from helpers.reading import read
 
 import metaalign_edge as edge
@@ -174,11 +175,7 @@ def hybrid(tiny: Path, path: Path) -> Path:
         shapes |= {f"{block}.ffn_gate": (inner, width), f"{block}.ffn_up": (inner, width)}
     for name, values in checkpoints.draw_weights(shapes).items():
         writer.add_tensor(f"{name}.weight", values * (1 if "norm" in name else 2))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return finish(writer, path)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 
 from helpers.checkpoints import write_json
+from helpers.gguf_files import finish
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = (
     int(getattr(gguf.TokenType, name)) for name in ("NORMAL", "UNKNOWN", "CONTROL", "USER_DEFINED", "BYTE")
@@ -68,14 +69,6 @@ def write_bpe(path: Path, pre: str = "qwen2", more_merges: Sequence[str] = ()) -
     writer.add_eos_token_id(next(index for index, (text, _) in enumerate(tokens) if text == "<|endoftext|>"))
     writer.add_add_bos_token(False)
     return finish(writer, path)
-
-
-def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def byte_symbols() -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.checkpoints import CONFIG, edit_json, random_weights, write_json, write_weights
+from helpers.families import LLAMA3
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from metaalign_edge_convert import OUTTYPES, open_checkpoint, write_gguf
@@ -193,14 +194,6 @@ def test_real_vocabularies_come_out_as_the_reference_writes_them(
     compare(reference, save(tmp_path / "tiny", config, "BF16", tokenizer, settings), ("q8_0",))
 
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "heads-of-their-own-size": {"head_dim": 32},
