@@ -16,8 +16,9 @@ Every round runs each way once; the first extra round only fills caches. Prints 
 
 - one token after a meta-prompt of some 770 tokens, as whole processes, with the peak of resident memory. A second call
   asks another query after the same meta-prompt, or the same again, which `llama-completion --prompt-cache` has whole;
-- tokens per second of some sequences together (all sequences' tokens count); two are also the two contexts of a
-  strength; against `llama-batched-bench -kvu -pps`, and llama-cpp-python's `Llama`, which answers one after the other.
+- tokens per second of some sequences together (all sequences' tokens count), after 128 that they share; two are also
+  the two contexts of a strength; against `llama-batched-bench -kvu -pps`, and llama-cpp-python's `Llama`, which answers
+  one after the other.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from typing import NamedTuple
 from decode import Tokenizer, random_model
 
 from metaalign_edge import Dialog, Rendering, Turn, choose_template, render, tokenize
+from metaalign_edge_commands.measure.speeds import BENCH_PROMPT, BENCH_TOKENS
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.library import llama_cpp, physical_cores
 from metaalign_edge_runtime.llama.vocabulary import load_vocabulary
@@ -48,7 +50,8 @@ from metaalign_edge_runtime.llama.vocabulary import load_vocabulary
 PACKAGE = "llama-cpp-python"
 PROGRAMS = ("llama-completion", "llama-batched-bench")
 CONTEXT = 2048
-LENGTH = 48  # tokens that each sequence writes
+SHARED = BENCH_PROMPT // 4  # tokens that all sequences have in common
+LENGTH = BENCH_TOKENS  # tokens that each sequence writes
 META_PROMPT = " ".join(["The tone is calm, and every answer names its source."] * 63)  # of 12 tokens each
 QUERY, OTHER = "What is tea?", "What is ice?"
 TOGETHER = """
@@ -247,17 +250,9 @@ def rates(path: Path, tools: Path, options: argparse.Namespace) -> dict[str, flo
     threads, layers, counts = str(options.threads), options.layers, options.sequences
     ours = [sys.executable, "-c", TOGETHER, str(path), threads, options.ngl, *map(str, counts)]
     found = json.loads(subprocess.run(ours, capture_output=True, text=True, check=True).stdout)
-    theirs = [str(tools / "llama-batched-bench"), "-m", str(path), "-npp", "16", "-ntg", str(LENGTH), "-t", threads]
-    theirs += [
-        "-c",
-        str(256 * max(8, *counts)),
-        "-npl",
-        ",".join(map(str, counts)),
-        "-kvu",
-        "-pps",
-        "-ngl",
-        options.ngl,
-    ]
+    theirs = [str(tools / "llama-batched-bench"), "-m", str(path), "-t", threads, "-ngl", options.ngl, "-kvu", "-pps"]
+    theirs += ["-npp", str(SHARED), "-ntg", str(LENGTH), "-npl", ",".join(map(str, counts))]
+    theirs += ["-c", str((SHARED + LENGTH) * max(8, *counts))]
     said = subprocess.run([*theirs, "--output-format", "jsonl"], capture_output=True, text=True, check=True).stdout
     rows = map(json.loads, (line for line in said.splitlines() if line.startswith("{")))
     bench = {row["pl"]: row["speed_tg"] for row in rows}
