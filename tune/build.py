@@ -19,14 +19,14 @@ from .dataset import Row
 from .dpo import candidates, fresh_rows, optimise, pairs
 from .model import Llama
 from .progress import draw_losses
-from .recipe import Preference, Recipe, Shape
+from .recipe import DpoRecipe, Recipe, Shape
 from .sft import train
 from .vocabulary import END, PAD, SPECIAL, save_tokenizer, train_tokenizer
 
 __all__ = ["build", "load", "save"]
 
 
-def build(recipe: Recipe, preference: Preference | None, out: Path, threads: int = 2, every: int = 100) -> Llama:
+def build(recipe: Recipe, dpo: DpoRecipe | None, out: Path, threads: int = 2, every: int = 100) -> Llama:
     """Train, or go on training, and write the checkpoint folder and the loss as a curve; `out/sft` is the first stage.
 
     Raises:
@@ -36,20 +36,20 @@ def build(recipe: Recipe, preference: Preference | None, out: Path, threads: int
     tokenizer = _tokenizer(recipe, out)
     model, losses = train(recipe, tokenizer, out / "training.pt", every, threads)
     curves = {"SFT": losses}
-    if preference:
+    if dpo:
         save(model, tokenizer, out / "sft")
-        rows = fresh_rows(preference)
-        texts = _candidates(rows, preference, out, threads)
+        rows = fresh_rows(dpo)
+        texts = _candidates(rows, dpo, out, threads)
         found = pairs(rows, texts, tokenizer)
         print(f"DPO {len(found):,} pairs from {len(rows):,} rows", flush=True)
-        optimise(model, found, preference, curves.setdefault("DPO", []), threads)
+        optimise(model, found, dpo, curves.setdefault("DPO", []), threads)
     save(model, tokenizer, out)
     draw_losses(curves, out / "loss.png")
     print(f"wrote {out}", flush=True)
     return model
 
 
-def _candidates(rows: Sequence[Row], preference: Preference, out: Path, threads: int) -> list[list[str]]:
+def _candidates(rows: Sequence[Row], dpo: DpoRecipe, out: Path, threads: int) -> list[list[str]]:
     """Let the first stage answer the rows, unless it has done so before."""
     path, gguf = out / "candidates.json", out / "sft" / "model.gguf"
     if path.exists():
@@ -58,7 +58,7 @@ def _candidates(rows: Sequence[Row], preference: Preference, out: Path, threads:
     checkpoint = open_checkpoint(out / "sft")
     name, template = edge.conversion_template("auto", checkpoint)
     write_gguf(checkpoint, gguf, outtype="f16", chat_template=template, template_name=name, force=True)
-    texts = candidates(gguf, rows, preference, threads)
+    texts = candidates(gguf, rows, dpo, threads)
     with files.replacing(path) as part:
         part.write_text(json.dumps(texts), encoding="utf-8")
     return texts

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .ending import finish, require
-from .recipe import Preference, Recipe
+from .recipe import DpoRecipe, Recipe
 
 __all__ = ["main"]
 
@@ -31,14 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("steps", "threads", "every"):
         if getattr(given, name) < 1:
             parser.error(f"--{name} {getattr(given, name)}: at least one")
-    preference = None if given.no_dpo else Preference(seed=given.seed)
+    dpo = None if given.no_dpo else DpoRecipe(seed=given.seed)
     recipe = Recipe(seed=given.seed, steps=given.steps)
 
     def work() -> None:
         require("torch", "tokenizers", "safetensors", "matplotlib")
         from .build import build
 
-        build(recipe, preference, given.out, given.threads, given.every)
+        build(recipe, dpo, given.out, given.threads, given.every)
 
     return finish("demo", given.out, "the same command goes on from there", work)
 

@@ -26,7 +26,7 @@ from .dataset import Row, row
 from .model import Llama
 from .parts import differentiate, one_core_each
 from .progress import Progress
-from .recipe import Preference
+from .recipe import DpoRecipe
 from .sft import pad
 from .vocabulary import encode_prompt, encode_response
 
@@ -46,7 +46,7 @@ class Pair:
 
 
 def candidates(
-    model: Path, rows: Sequence[Row], recipe: Preference, threads: int, parallel: int = 32
+    model: Path, rows: Sequence[Row], recipe: DpoRecipe, threads: int, parallel: int = 32
 ) -> list[list[str]]:
     """Let a converted model answer each row `samples` times, all in one batch."""
     import metaalign_edge as edge
@@ -113,7 +113,7 @@ def pairs(rows: Sequence[Row], texts: Sequence[Sequence[str]], tokenizer: Tokeni
 # --- optimisation -----------------------------------------------------------------------------------------------------
 
 
-def optimise(model: Llama, found: Sequence[Pair], recipe: Preference, losses: list[float], threads: int = 1) -> None:
+def optimise(model: Llama, found: Sequence[Pair], recipe: DpoRecipe, losses: list[float], threads: int = 1) -> None:
     """Train the model on pairs, in place: one pass over them in an order that the seed decides."""
     order = list(found)
     Random(recipe.seed).shuffle(order)
@@ -124,8 +124,8 @@ def optimise(model: Llama, found: Sequence[Pair], recipe: Preference, losses: li
         for step, (batch, start) in enumerate(zip(batches, before, strict=True)):
             optimizer.param_groups[0]["lr"] = recipe.rate * min(1.0, (step + 1) / 10) * (1 - step / len(batches))
             parts = [slice(part, None, recipe.parts) for part in range(min(recipe.parts, len(batch)))]
-            words = sum(len(pair.chosen) for pair in batch)
-            share = partial(_loss, model, recipe, len(batch), words)
+            tokens = sum(len(pair.chosen) for pair in batch)
+            share = partial(_loss, model, recipe, len(batch), tokens)
             loss = differentiate(pool, model, [partial(share, batch[part], start[:, part]) for part in parts])
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -138,10 +138,10 @@ def _begin(model: Llama, batch: Sequence[Pair]) -> Tensor:
     return _likelihoods(model, batch)
 
 
-def _loss(model: Llama, recipe: Preference, count: int, words: int, batch: Sequence[Pair], start: Tensor) -> Tensor:
-    """Return what some pairs of a batch of `count`, with `words` chosen tokens, add to its loss."""
+def _loss(model: Llama, recipe: DpoRecipe, count: int, tokens: int, batch: Sequence[Pair], start: Tensor) -> Tensor:
+    """Return what some pairs of a batch of `count`, with `tokens` chosen tokens, add to its loss."""
     now = _likelihoods(model, batch)
-    return preference_loss(now, start, recipe.beta) * len(batch) / count - recipe.likelihood * now[0].sum() / words
+    return preference_loss(now, start, recipe.beta) * len(batch) / count - recipe.likelihood * now[0].sum() / tokens
 
 
 def preference_loss(now: Tensor, start: Tensor, beta: float) -> Tensor:
@@ -163,6 +163,6 @@ def _likelihoods(model: Llama, batch: Sequence[Pair]) -> Tensor:
     return torch.zeros(len(texts)).index_add(0, owners, said).view(2, -1)
 
 
-def fresh_rows(recipe: Preference) -> list[Row]:
+def fresh_rows(recipe: DpoRecipe) -> list[Row]:
     """Return the rows that the model is to answer: hard ones, which training has not shown."""
     return [row(recipe.seed, recipe.start + number, hard=True) for number in range(recipe.rows)]

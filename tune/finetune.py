@@ -251,7 +251,7 @@ def make_trainer(method: str, model: Any, tokenizer: Any, rows: Sequence[Encoded
         "save_total_limit": 1,
         "seed": settings.seed,
         "bf16": gpu,
-        "gradient_checkpointing": gpu,  # time for memory
+        "gradient_checkpointing": gpu,  # slower, with less memory
         "dataloader_pin_memory": gpu,
         "max_length": None,  # what is too long is gone already
         "report_to": "none",

@@ -35,14 +35,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden, shape.kv_heads * self.size, bias=False)
         self.o_proj = nn.Linear(shape.heads * self.size, shape.hidden, bias=False)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], past: Past | None) -> Tensor:
-        """Attend; x is (batch, time, hidden). With a past, its keys and values come first and are extended."""
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        """Attend; x is (batch, time, hidden). With a cache, its keys and values come first and are extended."""
         batch, time, _ = x.shape
         projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (y.view(batch, time, -1, self.size).transpose(1, 2) for y in projected)  # (batch, heads, time, size)
         q, k = _rotate(q, angles), _rotate(k, angles)
-        if past is not None:
-            k, v = past.extend(self, k, v)
+        if cache is not None:
+            k, v = cache.extend(self, k, v)
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=time > 1)
@@ -76,10 +76,10 @@ class Layer(nn.Module):
         self.mlp = MLP(shape)
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], past: Past | None, wanted: Tensor | None = None
+        self, x: Tensor, angles: tuple[Tensor, Tensor], cache: KVCache | None, wanted: Tensor | None = None
     ) -> Tensor:
         """Return x with this layer's two contributions; only where `wanted`, (batch, time), if that is given."""
-        x = x + self.self_attn(self.input_layernorm(x), angles, past)
+        x = x + self.self_attn(self.input_layernorm(x), angles, cache)
         if wanted is not None:
             x = x[wanted]
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
@@ -122,7 +122,7 @@ class Spellings(nn.Module):
         return weight * (1 - self.get_buffer("other"))
 
 
-class Past:
+class KVCache:
     """Keys and values of the tokens that were read before, one pair per layer."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class Past:
         self._pairs: dict[Attention, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: Attention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append to a layer's keys and values and return all of them."""
+        """Append to a layer's keys and values, both (batch, heads, time, size), and return all of them."""
         if layer in self._pairs:
             k, v = (torch.cat((old, new), 2) for old, new in zip(self._pairs[layer], (k, v), strict=True))
         self._pairs[layer] = k, v
@@ -155,20 +155,20 @@ class Llama(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * shape.layers) ** 0.5 if residual else 0.02)
 
-    def hidden(self, ids: Tensor, past: Past | None = None, wanted: Tensor | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, wanted: Tensor | None = None) -> Tensor:
         """Return the last hidden states, (batch, time, hidden), of ids (batch, time).
 
         With `wanted`, (batch, time), only those states are computed and returned, (count, hidden).
         """
-        start = past.length if past is not None else 0
+        start = cache.length if cache is not None else 0
         stop = start + ids.shape[1]
         cos, sin = self.get_buffer("cos")[start:stop], self.get_buffer("sin")[start:stop]
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers[:-1]:
-            x = layer(x, (cos, sin), past)
-        x = self.model.layers[-1](x, (cos, sin), past, wanted)
-        if past is not None:
-            past.length = stop
+            x = layer(x, (cos, sin), cache)
+        x = self.model.layers[-1](x, (cos, sin), cache, wanted)
+        if cache is not None:
+            cache.length = stop
         out: Tensor = self.model.norm(x)
         return out
 
@@ -176,19 +176,19 @@ class Llama(nn.Module):
         """Return scores over the vocabulary for hidden states."""
         return F.linear(hidden, self.model.embed_tokens.weight)
 
-    def loss(self, ids: Tensor, learnt: Tensor, words: int) -> Tensor:
-        """Return the learnt tokens' cross-entropy, summed, over `words`; only what leads to it is computed."""
+    def loss(self, ids: Tensor, learnt: Tensor, tokens: int) -> Tensor:
+        """Return the cross-entropy of the learnt tokens, summed and divided by `tokens`; compute only what it needs."""
         wanted = learnt[:, 1:]
         scores = self.logits(self.hidden(ids[:, :-1], wanted=wanted))
-        return F.cross_entropy(scores, ids[:, 1:][wanted], reduction="sum") / words
+        return F.cross_entropy(scores, ids[:, 1:][wanted], reduction="sum") / tokens
 
     @torch.inference_mode()
     def complete(self, prompt: list[int], end: int, limit: int = 300) -> list[int]:
         """Continue a prompt greedily until the token `end` (not returned) or `limit` tokens."""
-        past, ids = Past(), torch.tensor([prompt])
+        cache, ids = KVCache(), torch.tensor([prompt])
         out: list[int] = []
-        while len(out) < limit and past.length + ids.shape[1] <= self.shape.context:
-            best = int(self.logits(self.hidden(ids, past)[0, -1]).argmax())
+        while len(out) < limit and cache.length + ids.shape[1] <= self.shape.context:
+            best = int(self.logits(self.hidden(ids, cache)[0, -1]).argmax())
             if best == end:
                 break
             out.append(best)

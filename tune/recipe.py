@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["Preference", "Recipe", "Shape"]
+__all__ = ["DpoRecipe", "Recipe", "Shape"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights."""
+    """Everything that decides the weights after the first stage, SFT."""
 
     seed: int = 1
     steps: int = 4400
@@ -41,8 +41,8 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Preference:
-    """Everything that decides the second stage."""
+class DpoRecipe:
+    """Everything that decides the second stage, DPO."""
 
     seed: int = 1
     start: int = 10_000_000  # the first row: training has not seen these

@@ -53,8 +53,8 @@ def train(
         for step, parts in enumerate(_batches(recipe, tokenizer, start), start):
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = _rate(recipe, step)
-            words = sum(int(learnt[:, 1:].sum()) for _, learnt in parts)
-            loss = differentiate(pool, model, [partial(model.loss, *part, words) for part in parts])
+            tokens = sum(int(learnt[:, 1:].sum()) for _, learnt in parts)
+            loss = differentiate(pool, model, [partial(model.loss, *part, tokens) for part in parts])
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             update(pool, optimizers)
             progress.step(loss, sum(ids.numel() for ids, _ in parts))

@@ -24,13 +24,13 @@ from metaalign_edge_tune.demo import main
 from metaalign_edge_tune.dpo import Pair, optimise, preference_loss, rank
 from metaalign_edge_tune.model import Llama, Spellings
 from metaalign_edge_tune.muon import Muon, orthogonal
-from metaalign_edge_tune.recipe import Preference, Recipe, Shape
+from metaalign_edge_tune.recipe import DpoRecipe, Recipe, Shape
 from metaalign_edge_tune.sft import train
 from metaalign_edge_tune.vocabulary import SPECIAL, encode_prompt, encode_row, spellings, train_tokenizer
 
 TINY = Shape(vocabulary=700, hidden=64, layers=2, heads=2, kv_heads=1, inner=96)
 RECIPE = Recipe(steps=24, batch=4, pool=4, warmup=4, sample=300, shape=TINY)
-PREFERENCE = Preference(rows=24, samples=3, batch=4)
+DPO = DpoRecipe(rows=24, samples=3, batch=4)
 
 
 class Said(NamedTuple):
@@ -45,7 +45,7 @@ class Said(NamedTuple):
 def folder(tmp_path_factory):
     """A checkpoint folder made by the whole recipe, in miniature."""
     out = tmp_path_factory.mktemp("demo")
-    build(RECIPE, PREFERENCE, out, threads=1, every=8)
+    build(RECIPE, DPO, out, threads=1, every=8)
     return out
 
 
@@ -233,7 +233,7 @@ def test_a_full_disk_is_said_and_a_damaged_checkpoint_too(folder, tmp_path, caps
 
 def test_finished_training_is_not_repeated(folder, capsys):
     weights = (folder / "model.safetensors").read_bytes()
-    build(RECIPE, PREFERENCE, folder, threads=1)
+    build(RECIPE, DPO, folder, threads=1)
     assert f"from step {RECIPE.steps}" in capsys.readouterr().out
     assert (folder / "model.safetensors").read_bytes() == weights
 
@@ -277,7 +277,7 @@ def test_both_stages_leave_a_checkpoint_and_a_curve(folder):
     assert first != second
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
     written = json.loads((folder / "candidates.json").read_text())
-    assert len(written) == PREFERENCE.rows and all(len(texts) == PREFERENCE.samples for texts in written)
+    assert len(written) == DPO.rows and all(len(texts) == DPO.samples for texts in written)
 
 
 def test_candidates_are_ranked_by_the_checkers_under_the_rows_own_meta_prompt():
@@ -317,10 +317,10 @@ def test_what_was_chosen_becomes_likelier_than_what_was_rejected():
     found = [Pair((1, 2, number), (4, 5, 0), (6, 7, 0)) for number in range(8, 24)]
     before = dpo._likelihoods(model, found).detach()
     losses = []
-    optimise(model, found * 4, Preference(batch=8, rate=1e-3), losses)
+    optimise(model, found * 4, DpoRecipe(batch=8, rate=1e-3), losses)
     after = dpo._likelihoods(model, found).detach()
     assert ((after[0] - after[1]) > (before[0] - before[1])).all() and (after[0] > before[0]).all()
     assert losses[-1] < losses[0]
     still = []
-    optimise(model, found * 4, Preference(batch=8, rate=0.0, likelihood=0.0), still, threads=2)
+    optimise(model, found * 4, DpoRecipe(batch=8, rate=0.0, likelihood=0.0), still, threads=2)
     assert still == pytest.approx([math.log(2)] * 8, abs=1e-3)
