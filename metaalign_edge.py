@@ -2007,7 +2007,7 @@ class Scheduler(Closing):
 
     A request takes a sequence for each of its contexts. A prefix that some sequence holds, or is about to decode, is
     copied, not decoded again. The number of slots changes an answer by rounding only: the rest of a batch changes the
-    last bits of the logits. Of 1,600 dialogs put to the embedded model at temperature 0, at most 5 got another text.
+    last bits of the logits. Of 2,319 answers of the embedded model at temperature 0, 8 were another text with 8 slots.
 
     Args:
         slots: requests that are answered at a time.
