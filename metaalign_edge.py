@@ -85,6 +85,7 @@ from metaalign_edge_runtime.errors import (
     UsageError,
     one_line,
     say,
+    shortened,
 )
 from metaalign_edge_runtime.llama import library, memory
 from metaalign_edge_runtime.llama.gguf import DEFAULT_CONTEXT, GGUFArray, ModelFile, is_gguf
@@ -680,6 +681,8 @@ def marker_words(fragment: TierText) -> set[str]:
 
 Strength = float | Literal["auto"]
 LEAST_CONTEXT = 16  # tokens: no dialog fits less
+MOST_CONTEXT = 2**31 - 1  # tokens: llama.cpp counts positions in 32 bits
+MOST_THREADS = 512  # llama.cpp's limit
 BOUNDS: Mapping[str, tuple[float, float]] = {  # least and largest value of an option that a Python program gives
     "max_tokens": (1, math.inf),
     "temperature": (0, math.inf),
@@ -807,8 +810,9 @@ def checked_context(value: str | None, flag: str = "-c") -> int | Literal["auto"
     """
     if value is None or value == "auto":
         return "auto" if value else None
-    if not value.isdecimal() or int(value) < LEAST_CONTEXT:
-        raise UsageError(f"{flag} takes auto or a number of tokens, at least {LEAST_CONTEXT}, not {value!r}")
+    if not value.isdecimal() or len(value) > 10 or not LEAST_CONTEXT <= int(value) <= MOST_CONTEXT:
+        bounds = f"from {LEAST_CONTEXT} to {MOST_CONTEXT}"
+        raise UsageError(f"{flag} takes auto or a number of tokens {bounds}, not {shortened(repr(value), 40)}")
     return int(value)
 
 
@@ -938,8 +942,8 @@ class Model(Closing):
         """
         size = checked_context(None if context is None else str(context), "context")
         layers = checked_gpu_layers(str(gpu_layers), "gpu_layers")
-        if threads is not None and not (isinstance(threads, int) and threads > 0):
-            raise UsageError(f"threads takes a number from 1 on, not {threads!r}")
+        if threads is not None and not (isinstance(threads, int) and 0 < threads <= MOST_THREADS):
+            raise UsageError(f"threads takes a number from 1 to {MOST_THREADS}, not {threads!r}")
         file = ModelFile(models.local_model(None if name is None else os.fspath(name)))
         chosen, interrupt = choose_template(template, file), Interrupt()
         settings = Settings(size, layers, threads, verbose=verbose, adapters=find_adapters(lora))
@@ -2270,7 +2274,7 @@ class ModelSession(Closing):
             raise UsageError(f"seed takes a number from 0 to {2**32 - 1}, not {seed}")
         for name, (least, most) in BOUNDS.items():
             value = given.get(name)
-            if value is not None and not least <= value <= most:
+            if value is not None and (not least <= value <= most or value == math.inf):
                 up = "on" if most == math.inf else f"to {most}"
                 raise UsageError(f"{name} takes a number from {least} {up}, not {value}")
         for strength in ("system_strength", "pref_strength"):

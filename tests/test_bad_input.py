@@ -51,6 +51,16 @@ def test_a_broken_model_file_cannot_be_loaded(name: str, broken: dict[str, Path]
     assert str(broken[name]) in line
 
 
+@pytest.mark.parametrize("options", [
+    "--temp nan", "--temp inf", "--top-p nan", "--min-p nan", "--repeat-penalty nan", "--repeat-penalty inf",
+    "--threads 513", "-c 2147483648", f"-c {'9' * 5000}",
+])  # fmt: skip
+def test_a_number_that_nothing_can_be_calculated_with_is_refused(options: str, refuses: Fails) -> None:
+    name, value = options.split()
+    line = refuses(2, "chat", name, value, "tea?")
+    assert name in line and len(line) < 200
+
+
 def test_a_missing_model_is_not_found_and_a_folder_is_no_model(tmp_path: Path, refuses: Fails) -> None:
     assert "no model file" in refuses(3, "chat", "-m", str(tmp_path / "none.gguf"), "tea?")
     assert "convert" in refuses(3, "chat", "-m", str(tmp_path), "tea?")

@@ -240,7 +240,23 @@ def test_a_hub_that_is_not_there_is_exit_4(hub: Hub, refuses: Refuses, monkeypat
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        assert "cannot be reached" in refuses(4, "pull", REPOSITORY)
+        address = os.environ["HF_ENDPOINT"]
+        assert f"{address} cannot be reached (ConnectError): try again" in refuses(4, "pull", REPOSITORY)
+        monkeypatch.setenv("http_proxy", f"{address[:7]}user:secret@{address[7:]}")
+        line = refuses(4, "pull", REPOSITORY)
+        assert "cannot be reached by way of the proxy in http_proxy (ConnectError)" in line and "secret" not in line
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert "proxy" not in refuses(4, "pull", REPOSITORY)
+    monkeypatch.setenv("HF_ENDPOINT", "huggingface.co")
+    assert "set HF_ENDPOINT to an https:// address" in refuses(4, "pull", REPOSITORY)
+
+
+def test_a_proxy_of_a_kind_that_lacks_its_package_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("all_proxy", "socks5h://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    command = [sys.executable, "-m", "metaalign_edge", "pull", REPOSITORY]  # the hub's client reads the proxies once
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 4 and "socksio" in ended.stderr and ended.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name, code, word", [

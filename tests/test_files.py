@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import pwd
 import stat
 from pathlib import Path
 
 import pytest
 
 import metaalign_edge as edge  # noqa: F401  # in a checkout it finds the folders
-from metaalign_edge_runtime.stores import files
+from metaalign_edge_runtime.stores import files, models
 
 
 def names(folder: Path) -> set[str]:
@@ -33,6 +34,18 @@ def test_what_fails_leaves_what_there_was(tmp_path: Path) -> None:
     with files.replacing(tmp_path / "x", keep=False) as part:
         part.write_text("only tried")
     assert (tmp_path / "x").read_text() == "old" and names(tmp_path) == {"x"}
+
+
+def test_a_user_without_a_home_has_folders_in_which_nothing_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)  # as for a user that a container was started with
+    for kind in ("cache", "config", "data"):
+        assert files.system_folder(kind).parent == Path(os.devnull)
+    assert not any(folder.exists() for folder in models.other_folders())
 
 
 def test_two_writers_of_a_file_do_not_meet_and_the_last_one_wins(tmp_path: Path) -> None:

@@ -184,6 +184,8 @@ def test_an_answer_fits_the_schema_that_is_asked_for(tiny: Path) -> None:
     (lambda m: generate(m, ""), UsageError, "no query"),
     (lambda m: generate(m, Dialog()), UsageError, "no query"),
     (lambda m: generate(m, "tea?", temperature=-1), UsageError, "temperature takes a number from 0 on"),
+    (lambda m: generate(m, "tea?", temperature=float("inf")), UsageError, "temperature takes a number from 0 on"),
+    (lambda m: generate(m, "tea?", repeat_penalty=float("nan")), UsageError, "repeat_penalty takes a number from 0.1 on"),
     (lambda m: generate(m, "tea?", top_p=2), UsageError, "top_p takes a number from 0 to 1"),
     (lambda m: generate(m, Dialog("", "", [Turn("a", "b")])), UsageError, "no query"),
     (lambda m: generate(m, Dialog("a", "", [Turn("b")]), pref="c"), UsageError, "leave system and pref out"),

@@ -128,6 +128,18 @@ def test_a_damaged_file_is_removed_and_the_answer_is_right(name: str, model: Mod
     assert ask(model, states)[0].cached_tokens > 0  # there again
 
 
+def test_what_is_no_file_is_passed_over_and_the_count_of_hits_has_an_end(model: Model, states: PromptCache) -> None:
+    ask(model, states)
+    (file,) = states.files()
+    data = bytearray(file.path.read_bytes())
+    data[8:16] = b"\xff" * 8
+    file.path.write_bytes(data)
+    assert ask(model, states)[0].cached_tokens > 0 and states.files()[0].hits == 2**64 - 1
+    file.path.unlink()
+    os.mkfifo(file.path)
+    assert ask(model, states)[0].cached_tokens == 0
+
+
 def test_a_state_under_another_name_is_not_trusted(model: Model, states: PromptCache) -> None:
     ask(model, states)
     (first,) = states.files()

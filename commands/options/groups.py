@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 import re
 from collections.abc import Iterable
@@ -25,6 +26,13 @@ from ..terminal.progress import progress_bar
 from ..terminal.screen import Screen
 
 DIALOG, MODEL, SAMPLING, OUTPUT = "Dialog", "Model", "Sampling", "Output"  # the headings of --help
+
+
+def finite(value: float | None) -> float | None:
+    """Return a number that is given. Raises typer.BadParameter for one that is none, or endless."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number to calculate with")
+    return value
 
 
 def option(*names: str, help: str, panel: str | None = None, env: bool = False, **more: Any) -> Any:
@@ -84,7 +92,10 @@ MaxTokensOption = Annotated[
     int | None, sampling_option("-n", "--max-tokens", help="Longest answer, in tokens.", env=True, min=1)
 ]
 TempOption = Annotated[
-    float | None, sampling_option("--temp", help="Temperature; 0 always takes the likeliest token.", env=True, min=0.0)
+    float | None,
+    sampling_option(
+        "--temp", help="Temperature; 0 always takes the likeliest token.", env=True, min=0.0, callback=finite
+    ),
 ]
 JsonOption = Annotated[bool, output_option("--json", help="One JSON document on stdout.")]
 StreamOption = Annotated[bool, output_option("--stream/--no-stream", help="Print the answer as it is written.")]
@@ -196,7 +207,12 @@ class ModelOptions(NamedTuple):
     threads: Annotated[
         int | None,
         model_option(
-            "-t", "--threads", help="CPU threads. Default: one per core, one for a tiny model.", env=True, min=1
+            "-t",
+            "--threads",
+            help="CPU threads. Default: one per core, one for a tiny model.",
+            env=True,
+            min=1,
+            max=edge.MOST_THREADS,
         ),
     ] = None
     offline: OfflineOption = False
@@ -274,15 +290,26 @@ class SamplingOptions(NamedTuple):
     ] = None
     top_p: Annotated[
         float | None,
-        sampling_option("--top-p", help="Draw from the likeliest tokens of this total share.", env=True, min=0, max=1),
+        sampling_option(
+            "--top-p",
+            help="Draw from the likeliest tokens of this total share.",
+            env=True,
+            min=0,
+            max=1,
+            callback=finite,
+        ),
     ] = None
     min_p: Annotated[
         float | None,
-        sampling_option("--min-p", help="Drop tokens below this share of the likeliest.", env=True, min=0, max=1),
+        sampling_option(
+            "--min-p", help="Drop tokens below this share of the likeliest.", env=True, min=0, max=1, callback=finite
+        ),
     ] = None
     repeat_penalty: Annotated[
         float | None,
-        sampling_option("--repeat-penalty", help="Above 1, repetition becomes less likely.", env=True, min=0.1),
+        sampling_option(
+            "--repeat-penalty", help="Above 1, repetition becomes less likely.", env=True, min=0.1, callback=finite
+        ),
     ] = None
     seed: Annotated[
         int | None,

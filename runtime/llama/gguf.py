@@ -50,13 +50,17 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def identity(parts: Iterable[Path]) -> str:
-    """Return a text that changes when one of these files does: paths, sizes and times, without reading them.
+    """Return a text that changes when one of these files does, without reading them: paths, sizes, times, inodes.
+
+    The time of the inode's last change is among them: of a file that is replaced, `cp -p` keeps size and time.
 
     Raises:
         OSError: a file is missing.
     """
     stats = [(part.resolve(), part.stat()) for part in parts]
-    return "; ".join(f"{path}, {stat.st_size} bytes, {stat.st_mtime_ns}" for path, stat in stats)
+    return "; ".join(
+        f"{path}, {stat.st_size} bytes, {stat.st_mtime_ns}, {stat.st_ctime_ns}, {stat.st_ino}" for path, stat in stats
+    )
 
 
 def is_gguf(path: Path) -> bool:

@@ -43,7 +43,10 @@ def system_folder(kind: Literal["cache", "config", "data"]) -> Path:
     """Return this system's folder for a program's files of a kind; for a user without a home, one that cannot exist."""
     from platformdirs import PlatformDirs
 
-    folder = Path(getattr(PlatformDirs("metaalign-edge", appauthor=False), f"user_{kind}_dir"))
+    try:
+        folder = Path(getattr(PlatformDirs("metaalign-edge", appauthor=False), f"user_{kind}_dir"))
+    except RuntimeError:  # no HOME, and a user that the system does not know
+        folder = Path()
     return folder if folder.is_absolute() else Path(os.devnull) / "metaalign-edge"
 
 

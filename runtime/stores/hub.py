@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import CannotWrite, EdgeError, LoadError, NetworkError, NotFound, UsageError, in_bytes
+from ..errors import CannotWrite, EdgeError, LoadError, NetworkError, NotFound, UsageError, in_bytes, one_line
 from ..llama import memory
 from ..llama.gguf import parts_of
 from . import models
@@ -79,11 +79,26 @@ def hub_error(error: Exception, repository: str) -> EdgeError:
         return CannotWrite(
             f"cannot write to {models.hub_folder()}: {error.strerror}: make room, or set HF_HOME to another folder"
         )
+    if isinstance(error, ImportError):  # httpx names the package that a proxy of this kind needs
+        return NetworkError(f"{repository} is not here, and the hub is out of reach: {one_line(error)}")
     if isinstance(error, errors.HTTPError | OSError):
+        address, way = hub_address(), f" by way of the proxy in {found}" if (found := proxy_variable()) else ""
+        sound = address.startswith(("http://", "https://"))
+        advice = "try again" if sound else "set HF_ENDPOINT to an https:// address"
         return NetworkError(
-            f"{repository} is not here, and {hub_address()} cannot be reached ({type(error).__name__}): try again"
+            f"{repository} is not here, and {address} cannot be reached{way} ({type(error).__name__}): {advice}"
         )
     return NetworkError(f"the hub's answer on {repository} makes no sense ({type(error).__name__}): try again later")
+
+
+def proxy_variable() -> str:
+    """Return the name of the environment variable whose proxy stands before the hub; "" where none does."""
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies, proxy_bypass
+
+    address, proxies = urlsplit(hub_address()), getproxies()
+    kind = next((kind for kind in (address.scheme, "all") if proxies.get(kind)), None)
+    return f"{kind}_proxy" if kind and not proxy_bypass(address.hostname or "") else ""
 
 
 def is_passing(error: Exception) -> bool:

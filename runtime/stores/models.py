@@ -56,8 +56,10 @@ def other_folders() -> list[Path]:
     """List the folders in which llama.cpp's programs and LM Studio keep GGUFs."""
     from platformdirs import PlatformDirs
 
-    llama = os.environ.get("LLAMA_CACHE") or os.path.join(PlatformDirs(opinion=False).user_cache_dir, "llama.cpp")
-    places = [llama, "~/.lmstudio/models", "~/.cache/lm-studio/models"]
+    places = ["~/.lmstudio/models", "~/.cache/lm-studio/models"]
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        llama = os.environ.get("LLAMA_CACHE") or os.path.join(PlatformDirs(opinion=False).user_cache_dir, "llama.cpp")
+        places.insert(0, llama)
     return [Path(os.path.expanduser(place)) for place in places]
 
 

@@ -13,6 +13,7 @@ from . import files
 
 STATE_MAGIC = b"MAEKV\x00\x00\x01"  # the first bytes of a file; the last one is the version of its layout
 STATE_HEAD = struct.Struct("<8sQ32s")  # magic, hits, SHA-256 of key and state
+MOST_HITS = 2**64 - 1  # the largest count that the head of a file holds
 STATES_BYTES = 1 << 30  # the default limit of all files together
 
 
@@ -44,6 +45,8 @@ class PromptCache:
         """Return a state, and count the hit; None if there is none."""
         path = self.folder / f"{key}.kv"
         try:
+            if not path.is_file():  # a pipe would never end
+                return None
             with path.open("r+b", buffering=0) as file:
                 head = file.read(STATE_HEAD.size)
                 data = bytearray(max(0, os.fstat(file.fileno()).st_size - STATE_HEAD.size))
@@ -51,9 +54,8 @@ class PromptCache:
                 magic, hits, checksum = STATE_HEAD.unpack(head) if len(head) == STATE_HEAD.size else (b"", 0, b"")
                 if magic == STATE_MAGIC and checksum == state_checksum(key, data):
                     file.seek(0)
-                    file.write(
-                        STATE_HEAD.pack(magic, hits + 1, checksum)
-                    )  # this also renews the modification time, by which files are evicted
+                    # this also renews the modification time, by which files are evicted
+                    file.write(STATE_HEAD.pack(magic, min(hits + 1, MOST_HITS), checksum))
                     return data
             path.unlink()
         except OSError:
