@@ -68,7 +68,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, AnyStr, Literal, NamedTuple, Protocol, TextIO, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TextIO, TypedDict, cast
 
 from metaalign_edge_runtime import __version__ as __version__
 from metaalign_edge_runtime import structured
@@ -107,6 +107,7 @@ from metaalign_edge_runtime.stores import files, models, profiles
 from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 from metaalign_edge_runtime.structured import Schema, mask
 from metaalign_edge_runtime.structured.mask import Constraint
+from metaalign_edge_templates.reasoning import ReasoningSplitter, formats_of
 from metaalign_edge_templates.sandbox import Refusal, Template, TemplateFailure
 from metaalign_edge_templates.tier_text import Tier, TierText, join_text
 
@@ -1410,7 +1411,7 @@ def checked_strength(flag: str, value: str | float) -> float:
 # =====================================================================================================================
 # From tokens to text: reasoning is told from what is said, stop texts are cut off, a schema is kept, figures are taken.
 
-FinishReason = Literal["stop", "length", "interrupted"]
+FinishReason = Literal["stop", "length", "empty", "interrupted"]  # empty: the model ended without a response
 
 
 @dataclass
@@ -1434,9 +1435,10 @@ class Answer:
     tokens_per_second: float = 0.0  # of the output, after the first token
     seed: int = 0
     truncated: int = 0  # turns dropped to fit the context
+    context_is_full = False  # no field: whether the context cut it, and not the number of tokens that was asked for
 
 
-def overlap(text: AnyStr, mark: AnyStr) -> int:
+def overlap(text: str, mark: str) -> int:
     """Return the length of the longest beginning of a mark that the text ends with."""
     return next((size for size in range(len(mark) - 1, 0, -1) if text.endswith(mark[:size])), 0)
 
@@ -1466,75 +1468,6 @@ class StopFilter:
         """Return what was held back; an unfinished character is dropped."""
         held, self._held = self._held, ""
         return held
-
-
-# The marks of reasoning by model. gpt-oss is not among them: its channels are messages of their own.
-REASONING_MARKS = (
-    ("<think>", "</think>"),  # Qwen 3, QwQ, DeepSeek R1, SmolLM3, GLM 4.5, Nemotron, MiMo, Phi 4 reasoning
-    ("[THINK]", "[/THINK]"),  # Magistral, Ministral 3
-    ("<thought>", "</thought>"),  # EXAONE Deep
-    ("<seed:think>", "</seed:think>"),  # Seed-OSS
-    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
-)
-
-
-def reasoning_marks(source: str, vocabulary: Vocabulary) -> tuple[str, str] | None:
-    """Return the marks of a model's reasoning: those in its template, else those that are tokens, else None."""
-    if named := next((marks for marks in REASONING_MARKS if marks[1] in source), None):
-        return named
-    return next((marks for marks in REASONING_MARKS if len(vocabulary.encode(marks[1], special=True)) == 1), None)
-
-
-class ReasoningSplitter:
-    """Splits the bytes of an answer into reasoning and response.
-
-    Reasoning is what stands between two marks at the beginning; the prompt may have written the first one (`opened`).
-    Marks anywhere else are text. White space around the reasoning is dropped.
-    """
-
-    def __init__(self, marks: tuple[str, str] | None, opened: bool = False) -> None:
-        self._begin, self._end = (mark.encode() for mark in marks or ("", ""))
-        self.state: Literal["before", "inside", "behind", "answer"] = "before" if marks else "answer"
-        if opened:
-            self.state = "inside"
-        self._held, self._begun = b"", False
-
-    def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        """Take a token's bytes; return the bytes of reasoning and of response that no later byte can change."""
-        self._held += data
-        thought, said = b"", b""
-        if self.state == "before":
-            text = self._held.lstrip()
-            if text.startswith(self._begin):
-                self.state, self._held = "inside", text[len(self._begin) :]
-            elif not self._begin.startswith(text):
-                self.state = "answer"
-        if self.state == "inside":
-            thought = self._reason()
-        if self.state == "behind":
-            self._held = self._held.lstrip()
-            self.state = "answer" if self._held else "behind"
-        if self.state == "answer":
-            said, self._held = self._held, b""
-        return thought, said
-
-    def _reason(self) -> bytes:
-        """Return the reasoning among the bytes held back, up to what may be the beginning of the end mark."""
-        thought, end, behind = self._held.partition(self._end)
-        if end:
-            self.state = "behind"
-        else:
-            thought = thought[: len(thought) - overlap(thought, self._end)]
-        thought = thought.rstrip()
-        self._held = behind if end else self._held[len(thought) :]
-        thought = thought if self._begun else thought.lstrip()
-        self._begun = self._begun or bool(thought)
-        return thought
-
-    def rest(self) -> tuple[bytes, bytes]:
-        """Return the bytes held back, at the end of the answer."""
-        held, self._held = self._held.rstrip(), b""
-        return (held, b"") if self.state == "inside" else (b"", held)
 
 
 SHORTLIST = 1024  # the likeliest tokens, among which one that fits a schema is looked for first
@@ -1617,7 +1550,8 @@ class AnswerBuilder:
         self._splitter, self._thought, self._think = splitter, StopFilter(()), think
         self._constraint = constraint
         self._vocabulary, self._text = vocabulary, StopFilter(settings.stop)
-        self._most = min(settings.max_tokens or context, context - answer.input_tokens)
+        self._room = context - answer.input_tokens  # tokens
+        self._most = min(settings.max_tokens or context, self._room)
         self._started = self._first = time.monotonic()
 
     @property
@@ -1630,23 +1564,22 @@ class AnswerBuilder:
         answer = self.answer
         if not answer.output_tokens:
             self._first = time.monotonic()
-        if token == NO_TOKEN or self._vocabulary.is_end(token):
+        data = b"" if token == NO_TOKEN else self._vocabulary.piece(token)
+        if token == NO_TOKEN or (self._vocabulary.is_end(token) and not self._splitter.closes(data)):
             self.ended = True
             return ""
         answer.output_tokens += 1
-        held = self.constraint
-        thought, said = self._splitter.feed(self._vocabulary.piece(token))
-        if held and self.constraint:
-            held.accept(token)
-        elif self.constraint:  # this token ends the reasoning, and may begin the response
-            self.constraint.accept_text(said)
+        thought, said = self._splitter.feed(data)
+        if self._constraint and said:
+            self._constraint.accept_text(said)
         self._reason(self._thought.feed(thought))
         piece = self._text.feed(said)
         self._say(piece)
-        if self._text.stopped:
+        if self._text.stopped or self._splitter.state == "over":
             self.ended = True
         elif answer.output_tokens >= self._most:
             answer.finish_reason, self.ended = "length", True
+            answer.context_is_full = answer.output_tokens >= self._room
         return piece
 
     def _reason(self, piece: str) -> None:
@@ -1668,6 +1601,10 @@ class AnswerBuilder:
         self._say(piece)
         if answer.reasoning and not answer.response:  # the answer ended inside its reasoning
             self._think("\n")
+        if self._splitter.state == "inside" and not answer.response:
+            answer.reasoning = answer.reasoning or ""
+        if answer.finish_reason == "stop" and not self._text.stopped and not answer.response.strip():
+            answer.finish_reason = "empty"
         answer.first_token_ms = round((self._first - self._started) * 1000, 1)
         answer.duration_ms = round((ended - self._started) * 1000, 1)
         answer.tokens_per_second = (
@@ -1883,8 +1820,9 @@ class Decoder(Closing):
         self.unreported_ms = model.load_ms  # of loading, which the next answer reports
         self.checkpoints = Checkpoints(cache)
         self._model, self._template, self._interrupt = model, template, interrupt
-        self._marks = reasoning_marks(template.template.source, model.vocabulary)
-        words, markers = model.vocabulary, Markers(template.template.source, model.vocabulary)
+        words, source = model.vocabulary, template.template.source
+        self._formats = formats_of(source, lambda mark: len(words.encode(mark, special=True)) == 1)
+        markers = Markers(source, words)
         self._vocabulary = mask.Vocabulary(
             words.piece, words.is_end, markers.__contains__, lambda: token_texts(model.file)
         )
@@ -1937,7 +1875,8 @@ class Decoder(Closing):
             UsageError: no mask can follow the schema.
         """
         schema = prompt.settings.schema
-        constraint = self._constraint(schema) if schema else None
+        splitter = ReasoningSplitter(self._formats, prompt.ending, to_schema=schema is not None)
+        constraint = Constraint(schema.mask, self._vocabulary, splitter.response_with) if schema else None
         engine, answer = cast(Engine, self.engine), prompt.answer
         busy = {slot.sequence.id: slot for one in self.active for slot in one.slots}
         slots = []
@@ -1948,24 +1887,12 @@ class Decoder(Closing):
             slots.append(slot)
         answer.cached_tokens = len(slots[0].prompt) - len(slots[0].pending)
         answer.load_ms, self.unreported_ms = round(self.unreported_ms, 1), 0.0
-        begin, end = self._marks or ("", "")
-        splitter = ReasoningSplitter(self._marks, prompt.ending.rfind(begin) > prompt.ending.rfind(end))
         vocabulary, request = self._model.vocabulary, prompt.request
         builder = AnswerBuilder(
             answer, prompt.settings, vocabulary, engine.context, splitter, request.think, constraint
         )
         sampler = (SchemaSampler if constraint else Sampler)(self._model.file, prompt.settings)
         self.active.append(ActiveRequest(request, prompt.guidance, slots, builder, sampler))
-
-    def _constraint(self, schema: Schema) -> Constraint:
-        """Return what holds an answer to a schema; a model that can think may do that first."""
-        opening = self._model.vocabulary.encode(self._marks[0], special=True) if self._marks else []
-        return Constraint(
-            schema.mask,
-            self._vocabulary,
-            blank_lines=self._marks is not None,
-            opening=opening[0] if len(opening) == 1 else None,
-        )
 
     def decode(self) -> list[ActiveRequest]:
         """Write a token of every answer and read of the prompts what has room; return the answers that ended.

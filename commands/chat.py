@@ -71,7 +71,7 @@ def answer_once(
             answer = edge.answer_one(scheduler, request, before)
         complete = True
         if reply:
-            reply.end(answer.response)
+            reply.end(answer.response, answer.finish_reason == "interrupted")
         else:
             screen.json({**asdict(answer), **({"session": conversation.name} if conversation.path else {})})
     finally:

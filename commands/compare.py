@@ -68,5 +68,6 @@ def compare(
             screen.json([{"pref": head, **asdict(answer)} for head, answer in compared])
         screen.detail("\n".join(map(report.describe, answers)))
         scheduler.interrupt.check()
-        for head, answer in compared:
-            report.check_answer(answer, settings.schema, screen, f"the answer under {one_line(head)}")
+        report.check_answers(
+            [(answer, f"the answer under {one_line(head)}") for head, answer in compared], settings.schema, screen
+        )

@@ -80,6 +80,12 @@ class SchemaViolation(EdgeError):
     exit_code = 7
 
 
+class NoAnswer(EdgeError):
+    """The model ended, or was cut, before it said anything."""
+
+    exit_code = 7
+
+
 class CannotWrite(EdgeError):
     """An output cannot be written."""
 

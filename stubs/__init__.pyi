@@ -47,7 +47,7 @@ class Answer:
     query: str
     response: str = ""
     reasoning: str | None = None
-    finish_reason: Literal["stop", "length", "interrupted"] = "stop"
+    finish_reason: Literal["stop", "length", "empty", "interrupted"] = "stop"
     input_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0

@@ -315,6 +315,9 @@ def test_what_does_not_fit_is_refused_with_numbers_and_with_what_would_fit() -> 
     replace(grown, context=int(context)).check(path)
 
 
+CUT = "metaalign-edge: warning: the answer was cut at 2 tokens: raise -n\n"
+
+
 def test_weights_that_main_memory_cannot_keep_are_a_warning_and_what_must_stay_is_refused(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,9 +328,9 @@ def test_weights_that_main_memory_cannot_keep_are_a_warning_and_what_must_stay_i
         monkeypatch.setattr("metaalign_edge_runtime.llama.memory.free_memory", lambda free=free: float(free))
         assert edge.run(arguments) == code
         outputs.append(capfd.readouterr())
-    assert outputs[0].err == "" and outputs[0].out == outputs[1].out
+    assert outputs[0].err == CUT and outputs[0].out == outputs[1].out
     assert re.search(r"warning: .* MB are needed for tiny\.gguf, and .* MB are free: .*quantisation", outputs[1].err)
-    assert outputs[1].err.count("\n") == outputs[2].err.count("\n") == 1
+    assert outputs[1].err.endswith(CUT) and outputs[1].err.count("\n") == 2 and outputs[2].err.count("\n") == 1
     assert re.search(r"a context of 256 tokens takes .* MB are free: take a smaller model", outputs[2].err)
 
 

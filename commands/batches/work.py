@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from metaalign_edge import Answer, Prompt, Request, Scheduler
-from metaalign_edge_runtime.errors import EdgeError, Interrupted, SchemaViolation, UsageError, one_line, say
+from metaalign_edge_runtime.errors import (
+    EdgeError,
+    Interrupted,
+    NoAnswer,
+    SchemaViolation,
+    UsageError,
+    counted,
+    one_line,
+    say,
+)
 from metaalign_edge_runtime.stores.ledger import Ledger
 from metaalign_edge_runtime.structured import Schema
 
@@ -49,6 +58,7 @@ class Batch:
         self._stdout = InOrder(screen)
         self._asked: dict[int, Row] = {}  # by index, while their answers are written
         self.total = self.before = self.answered = self.failed = 0  # before: answered by an earlier call
+        self.cut = 0  # answered ones that `-n` or the context cut
 
     def requests(self, window: int) -> Iterator[Request]:
         """Yield the requests of the rows that have no answer yet.
@@ -98,12 +108,14 @@ class Batch:
         if isinstance(answer, EdgeError):
             self._finish(row, {}, f"line {row.line}: {one_line(answer)}")
             return
+        error, whose, schema = None, f"the answer to line {row.line}", request.schema or self._schema
         try:
-            report.check_answer(answer, request.schema or self._schema, self._screen, f"the answer to line {row.line}")
-        except SchemaViolation as violation:  # the row keeps the answer besides the error
-            self._finish(row, asdict(answer), one_line(violation))
-        else:
-            self._finish(row, asdict(answer), None)
+            report.refuse_answer(answer, schema, whose)
+            report.note_unknown_mark(answer, schema, self._screen, whose)
+            self.cut += answer.finish_reason == "length"
+        except (NoAnswer, SchemaViolation) as wrong:  # the row keeps the answer besides the error
+            error = one_line(wrong)
+        self._finish(row, asdict(answer), error)
 
     def _finish(self, row: Row, answer: dict[str, Any], error: str | None) -> None:
         document = {"index": row.index, "id": row.id, "error": error, **answer}
@@ -125,6 +137,9 @@ class Batch:
         """
         counts = f"{self.answered:,} answered, {self.before:,} before, {self.failed:,} failed"
         self._screen.note(f"{self.total:,} rows: {counts}")
+        if self.cut:
+            were = f"{counted(self.cut, 'answer')} {'was' if self.cut == 1 else 'were'} cut"
+            self._screen.note(f"metaalign-edge: warning: {were} (finish_reason length): raise -n, or -c")
         if self.failed:
             raise EdgeError(f"{self.failed:,} of {self.total:,} rows failed; the others are complete")
 

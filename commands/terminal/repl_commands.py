@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import metaalign_edge as edge
-from metaalign_edge_runtime.errors import UsageError, did_you_mean, say
+from metaalign_edge_runtime.errors import UsageError, did_you_mean, one_line, say
 from metaalign_edge_runtime.stores import files, profiles, session_text, sessions
 from metaalign_edge_runtime.stores.sessions import Conversation
 
@@ -98,6 +98,7 @@ def ask_again(repl: ReplState, text: str) -> None:
         raise UsageError("/again takes a preference: /again @name, or a text (/regen asks again under the same)")
     dialog = repl.last_query_under(text)
     repl.alternative = ("" if text == "-" else session_text.label_of([text]), repl.answer(dialog))
+    report.check_answer(repl.alternative[1], repl.chat.settings.schema, repl.screen)
 
 
 @command("/keep")
@@ -140,6 +141,8 @@ def compare(repl: ReplState, text: str) -> None:
         answers = answer_together(session, dialogs, columns, repl.screen, repl.strict)
     for answer in answers:
         repl.screen.detail(report.describe(answer))
+    named = [(answer, f"the answer under {one_line(one)}") for one, answer in zip(preferences, answers, strict=False)]
+    report.check_answers(named, repl.chat.settings.schema, repl.screen)
 
 
 @command("/strength", "[pref|system N]", choices=lambda: ("pref", "system"))

@@ -37,7 +37,9 @@ class ReplState:
         """Answer a query and remember the answer; `again`: the query is the last one, and replaces its turn."""
         if query:
             self.alternative = None
-            self.remember(self.answer(dialog_of(self.conversation, query, again)), again)
+            answer = self.answer(dialog_of(self.conversation, query, again))
+            self.remember(answer, again)
+            report.check_answer(answer, self.chat.settings.schema, self.screen)
 
     def answer(self, dialog: Dialog) -> Answer:
         """Write the answer to a dialog's newest query on the screen; Ctrl-C ends it early and keeps what it said."""
@@ -47,7 +49,7 @@ class ReplState:
             request = Request(dialog, self.seed, show=printer.show, think=ReasoningPrinter(self.screen).write)
             answer = edge.answer_one(self.chat, request, lambda prompt: report.warn(prompt, self.screen, self.strict))
         self.seed, self.latest = (self.seed + 1) % 2**32, answer
-        printer.end(answer.response)
+        printer.end(answer.response, answer.finish_reason == "interrupted")
         self.screen.detail(report.describe(answer))
         return answer
 
@@ -55,7 +57,6 @@ class ReplState:
         """Add an answer to the conversation; `again`: in place of the last turn."""
         self.conversation.add(asdict(answer), again)
         self.conversation.save()
-        report.check_answer(answer, self.chat.settings.schema, self.screen)
 
     def last_query(self) -> str:
         """Return the last question.

@@ -45,8 +45,10 @@ class AnswerPrinter:
         elif self._stream:
             self._screen.write(piece)
 
-    def end(self, text: str) -> None:
-        """Complete the answer; `text` is all of it."""
+    def end(self, text: str, interrupted: bool = False) -> None:
+        """Complete the answer, whose text is `text`; without any, only the line of a terminal's ^C is ended."""
+        if not text and not (interrupted and self._screen.terminal):
+            return
         if self._columns is None:
             self._screen.write(("" if self._stream else text) + ("" if text.endswith("\n") else "\n"))
             return

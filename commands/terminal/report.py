@@ -7,37 +7,108 @@ from collections.abc import Sequence
 import metaalign_edge as edge
 from metaalign_edge import Answer, ChatTemplate, Model, Prompt, Settings
 from metaalign_edge_runtime import structured
-from metaalign_edge_runtime.errors import SchemaViolation, TierViolation, in_bytes
+from metaalign_edge_runtime.errors import (
+    EdgeError,
+    NoAnswer,
+    SchemaViolation,
+    TierViolation,
+    counted,
+    in_bytes,
+    one_line,
+    say,
+)
 from metaalign_edge_runtime.llama import library
 from metaalign_edge_runtime.stores import session_text
 from metaalign_edge_runtime.stores.sessions import Conversation
 from metaalign_edge_runtime.structured import Schema
+from metaalign_edge_templates.reasoning import unknown_mark
 
 from .screen import Screen
 
 
 def check_answer(answer: Answer, schema: Schema | None, screen: Screen, whose: str = "the answer") -> None:
-    """Warn of an answer that was cut while the model was thinking, and refuse one that does not fit its schema.
+    """Refuse an answer that is empty or does not fit its schema, and warn of one that was cut.
 
     Args:
         whose: how a message names the answer.
 
     Raises:
-        SchemaViolation: the answer does not fit; says where.
+        NoAnswer, SchemaViolation: as `refuse_answer`.
     """
-    cut = f"{whose} was cut at {answer.output_tokens:,} tokens"
-    thinking = answer.finish_reason == "length" and answer.reasoning and not answer.response
-    if thinking:
-        cut += " while the model was still thinking"
-    if schema is None or answer.finish_reason == "interrupted":
-        if thinking:
-            screen.note(f"metaalign-edge: warning: {cut}: raise -n or -c, or say --no-think")
+    refuse_answer(answer, schema, whose)
+    if answer.finish_reason == "length":
+        screen.note(f"metaalign-edge: warning: {whose} {how_cut(answer)}: {how_longer(answer)}")
+    note_unknown_mark(answer, schema, screen, whose)
+
+
+def refuse_answer(answer: Answer, schema: Schema | None, whose: str) -> None:
+    """Refuse an answer that is empty or does not fit its schema; what Ctrl-C ended is taken as it is.
+
+    Raises:
+        NoAnswer: the model ended, or was still thinking when it was cut. SchemaViolation: it does not fit; says where.
+    """
+    if answer.finish_reason == "interrupted":
         return
-    wrong = structured.fault(answer.response, schema)
-    if wrong and answer.finish_reason == "length":
-        raise SchemaViolation(f"{cut}{'' if thinking else ' before the JSON was complete'}: raise -n or -c")
+    cut = answer.finish_reason == "length"
+    if answer.finish_reason == "empty" or (cut and is_thinking(answer)):
+        raise NoAnswer(f"{whose} {why_empty(answer)}")
+    wrong = structured.fault(answer.response, schema) if schema else None
+    if wrong and cut:
+        raise SchemaViolation(f"{whose} {how_cut(answer)} before the JSON was complete: {how_longer(answer)}")
     if wrong:
         raise SchemaViolation(f"{whose} does not fit the schema: {wrong}")
+
+
+def note_unknown_mark(answer: Answer, schema: Schema | None, screen: Screen, whose: str) -> None:
+    """Say, once for each mark, that a response begins with a mark of no format: reasoning may stand in it."""
+    if schema is None and (mark := unknown_mark(answer.response)):
+        screen.note_once(
+            f"unknown mark {mark}",
+            f"metaalign-edge: note: {whose} begins with {mark}, a mark of no format that is known here: if the model "
+            "reasons behind it, that is part of the answer",
+        )
+
+
+def is_thinking(answer: Answer) -> bool:
+    """Tell whether an answer ended before its response began, but not before its reasoning."""
+    return answer.reasoning is not None and not answer.response.strip()
+
+
+def how_cut(answer: Answer) -> str:
+    """Say where an answer was cut."""
+    return f"was cut at {counted(answer.output_tokens, 'token')}"
+
+
+def how_longer(answer: Answer) -> str:
+    """Say what lets an answer that was cut be longer."""
+    return "the context is full, raise -c" if answer.context_is_full else "raise -n"
+
+
+def why_empty(answer: Answer) -> str:
+    """Say why an answer is empty, and what to do next."""
+    if answer.finish_reason == "length":
+        return f"{how_cut(answer)} while the model was still thinking: {how_longer(answer)}, or say --no-think"
+    if is_thinking(answer):
+        return "is empty: the model ended while it was thinking: say --no-think, or ask otherwise"
+    return "is empty: the model ended at once: ask otherwise, or look at the prompt with `metaalign-edge render`"
+
+
+def check_answers(answers: Sequence[tuple[Answer, str]], schema: Schema | None, screen: Screen) -> None:
+    """Do as `check_answer` for several answers, each with its name; what is wrong with each is said.
+
+    Raises:
+        NoAnswer, SchemaViolation: of the last answer that has something wrong.
+    """
+    wrong: list[EdgeError] = []
+    for answer, whose in answers:
+        try:
+            check_answer(answer, schema, screen, whose)
+        except (NoAnswer, SchemaViolation) as error:
+            wrong.append(error)
+    for one in wrong[:-1]:
+        say(f"metaalign-edge: {one_line(one)}")
+    if wrong:
+        raise wrong[-1]
 
 
 def describe(answer: Answer) -> str:

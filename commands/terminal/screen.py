@@ -31,6 +31,7 @@ class Screen:
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
         self.quiet, self.verbose = quiet, verbose
         self.terminal = at_terminal(sys.stdout)
+        self._noted: set[str] = set()
 
     def write(self, text: str, escapes: bool = False) -> None:
         """Write to stdout at once. `escapes`: the text has escape sequences for a terminal, made by this program.
@@ -64,6 +65,12 @@ class Screen:
         """Print a line on stderr, unless -q."""
         if not self.quiet:
             say(text)
+
+    def note_once(self, kind: str, text: str) -> None:
+        """Print a line on stderr, unless -q, or a line of that kind was printed before."""
+        if kind not in self._noted:
+            self._noted.add(kind)
+            self.note(text)
 
     def detail(self, text: str) -> None:
         """Print a line on stderr with -v only."""

@@ -82,25 +82,20 @@ class Constraint:
 
     Args:
         mask: a schema that llguidance can follow, as JSON.
-        blank_lines: allow up to two line breaks before the answer, as models write them after their reasoning.
-        opening: the token that opens reasoning; it may come first, and the answer then follows the reasoning.
+        answer_with: returns the bytes that the answer would get by a token's bytes; None if these belong to what may
+            stand before the answer, as reasoning does.
 
     Raises:
         UsageError: llguidance cannot follow the schema.
     """
 
     def __init__(
-        self, mask: str, vocabulary: Vocabulary, blank_lines: bool = False, opening: int | None = None
+        self, mask: str, vocabulary: Vocabulary, answer_with: Callable[[bytes], bytes | None] = lambda data: data
     ) -> None:
         from llguidance import LLMatcher
 
-        rules = (
-            f"start: {'LINES? ' if blank_lines else ''}answer",
-            "LINES: /\\n{1,2}/",
-            f"answer: %json {mask}",
-        )
-        self._vocabulary, self._opening = vocabulary, opening
-        self._matcher = LLMatcher(letters(), "\n".join(rules), log_level=0)
+        self._vocabulary, self._answer_with = vocabulary, answer_with
+        self._matcher = LLMatcher(letters(), f"start: answer\nanswer: %json {mask}", log_level=0)
         self._failed = False  # the text so far does not fit, or exceeds llguidance's limits: no token fits any more
         if reason := self._matcher.get_error():
             raise UsageError(f"llguidance cannot follow this schema: {one_line(reason)[:200]}: make it simpler")
@@ -114,17 +109,26 @@ class Constraint:
         """Tell whether a token may come next, in about 3 microseconds."""
         if self._failed or self._vocabulary.is_end(token):
             return self.may_end
-        return token == self._opening or self._goes_on(token, self._vocabulary.text(token))
+        return self._goes_on(token, self._vocabulary.text(token))
 
     def _goes_on(self, token: int, text: bytes) -> bool:
-        fits = bool(text) and self._matcher.validate_tokens(list(text)) == len(text)
+        added = self._answer_with(text)
+        if added is None:
+            return bool(text)
+        fits = bool(added) and self._matcher.validate_tokens(list(added)) == len(added)
         return fits and not self._vocabulary.is_barred(token)
 
     def fitting(self, tokens: Iterable[int] | None = None) -> list[int]:
-        """Return the tokens that may come next, of the given ones or of all; `opening` is never among them."""
+        """Return the tokens that may come next, of the given ones or of all.
+
+        What may stand before the answer is among them only where some of it has been written: half a mark goes on.
+        """
         if self._failed:
             return []
         vocabulary, first = self._vocabulary, self._matcher.compute_logit_bias()  # by byte: 0 if it may not come next
+        if self._answer_with(b"") is None:
+            tokens = range(len(vocabulary.texts)) if tokens is None else tokens
+            return [token for token in tokens if not vocabulary.is_end(token) and self.fits(token)]
         if tokens is None:
             ends = vocabulary.ends
             tokens = itertools.chain(*itertools.compress(vocabulary.by_first, first))
@@ -141,5 +145,4 @@ class Constraint:
 
     def accept_text(self, data: bytes) -> None:
         """Append bytes to the answer; if they do not fit, no token fits from then on."""
-        self._opening = None
         self._failed = self._matcher.try_consume_tokens(list(data)) < len(data)
