@@ -18,15 +18,14 @@ from .options.groups import (
     DIALOG,
     MODEL,
     OUTPUT,
+    SAMPLING,
     ChartOption,
     JsonOption,
-    MaxTokensOption,
     ModelOptions,
     ParallelOption,
     RemindOption,
     StrengthOptions,
     TemplateOption,
-    TempOption,
     ThinkOption,
     Verbosity,
     option,
@@ -48,6 +47,20 @@ SizeOption = Annotated[
 ]
 SuiteSeedOption = Annotated[
     int, option("--seed", help="Draws the built-in suite, and where --temp is not 0 the answers.", env=True, min=0)
+]
+EvalTempOption = Annotated[
+    float, option("--temp", help="Temperature; 0 always takes the likeliest token.", panel=SAMPLING, env=True, min=0.0)
+]
+EvalMaxTokensOption = Annotated[
+    int | None,
+    option(
+        "-n",
+        "--max-tokens",
+        help="Longest answer, in tokens. Default: as the suite has it.",
+        panel=SAMPLING,
+        env=True,
+        min=1,
+    ),
 ]
 TierOption = Annotated[
     str, option("--ifeval-tier", help="Where IFEval's instructions stand: system, user or query (as published).")
@@ -108,8 +121,8 @@ def eval(
     second: Second,
     remind: RemindOption = True,
     think: ThinkOption = None,
-    max_tokens: MaxTokensOption = None,
-    temp: TempOption = 0.0,
+    max_tokens: EvalMaxTokensOption = None,
+    temp: EvalTempOption = 0.0,
     strength: GridOption = None,
     written: Outputs,
     strengths: StrengthOptions,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 import re
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from metaalign_edge import Dialog, RenderOptions, Settings
 from metaalign_edge_runtime import structured
 from metaalign_edge_runtime.errors import UsageError
 from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.sampling import SAMPLING_PARAMETERS
 from metaalign_edge_runtime.stores import download, files, models, profiles
 from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 from metaalign_edge_runtime.structured import Schema
@@ -38,6 +40,14 @@ def option(*names: str, help: str, panel: str | None = None, env: bool = False, 
 dialog_option, model_option, sampling_option, output_option = (
     functools.partial(option, panel=panel) for panel in (DIALOG, MODEL, SAMPLING, OUTPUT)
 )
+
+
+def drawing_option(parameter: str, help: str) -> Any:
+    """Declare the option of a parameter by which tokens are drawn: its bounds, and its default in --help."""
+    one = SAMPLING_PARAMETERS[parameter]
+    least, most = (None if bound == math.inf else bound for bound in (one.least, one.most))
+    said = f"{help} Default: the model's own, else {one.built_in:g}."
+    return sampling_option(f"--{one.option.replace('_', '-')}", help=said, env=True, min=least, max=most)
 
 
 # Options that more than one command or group has.
@@ -79,12 +89,6 @@ ParallelOption = Annotated[
 ]
 NoCacheOption = Annotated[
     bool, model_option("--no-cache", help="Neither load nor store prompt states on the disk.", env=True)
-]
-MaxTokensOption = Annotated[
-    int | None, sampling_option("-n", "--max-tokens", help="Longest answer, in tokens.", env=True, min=1)
-]
-TempOption = Annotated[
-    float | None, sampling_option("--temp", help="Temperature; 0 always takes the likeliest token.", env=True, min=0.0)
 ]
 JsonOption = Annotated[bool, output_option("--json", help="One JSON document on stdout.")]
 StreamOption = Annotated[bool, output_option("--stream/--no-stream", help="Print the answer as it is written.")]
@@ -267,22 +271,26 @@ class StrengthOptions(NamedTuple):
 class SamplingOptions(NamedTuple):
     """How tokens are drawn."""
 
-    max_tokens: MaxTokensOption = None
-    temp: TempOption = None
-    top_k: Annotated[
-        int | None, sampling_option("--top-k", help="Draw from the K likeliest tokens; 0: from all.", env=True, min=0)
+    max_tokens: Annotated[
+        int | None,
+        sampling_option(
+            "-n",
+            "--max-tokens",
+            help=f"Longest answer, in tokens. Default: {edge.USUAL_MAX_TOKENS:,}.",
+            env=True,
+            min=1,
+        ),
     ] = None
-    top_p: Annotated[
-        float | None,
-        sampling_option("--top-p", help="Draw from the likeliest tokens of this total share.", env=True, min=0, max=1),
-    ] = None
-    min_p: Annotated[
-        float | None,
-        sampling_option("--min-p", help="Drop tokens below this share of the likeliest.", env=True, min=0, max=1),
-    ] = None
+    temp: Annotated[float | None, drawing_option("temperature", "Temperature; 0 always takes the likeliest token.")] = (
+        None
+    )
+    top_k: Annotated[int | None, drawing_option("top_k", "Draw from the K likeliest tokens; 0: from all.")] = None
+    top_p: Annotated[float | None, drawing_option("top_p", "Draw from the likeliest tokens of this total share.")] = (
+        None
+    )
+    min_p: Annotated[float | None, drawing_option("min_p", "Drop tokens below this share of the likeliest.")] = None
     repeat_penalty: Annotated[
-        float | None,
-        sampling_option("--repeat-penalty", help="Above 1, repetition becomes less likely.", env=True, min=0.1),
+        float | None, drawing_option("repeat_penalty", "Above 1, repetition becomes less likely.")
     ] = None
     seed: Annotated[
         int | None,
@@ -307,11 +315,7 @@ class SamplingOptions(NamedTuple):
         return replace(
             settings,
             max_tokens=self.max_tokens,
-            temperature=self.temp,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repeat_penalty=self.repeat_penalty,
+            **{name: getattr(self, one.option) for name, one in SAMPLING_PARAMETERS.items()},
             seed=random.SystemRandom().randrange(2**32) if self.seed is None else self.seed,
             stop=tuple(self.stop or ()),
             schema=None if self.json_schema is None else read_schema(self.json_schema),
@@ -330,10 +334,27 @@ class Verbosity(NamedTuple):
 
 
 def gathered(
-    model: ModelOptions, sampling: SamplingOptions, strengths: StrengthOptions, verbosity: Verbosity
+    context: typer.Context,
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    strengths: StrengthOptions,
+    verbosity: Verbosity,
 ) -> Settings:
     """Return the engine's settings of a command that answers."""
-    return replace(strengths.added(sampling.added(model.settings())), verbose=verbosity.verbose)
+    settings = strengths.added(sampling.added(model.settings()))
+    return replace(settings, verbose=verbosity.verbose, sources=sources_of(context))
+
+
+def sources_of(context: typer.Context) -> dict[str, str]:
+    """Return what gives each of a command's options its value: flag, environment, config file, project file."""
+    named = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "config file"}
+    found = {name: getattr(context.get_parameter_source(name), "name", "") for name in context.params}
+    projects = [name for name, one in (context.default_map or {}).items() if getattr(one, "project", None)]
+    return {
+        name: "project file" if source == "DEFAULT_MAP" and name in projects else named[source]
+        for name, source in found.items()
+        if source in named
+    }
 
 
 def prompt_cache(no_cache: bool, read_only: bool = False) -> PromptCache | None:

@@ -20,6 +20,7 @@ import typer.main
 
 import metaalign_edge as edge
 from metaalign_edge_runtime.errors import EdgeError, NotFound, UsageError, did_you_mean, shortened
+from metaalign_edge_runtime.llama.sampling import SAMPLING_PARAMETERS
 from metaalign_edge_runtime.stores import config, files, models, profiles
 from metaalign_edge_runtime.stores.config import Project
 
@@ -253,6 +254,15 @@ class InForce(NamedTuple):
     origin: str  # a variable, the path of a file, or built-in
 
 
+BUILT_IN = {  # values that stand behind an option without a default of its own
+    "max_tokens": InForce(edge.USUAL_MAX_TOKENS, "built-in"),
+    **{
+        one.option: InForce(one.built_in, "built-in (a model's own comes first)")
+        for one in SAMPLING_PARAMETERS.values()
+    },
+}
+
+
 def in_force(context: typer.Context) -> dict[str, InForce]:
     """Return every setting by name, as a command without flags would have it here.
 
@@ -267,7 +277,7 @@ def in_force(context: typer.Context) -> dict[str, InForce]:
         elif name in found:
             values[name] = InForce(option.type_cast_value(context, found[name]()), found[name].origin)
         else:
-            values[name] = InForce(option.default, "built-in")
+            values[name] = BUILT_IN.get(name) or InForce(option.default, "built-in")
     return values
 
 
