@@ -107,6 +107,7 @@ from metaalign_edge_runtime.stores import files, models, profiles
 from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 from metaalign_edge_runtime.structured import Schema, mask
 from metaalign_edge_runtime.structured.mask import Constraint
+from metaalign_edge_templates.arguments import checked_arguments, followed
 from metaalign_edge_templates.sandbox import Refusal, Template, TemplateFailure
 from metaalign_edge_templates.tier_text import Tier, TierText, join_text
 
@@ -228,6 +229,7 @@ class RenderOptions(NamedTuple):
 
     remind: bool = True  # wrapped only: say next to the newest query that System Info wins, when both tiers have text
     think: bool | None = None  # the template variable `enable_thinking`; None leaves it undefined
+    template_args: Mapping[str, Any] = {}  # values of other variables of the template, in JSON's types
 
 
 AS_USUAL = RenderOptions()
@@ -305,7 +307,8 @@ def render_messages(
     for entry, turn in zip(turns, dialog.turns, strict=True):
         if turn.response is not None:
             entry["response"] = TierText.of(turn.response, "response")
-    thinking = {} if options.think is None else {"enable_thinking": options.think, "thinking": options.think}
+    more = {} if options.think is None else {"enable_thinking": options.think, "thinking": options.think}
+    more |= {name: followed(value) for name, value in options.template_args.items()}
     tiers = {
         "system_info": TierText.of(dialog.system_info, "system_info"),
         "user_info": TierText.of(dialog.user_info, "user_info"),
@@ -319,10 +322,23 @@ def render_messages(
         tools=None,
         documents=None,
         functions=None,
-        **thinking,
+        **more,
         **(tiers if chat.native else {}),
     )
     return Rendering(chat.name, chat.native, messages, prompt, chat.template.source)
+
+
+def obeys_think(chat: ChatTemplate, options: RenderOptions = AS_USUAL) -> bool:
+    """Tell whether a template makes another prompt where the model is to think than where it is not."""
+    probes = [Dialog(turns=(Turn("?"),)), Dialog("?", "?", (Turn("?", "?"), Turn("?")))]
+
+    def prompts(think: bool) -> list[str]:
+        return [render(probe, chat, options._replace(think=think)).prompt for probe in probes]
+
+    try:
+        return prompts(True) != prompts(False)
+    except TemplateError:  # it refuses one of the probes: the dialog itself will tell
+        return True
 
 
 def native_messages(dialog: Dialog) -> Iterator[list[dict[str, Any]]]:
@@ -2222,6 +2238,7 @@ class Options(TypedDict, total=False):
     schema: Mapping[str, Any] | str | None  # JSON Schema, or fields as `name, age int`; the final check is the caller's
     remind: bool
     think: bool | None
+    template_args: Mapping[str, Any]
 
 
 class ModelSession(Closing):
@@ -2263,7 +2280,11 @@ class ModelSession(Closing):
         if unknown := options.keys() - Options.__annotations__:
             raise TypeError(f"no option {min(unknown)!r}: there are {', '.join(Options.__annotations__)}")
         given: dict[str, Any] = {"seed": None, **options}
-        self.scheduler.options = RenderOptions(given.pop("remind", True), given.pop("think", None))
+        self.scheduler.options = RenderOptions(
+            given.pop("remind", True),
+            given.pop("think", None),
+            checked_arguments(given.pop("template_args", None) or {}),
+        )
         seed = given.pop("seed")
         seed = random.SystemRandom().randrange(2**32) if seed is None else seed
         if not 0 <= seed < 2**32:

@@ -25,10 +25,12 @@ from .options.groups import (
     ParallelOption,
     RemindOption,
     StrengthOptions,
+    TemplateArgsOption,
     TemplateOption,
     ThinkOption,
     Verbosity,
     option,
+    template_args,
 )
 
 SuiteOption = Annotated[
@@ -121,6 +123,7 @@ def eval(
     second: Second,
     remind: RemindOption = True,
     think: ThinkOption = None,
+    template_arg: TemplateArgsOption = None,
     max_tokens: EvalMaxTokensOption = None,
     temp: EvalTempOption = 0.0,
     strength: GridOption = None,
@@ -139,7 +142,7 @@ def eval(
 
         metaalign-edge eval -m model-Q4_K_M.gguf --against model-F16.gguf --report report.html
     """
-    screen, options = talk.screen(), RenderOptions(remind, think)
+    screen, options = talk.screen(), RenderOptions(remind, think, template_args(template_arg))
     settings = strengths.added(loaded.settings())
     settings = replace(settings, max_tokens=max_tokens, temperature=temp, seed=suite.seed, verbose=talk.verbose)
     outputs.check_outputs(written.report, written.chart)

@@ -75,6 +75,7 @@ class Options(TypedDict, total=False):
     schema: Mapping[str, Any] | str | None
     remind: bool
     think: bool | None
+    template_args: Mapping[str, Any]
 
 class Model:
     def __init__(self, file: Any, settings: Any, interrupt: Any = None, plan: Any = None) -> None: ...

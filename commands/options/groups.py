@@ -22,6 +22,7 @@ from metaalign_edge_runtime.llama.sampling import SAMPLING_PARAMETERS
 from metaalign_edge_runtime.stores import download, files, models, profiles
 from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 from metaalign_edge_runtime.structured import Schema
+from metaalign_edge_templates.arguments import parse_argument
 
 from ..terminal.progress import progress_bar
 from ..terminal.screen import Screen
@@ -71,6 +72,14 @@ RemindOption = Annotated[
 ]
 ThinkOption = Annotated[
     bool | None, dialog_option("--think/--no-think", help="Let a thinking model think. Default: as its template does.")
+]
+TemplateArgsOption = Annotated[
+    list[str] | None,
+    dialog_option(
+        "--template-arg",
+        metavar="NAME=VALUE",
+        help="Give the template a variable: reasoning_effort=low; JSON or a text. Repeat to add.",
+    ),
 ]
 ModelOption = Annotated[
     str | None,
@@ -175,10 +184,24 @@ class RenderingOptions(NamedTuple):
     ] = False
     remind: RemindOption = True
     think: ThinkOption = None
+    template_arg: TemplateArgsOption = None
 
     def options(self) -> RenderOptions:
-        """Return the options that `render` takes."""
-        return RenderOptions(self.remind, self.think)
+        """Return the options that `render` takes.
+
+        Raises:
+            UsageError: a template argument is none.
+        """
+        return RenderOptions(self.remind, self.think, template_args(self.template_arg))
+
+
+def template_args(given: Iterable[str] | None) -> dict[str, Any]:
+    """Read the values of --template-arg; of two of one name, the last counts.
+
+    Raises:
+        UsageError: one is not NAME=VALUE, or no template can be given it.
+    """
+    return dict(map(parse_argument, given or ()))
 
 
 class ModelOptions(NamedTuple):

@@ -35,15 +35,16 @@ from .groups import (
     StreamOption,
     StrengthOptions,
     Verbosity,
+    template_args,
 )
 from .signature import spread
 
 # Settings whose options have no variable.
-ALSO_SETTINGS = ("pref", "stop", "strict_tiers", "remind", "think", "stream", "quiet", "verbose")
+ALSO_SETTINGS = ("pref", "stop", "strict_tiers", "remind", "think", "template_arg", "stream", "quiet", "verbose")
 IGNORED_SETTINGS: Mapping[str, tuple[str, ...]] = {  # by command
     "compare": ("pref",),  # a column for each --pref, and no other
     # settings must not change what it measures
-    "eval": ("max_tokens", "temp", "seed", "remind", "think", "system_strength", "pref_strength"),
+    "eval": ("max_tokens", "temp", "seed", "remind", "think", "template_arg", "system_strength", "pref_strength"),
 }
 SHOWN = 60  # characters of a setting's value in a note
 REPLACED_BY = {  # a setting, and the flags of other names that override it
@@ -103,6 +104,8 @@ class Setting:
                 edge.checked_strength(self.option.opts[0], given)
             elif name == "pref":
                 MetaPrompt(pref=given).preferences()
+            elif name == "template_arg":
+                template_args(given)
             elif name == "model" and (os.path.isabs(given) or "/" not in given):
                 models.resolve_model(given)
             elif name == "template" and files.looks_like_path(given, ".jinja"):
