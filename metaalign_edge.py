@@ -92,6 +92,7 @@ from metaalign_edge_runtime.llama.gguf import DEFAULT_CONTEXT, GGUFArray, ModelF
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.llama.library import LOG, Background, Closing
 from metaalign_edge_runtime.llama.memory import CELLS, PREFILL_CHUNK, Device, Footprint, Plan
+from metaalign_edge_runtime.llama.sampling import SAMPLING_PARAMETERS, SamplingValue, choose_sampling
 from metaalign_edge_runtime.llama.token_texts import token_texts
 from metaalign_edge_runtime.llama.vocabulary import (
     ATTR_BYTE,
@@ -107,6 +108,7 @@ from metaalign_edge_runtime.stores import files, models, profiles
 from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 from metaalign_edge_runtime.structured import Schema, mask
 from metaalign_edge_runtime.structured.mask import Constraint
+from metaalign_edge_templates.arguments import checked_arguments, followed
 from metaalign_edge_templates.reasoning import ReasoningSplitter, formats_of
 from metaalign_edge_templates.sandbox import Refusal, Template, TemplateFailure
 from metaalign_edge_templates.tier_text import Tier, TierText, join_text
@@ -229,6 +231,7 @@ class RenderOptions(NamedTuple):
 
     remind: bool = True  # wrapped only: say next to the newest query that System Info wins, when both tiers have text
     think: bool | None = None  # the template variable `enable_thinking`; None leaves it undefined
+    template_args: Mapping[str, Any] = {}  # values of other variables of the template, in JSON's types
 
 
 AS_USUAL = RenderOptions()
@@ -306,7 +309,8 @@ def render_messages(
     for entry, turn in zip(turns, dialog.turns, strict=True):
         if turn.response is not None:
             entry["response"] = TierText.of(turn.response, "response")
-    thinking = {} if options.think is None else {"enable_thinking": options.think, "thinking": options.think}
+    more = {} if options.think is None else {"enable_thinking": options.think, "thinking": options.think}
+    more |= {name: followed(value) for name, value in options.template_args.items()}
     tiers = {
         "system_info": TierText.of(dialog.system_info, "system_info"),
         "user_info": TierText.of(dialog.user_info, "user_info"),
@@ -320,10 +324,23 @@ def render_messages(
         tools=None,
         documents=None,
         functions=None,
-        **thinking,
+        **more,
         **(tiers if chat.native else {}),
     )
     return Rendering(chat.name, chat.native, messages, prompt, chat.template.source)
+
+
+def obeys_think(chat: ChatTemplate, options: RenderOptions = AS_USUAL) -> bool:
+    """Tell whether a template makes another prompt where the model is to think than where it is not."""
+    probes = [Dialog(turns=(Turn("?"),)), Dialog("?", "?", (Turn("?", "?"), Turn("?")))]
+
+    def prompts(think: bool) -> list[str]:
+        return [render(probe, chat, options._replace(think=think)).prompt for probe in probes]
+
+    try:
+        return prompts(True) != prompts(False)
+    except TemplateError:  # it refuses one of the probes: the dialog itself will tell
+        return True
 
 
 def native_messages(dialog: Dialog) -> Iterator[list[dict[str, Any]]]:
@@ -684,13 +701,10 @@ Strength = float | Literal["auto"]
 LEAST_CONTEXT = 16  # tokens: no dialog fits less
 MOST_CONTEXT = 2**31 - 1  # tokens: llama.cpp counts positions in 32 bits
 MOST_THREADS = 512  # llama.cpp's limit
+USUAL_MAX_TOKENS = 2048  # of an answer whose -n is not given: an end for a model that repeats itself
 BOUNDS: Mapping[str, tuple[float, float]] = {  # least and largest value of an option that a Python program gives
     "max_tokens": (1, math.inf),
-    "temperature": (0, math.inf),
-    "top_k": (0, math.inf),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "repeat_penalty": (0.1, math.inf),
+    **{name: (one.least, one.most) for name, one in SAMPLING_PARAMETERS.items()},
 }
 
 
@@ -762,7 +776,7 @@ class Settings:
     context: int | Literal["auto"] | None = None  # tokens per sequence; None: as the model and the dialog need
     gpu_layers: str = "auto"  # auto, all, or a number
     threads: int | None = None  # None: one per physical core
-    max_tokens: int | None = None  # of the answer; None: as many as the context holds
+    max_tokens: int | None = None  # of the answer; None: USUAL_MAX_TOKENS, and a part of the context is reserved
     temperature: float | None = None  # None, here and below: the model's own value, else the built-in one
     top_k: int | None = None
     top_p: float | None = None
@@ -775,6 +789,12 @@ class Settings:
     pref_strength: Strength = 1.0
     adapters: tuple[Adapter, ...] = ()
     schema: Schema | None = None  # that the answer must fit
+    sources: Mapping[str, str] = field(default_factory=dict)  # what gave a value, by option: flag, environment, …
+
+    def sampling(self, file: ModelFile) -> dict[str, SamplingValue]:
+        """Return what a model's tokens are drawn by, and what gave each value."""
+        given = {name: getattr(self, name) for name in SAMPLING_PARAMETERS}
+        return choose_sampling(given, self.sources, file.metadata)
 
     @property
     def contexts(self) -> int:
@@ -788,7 +808,7 @@ class Settings:
 
     def deciding(self) -> list[Any]:
         """List the values that decide the text of an answer, in JSON's types: another value, another text."""
-        aside = ("gpu_layers", "threads", "verbose")
+        aside = ("gpu_layers", "threads", "verbose", "sources")
         return [value for name, value in asdict(self).items() if name not in aside]
 
 
@@ -1278,15 +1298,8 @@ class Sampler(Closing):
     def __init__(self, file: ModelFile, settings: Settings) -> None:
         llama = self._llama = library.llama_cpp()
         self.pointer = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-
-        def value(flag: float | None, key: str, built_in: float) -> float:
-            return flag if flag is not None else file.metadata.get(f"general.sampling.{key}", built_in)
-
-        temperature = value(settings.temperature, "temp", 0.7)
-        top_k = int(value(settings.top_k, "top_k", 40))
-        if settings.temperature and settings.top_k is None and top_k == 1:
-            top_k = 40  # a model that recommends greedy decoding must not undo --temp
-        penalty = value(settings.repeat_penalty, "penalty_repeat", 1.0)
+        chosen = {name: one["value"] for name, one in settings.sampling(file).items()}
+        temperature, top_k, penalty = chosen["temperature"], int(chosen["top_k"]), chosen["repeat_penalty"]
         size = file.metadata["tokenizer.ggml.tokens"].length
         chain = [llama.llama_sampler_init_penalties(size, 64, penalty, 0.0, 0.0)] if penalty != 1.0 else []
         self.greedy = not chain and (temperature <= 0 or top_k == 1)  # the likeliest token is always drawn
@@ -1295,8 +1308,8 @@ class Sampler(Closing):
         else:
             chain += [
                 llama.llama_sampler_init_top_k(top_k),
-                llama.llama_sampler_init_top_p(value(settings.top_p, "top_p", 0.95), 1),
-                llama.llama_sampler_init_min_p(value(settings.min_p, "min_p", 0.05), 1),
+                llama.llama_sampler_init_top_p(chosen["top_p"], 1),
+                llama.llama_sampler_init_min_p(chosen["min_p"], 1),
                 llama.llama_sampler_init_temp(temperature),
                 llama.llama_sampler_init_dist(settings.seed),
             ]
@@ -1436,6 +1449,7 @@ class Answer:
     seed: int = 0
     truncated: int = 0  # turns dropped to fit the context
     context_is_full = False  # no field: whether the context cut it, and not the number of tokens that was asked for
+    sampling: dict[str, SamplingValue] = field(default_factory=dict)  # what its tokens were drawn by
 
 
 def overlap(text: str, mark: str) -> int:
@@ -1659,7 +1673,8 @@ def make_prompt(
         TemplateError, TierViolation: as `render` and `tokenize`.
     """
     dialog, most = request.dialog, request.max_tokens or settings.max_tokens
-    settings = replace(settings, seed=request.seed, max_tokens=most, schema=request.schema or settings.schema)
+    settings = replace(settings, seed=request.seed, schema=request.schema or settings.schema)
+    settings = replace(settings, max_tokens=most or USUAL_MAX_TOKENS)  # it only bounds: `most` decides what is reserved
     limit = settings.context if isinstance(settings.context, int) else model.file.context
     while True:
         guidance = Guidance(dialog, settings.system_strength, settings.pref_strength)
@@ -1687,6 +1702,7 @@ def make_prompt(
         input_tokens=len(read[0].tokens),
         seed=request.seed,
         truncated=len(request.dialog.turns) - len(dialog.turns),
+        sampling=settings.sampling(model.file),
     )
     checkpoints = [
         [at for at in one.queries() if at * model.plan.footprint.bytes >= CACHE_WORTH_SAVING] for one in read
@@ -2153,6 +2169,7 @@ class Options(TypedDict, total=False):
     schema: Mapping[str, Any] | str | None  # JSON Schema, or fields as `name, age int`; the final check is the caller's
     remind: bool
     think: bool | None
+    template_args: Mapping[str, Any]
 
 
 class ModelSession(Closing):
@@ -2194,7 +2211,11 @@ class ModelSession(Closing):
         if unknown := options.keys() - Options.__annotations__:
             raise TypeError(f"no option {min(unknown)!r}: there are {', '.join(Options.__annotations__)}")
         given: dict[str, Any] = {"seed": None, **options}
-        self.scheduler.options = RenderOptions(given.pop("remind", True), given.pop("think", None))
+        self.scheduler.options = RenderOptions(
+            given.pop("remind", True),
+            given.pop("think", None),
+            checked_arguments(given.pop("template_args", None) or {}),
+        )
         seed = given.pop("seed")
         seed = random.SystemRandom().randrange(2**32) if seed is None else seed
         if not 0 <= seed < 2**32:

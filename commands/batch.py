@@ -54,6 +54,7 @@ RowsOption = Annotated[
 
 @command
 def batch(
+    context: typer.Context,
     source: BatchArgument,
     output: RowsOption = None,
     parallel: ParallelOption = 8,
@@ -79,13 +80,12 @@ def batch(
     """
     screen, defaults = talk.screen(), meta_prompt.dialog()
     file = loaded.file(screen)
-    settings = gathered(loaded, sampling, strengths, talk)
+    settings = gathered(context, loaded, sampling, strengths, talk)
     plan = edge.plan_for(file, settings, answers=parallel)
-    settings = settings.planned(plan)
+    settings, unknown = settings.planned(plan), set[str]()
     chosen, options = edge.choose_template(rendered.template, file), rendered.options()
     deciding = (settings if sampling.seed is not None else replace(settings, seed=-1)).deciding()
     run = files.digest([edge.__version__, file.identity, chosen.identity, *options, *deciding])[:16]
-    unknown: set[str] = set()
     with open_rows(source) as (lines, name), open_ledger(output, source, run, force) as ledger:
         work = Batch(read_rows(lines, defaults, settings.seed, unknown), ledger, screen, name, settings.schema)
         requests = work.requests(WINDOW * parallel)

@@ -160,7 +160,7 @@ def chat(
     """
     screen, conversation = talk.screen(), go_on(name, newest)
     set_meta_prompt(conversation, meta_prompt, context)
-    settings = gathered(loaded, sampling, strengths, talk)
+    settings = gathered(context, loaded, sampling, strengths, talk)
     asked = read_query(query, no_stdin, repl=not as_json)
     with open_scheduler(loaded, rendered, settings, screen, prompt_cache(no_cache)) as scheduler:
         report.introduce(conversation, scheduler.model.file.path.name, screen, talking=asked is None)

@@ -6,6 +6,8 @@ import contextlib
 from dataclasses import asdict
 from typing import cast
 
+import typer
+
 from metaalign_edge import Dialog, Turn
 from metaalign_edge_runtime.errors import UsageError, one_line
 
@@ -32,6 +34,7 @@ from .terminal.columns import Columns, answer_together
 
 @command
 def compare(
+    context: typer.Context,
     query: QueryArgument = None,
     *,
     meta_prompt: MetaPrompt,
@@ -57,7 +60,7 @@ def compare(
         raise UsageError("compare needs two preferences or more: give each with --pref (a lone - is none)")
     asked, system_info = Turn(cast(str, read_query(query, no_stdin, repl=False))), meta_prompt.system_info()
     dialogs = [Dialog(system_info, one.text, (asked,)) for one in preferences]
-    settings = gathered(loaded, sampling, strengths, talk)
+    settings = gathered(context, loaded, sampling, strengths, talk)
     opened = open_scheduler(loaded, rendered, settings, screen, prompt_cache(no_cache), len(dialogs))
     with opened as scheduler, scheduler.interrupt:
         heads = [one.given for one in preferences]

@@ -18,18 +18,19 @@ from .options.groups import (
     DIALOG,
     MODEL,
     OUTPUT,
+    SAMPLING,
     ChartOption,
     JsonOption,
-    MaxTokensOption,
     ModelOptions,
     ParallelOption,
     RemindOption,
     StrengthOptions,
+    TemplateArgsOption,
     TemplateOption,
-    TempOption,
     ThinkOption,
     Verbosity,
     option,
+    template_args,
 )
 
 SuiteOption = Annotated[
@@ -48,6 +49,20 @@ SizeOption = Annotated[
 ]
 SuiteSeedOption = Annotated[
     int, option("--seed", help="Draws the built-in suite, and where --temp is not 0 the answers.", env=True, min=0)
+]
+EvalTempOption = Annotated[
+    float, option("--temp", help="Temperature; 0 always takes the likeliest token.", panel=SAMPLING, env=True, min=0.0)
+]
+EvalMaxTokensOption = Annotated[
+    int | None,
+    option(
+        "-n",
+        "--max-tokens",
+        help="Longest answer, in tokens. Default: as the suite has it.",
+        panel=SAMPLING,
+        env=True,
+        min=1,
+    ),
 ]
 TierOption = Annotated[
     str, option("--ifeval-tier", help="Where IFEval's instructions stand: system, user or query (as published).")
@@ -108,8 +123,9 @@ def eval(
     second: Second,
     remind: RemindOption = True,
     think: ThinkOption = None,
-    max_tokens: MaxTokensOption = None,
-    temp: TempOption = 0.0,
+    template_arg: TemplateArgsOption = None,
+    max_tokens: EvalMaxTokensOption = None,
+    temp: EvalTempOption = 0.0,
     strength: GridOption = None,
     written: Outputs,
     strengths: StrengthOptions,
@@ -126,7 +142,7 @@ def eval(
 
         metaalign-edge eval -m model-Q4_K_M.gguf --against model-F16.gguf --report report.html
     """
-    screen, options = talk.screen(), RenderOptions(remind, think)
+    screen, options = talk.screen(), RenderOptions(remind, think, template_args(template_arg))
     settings = strengths.added(loaded.settings())
     settings = replace(settings, max_tokens=max_tokens, temperature=temp, seed=suite.seed, verbose=talk.verbose)
     outputs.check_outputs(written.report, written.chart)

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, cast
 
+import typer
+
 import metaalign_edge as edge
-from metaalign_edge import Rendering, Token, Turn
+from metaalign_edge import Rendering, RenderOptions, Token, Turn
 from metaalign_edge_runtime.llama.vocabulary import load_vocabulary
 from metaalign_edge_templates.tier_text import TIERS
 
@@ -26,9 +28,10 @@ from .options.groups import (
     StdinOption,
     Verbosity,
     option,
+    sources_of,
 )
 from .options.query import read_query
-from .terminal import report
+from .terminal import effects, report
 
 
 def token_table(tokens: Sequence[Token]) -> str:
@@ -42,6 +45,7 @@ def token_table(tokens: Sequence[Token]) -> str:
 
 @command
 def render(
+    context: typer.Context,
     query: QueryArgument = None,
     model: ModelOption = None,
     offline: OfflineOption = False,
@@ -71,7 +75,9 @@ def render(
     file = ModelOptions(model=model, offline=offline).file(screen)
     chosen = edge.choose_template(rendered.template, file)
     screen.detail(f"template {chosen.name}: {chosen.why}")
-    rendering = edge.render(dialog, chosen, rendered.options())
+    options = rendered.options()
+    rendering = edge.render(dialog, chosen, options)
+    effects.note_without_effect(chosen, options, sources_of(context), screen)
     rows: list[Token] | None = None
     if tokens or count or rendered.strict_tiers:
         with load_vocabulary(file, talk.verbose) as vocabulary:
@@ -83,7 +89,7 @@ def render(
     if rows is not None and count:
         screen.json(token_counts(rows)) if as_json else screen.write(f"{len(rows)}\n")
     elif as_json:
-        screen.json(rendering_document(rendering, rows))
+        screen.json(rendering_document(rendering, options, rows))
     elif rows is not None:
         screen.write(token_table(rows))
     else:
@@ -93,14 +99,16 @@ def render(
 def token_counts(tokens: Sequence[Token]) -> dict[str, Any]:
     """Count the tokens of each tier, and of the scaffold between them."""
     counts: Counter[str] = Counter(token.tier or "scaffold" for token in tokens)
-    return {"total": len(tokens), **{tier: counts[tier] for tier in (*TIERS, "scaffold")}}
+    owners = (*TIERS, *(["template_arg"] if counts["template_arg"] else []), "scaffold")
+    return {"total": len(tokens), **{owner: counts[owner] for owner in owners}}
 
 
-def rendering_document(rendering: Rendering, tokens: list[Token] | None) -> dict[str, Any]:
+def rendering_document(rendering: Rendering, options: RenderOptions, tokens: list[Token] | None) -> dict[str, Any]:
     """Make the JSON document of `render`."""
     return {
         "template": rendering.template,
         "native": rendering.native,
+        "template_args": options.template_args,
         "messages": rendering.messages,
         "prompt": rendering.prompt,
         "tokens": tokens

@@ -38,6 +38,8 @@ class Dialog:
     turns: Sequence[Turn] = ()
     def then(self, response: str, query: str) -> Dialog: ...
 
+SamplingValue = TypedDict("SamplingValue", {"value": float, "from": str})
+
 @dataclass
 class Answer:
     model: str
@@ -57,6 +59,7 @@ class Answer:
     tokens_per_second: float = 0.0
     seed: int = 0
     truncated: int = 0
+    sampling: dict[str, SamplingValue] = ...
 
 class Options(TypedDict, total=False):
     max_tokens: int | None
@@ -72,6 +75,7 @@ class Options(TypedDict, total=False):
     schema: Mapping[str, Any] | str | None
     remind: bool
     think: bool | None
+    template_args: Mapping[str, Any]
 
 class Model:
     def __init__(self, file: Any, settings: Any, interrupt: Any = None, plan: Any = None) -> None: ...

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
-Tier = Literal["system_info", "user_info", "query", "response"]
-TIERS: tuple[Tier, ...] = ("system_info", "user_info", "query", "response")
+Tier = Literal["system_info", "user_info", "query", "response", "template_arg"]  # the last: see `arguments`
+TIERS: tuple[Tier, ...] = ("system_info", "user_info", "query", "response")  # those of the dialog
 
 
 class Span(NamedTuple):

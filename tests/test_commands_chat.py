@@ -52,7 +52,7 @@ def test_the_json_document_has_the_fields_of_the_contract(here: Run, tiny: Path)
     document = json.loads(result.stdout)
     assert list(document) == (
         "model template system_info user_info query response reasoning finish_reason input_tokens cached_tokens output_tokens "
-        "load_ms first_token_ms duration_ms tokens_per_second seed truncated".split()
+        "load_ms first_token_ms duration_ms tokens_per_second seed truncated sampling".split()
     )
     assert (document["system_info"], document["user_info"], document["query"]) == ("be kind", "a\nb", "tea?")
     assert (document["template"], document["finish_reason"], document["output_tokens"]) == ("metaalign", "length", 5)

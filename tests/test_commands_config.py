@@ -62,12 +62,16 @@ def test_show_lists_every_setting_with_what_gives_it(says: Says, file: Path, mon
     assert shown["seed"] == {"value": 7, "origin": "METAALIGN_EDGE_SEED"}
     assert shown["template"] == {"value": "auto", "origin": "built-in"}
     lines = {line.split()[0]: line.split() for line in says("config", "show")[0].splitlines()}
-    assert lines["no_cache"] == ["no_cache", "true", here] and lines["top_k"] == ["top_k", "-", "built-in"]
+    assert lines["no_cache"] == ["no_cache", "true", here] and lines["seed"] == ["seed", "7", "METAALIGN_EDGE_SEED"]
+    assert shown["max_tokens"] == {"value": edge.USUAL_MAX_TOKENS, "origin": "built-in"}
+    assert shown["top_p"] == {"value": 0.95, "origin": "built-in (a model's own comes first)"}
+    assert lines["top_k"] == "top_k 40 built-in (a model's own comes first)".split()
+    assert lines["model"] == ["model", "-", "built-in"]
 
 
 def test_set_get_and_unset(says: Says, refuses: Refuses, file: Path) -> None:
     assert says("config", "path") == (f"{file}\n", "")
-    assert "config set temp VALUE" in refuses(3, "config", "get", "temp")
+    assert "config set seed VALUE" in refuses(3, "config", "get", "seed")
     says("config", "set", "temp", "0.5")
     says("config", "set", "--", "max-tokens", "300")
     says("config", "set", "quiet", "yes")

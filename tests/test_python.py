@@ -165,7 +165,7 @@ def test_no_seed_draws_one_and_options_of_one_call_are_gone_in_the_next(tiny: Pa
 
 
 def test_options_are_those_of_the_settings_and_of_the_rendering() -> None:
-    loading = {"context", "gpu_layers", "threads", "verbose", "adapters"}
+    loading = {"context", "gpu_layers", "threads", "verbose", "adapters", "sources"}
     settings = {field.name for field in fields(edge.Settings)} - loading
     assert set(edge.Options.__annotations__) == settings | set(edge.RenderOptions._fields)
 

@@ -119,6 +119,7 @@ class Batch:
 
     def _finish(self, row: Row, answer: dict[str, Any], error: str | None) -> None:
         document = {"index": row.index, "id": row.id, "error": error, **answer}
+        document.pop("sampling", None)  # of all rows the same: -v says it once
         if error is None:
             self.answered += 1
         else:

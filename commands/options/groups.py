@@ -18,9 +18,11 @@ from metaalign_edge import Dialog, RenderOptions, Settings
 from metaalign_edge_runtime import structured
 from metaalign_edge_runtime.errors import UsageError
 from metaalign_edge_runtime.llama.gguf import ModelFile
+from metaalign_edge_runtime.llama.sampling import SAMPLING_PARAMETERS
 from metaalign_edge_runtime.stores import download, files, models, profiles
 from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 from metaalign_edge_runtime.structured import Schema
+from metaalign_edge_templates.arguments import parse_argument
 
 from ..terminal.progress import progress_bar
 from ..terminal.screen import Screen
@@ -48,6 +50,15 @@ dialog_option, model_option, sampling_option, output_option = (
 )
 
 
+def drawing_option(parameter: str, help: str) -> Any:
+    """Declare the option of a parameter by which tokens are drawn: its bounds, and its default in --help."""
+    one = SAMPLING_PARAMETERS[parameter]
+    least, most = (None if bound == math.inf else bound for bound in (one.least, one.most))
+    said = f"{help} Default: the model's own, else {one.built_in:g}."
+    name = f"--{one.option.replace('_', '-')}"
+    return sampling_option(name, help=said, env=True, min=least, max=most, callback=finite)
+
+
 # Options that more than one command or group has.
 
 QueryArgument = Annotated[
@@ -70,6 +81,14 @@ RemindOption = Annotated[
 ThinkOption = Annotated[
     bool | None, dialog_option("--think/--no-think", help="Let a thinking model think. Default: as its template does.")
 ]
+TemplateArgsOption = Annotated[
+    list[str] | None,
+    dialog_option(
+        "--template-arg",
+        metavar="NAME=VALUE",
+        help="Give the template a variable: reasoning_effort=low; JSON or a text. Repeat to add.",
+    ),
+]
 ModelOption = Annotated[
     str | None,
     model_option(
@@ -87,15 +106,6 @@ ParallelOption = Annotated[
 ]
 NoCacheOption = Annotated[
     bool, model_option("--no-cache", help="Neither load nor store prompt states on the disk.", env=True)
-]
-MaxTokensOption = Annotated[
-    int | None, sampling_option("-n", "--max-tokens", help="Longest answer, in tokens.", env=True, min=1)
-]
-TempOption = Annotated[
-    float | None,
-    sampling_option(
-        "--temp", help="Temperature; 0 always takes the likeliest token.", env=True, min=0.0, callback=finite
-    ),
 ]
 JsonOption = Annotated[bool, output_option("--json", help="One JSON document on stdout.")]
 StreamOption = Annotated[bool, output_option("--stream/--no-stream", help="Print the answer as it is written.")]
@@ -182,10 +192,24 @@ class RenderingOptions(NamedTuple):
     ] = False
     remind: RemindOption = True
     think: ThinkOption = None
+    template_arg: TemplateArgsOption = None
 
     def options(self) -> RenderOptions:
-        """Return the options that `render` takes."""
-        return RenderOptions(self.remind, self.think)
+        """Return the options that `render` takes.
+
+        Raises:
+            UsageError: a template argument is none.
+        """
+        return RenderOptions(self.remind, self.think, template_args(self.template_arg))
+
+
+def template_args(given: Iterable[str] | None) -> dict[str, Any]:
+    """Read the values of --template-arg; of two of one name, the last counts.
+
+    Raises:
+        UsageError: one is not NAME=VALUE, or no template can be given it.
+    """
+    return dict(map(parse_argument, given or ()))
 
 
 class ModelOptions(NamedTuple):
@@ -283,33 +307,26 @@ class StrengthOptions(NamedTuple):
 class SamplingOptions(NamedTuple):
     """How tokens are drawn."""
 
-    max_tokens: MaxTokensOption = None
-    temp: TempOption = None
-    top_k: Annotated[
-        int | None, sampling_option("--top-k", help="Draw from the K likeliest tokens; 0: from all.", env=True, min=0)
-    ] = None
-    top_p: Annotated[
-        float | None,
+    max_tokens: Annotated[
+        int | None,
         sampling_option(
-            "--top-p",
-            help="Draw from the likeliest tokens of this total share.",
+            "-n",
+            "--max-tokens",
+            help=f"Longest answer, in tokens. Default: {edge.USUAL_MAX_TOKENS:,}.",
             env=True,
-            min=0,
-            max=1,
-            callback=finite,
+            min=1,
         ),
     ] = None
-    min_p: Annotated[
-        float | None,
-        sampling_option(
-            "--min-p", help="Drop tokens below this share of the likeliest.", env=True, min=0, max=1, callback=finite
-        ),
-    ] = None
+    temp: Annotated[float | None, drawing_option("temperature", "Temperature; 0 always takes the likeliest token.")] = (
+        None
+    )
+    top_k: Annotated[int | None, drawing_option("top_k", "Draw from the K likeliest tokens; 0: from all.")] = None
+    top_p: Annotated[float | None, drawing_option("top_p", "Draw from the likeliest tokens of this total share.")] = (
+        None
+    )
+    min_p: Annotated[float | None, drawing_option("min_p", "Drop tokens below this share of the likeliest.")] = None
     repeat_penalty: Annotated[
-        float | None,
-        sampling_option(
-            "--repeat-penalty", help="Above 1, repetition becomes less likely.", env=True, min=0.1, callback=finite
-        ),
+        float | None, drawing_option("repeat_penalty", "Above 1, repetition becomes less likely.")
     ] = None
     seed: Annotated[
         int | None,
@@ -334,11 +351,7 @@ class SamplingOptions(NamedTuple):
         return replace(
             settings,
             max_tokens=self.max_tokens,
-            temperature=self.temp,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repeat_penalty=self.repeat_penalty,
+            **{name: getattr(self, one.option) for name, one in SAMPLING_PARAMETERS.items()},
             seed=random.SystemRandom().randrange(2**32) if self.seed is None else self.seed,
             stop=tuple(self.stop or ()),
             schema=None if self.json_schema is None else read_schema(self.json_schema),
@@ -357,10 +370,27 @@ class Verbosity(NamedTuple):
 
 
 def gathered(
-    model: ModelOptions, sampling: SamplingOptions, strengths: StrengthOptions, verbosity: Verbosity
+    context: typer.Context,
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    strengths: StrengthOptions,
+    verbosity: Verbosity,
 ) -> Settings:
     """Return the engine's settings of a command that answers."""
-    return replace(strengths.added(sampling.added(model.settings())), verbose=verbosity.verbose)
+    settings = strengths.added(sampling.added(model.settings()))
+    return replace(settings, verbose=verbosity.verbose, sources=sources_of(context))
+
+
+def sources_of(context: typer.Context) -> dict[str, str]:
+    """Return what gives each of a command's options its value: flag, environment, config file, project file."""
+    named = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "config file"}
+    found = {name: getattr(context.get_parameter_source(name), "name", "") for name in context.params}
+    projects = [name for name, one in (context.default_map or {}).items() if getattr(one, "project", None)]
+    return {
+        name: "project file" if source == "DEFAULT_MAP" and name in projects else named[source]
+        for name, source in found.items()
+        if source in named
+    }
 
 
 def prompt_cache(no_cache: bool, read_only: bool = False) -> PromptCache | None:

@@ -20,6 +20,7 @@ import typer.main
 
 import metaalign_edge as edge
 from metaalign_edge_runtime.errors import EdgeError, NotFound, UsageError, did_you_mean, shortened
+from metaalign_edge_runtime.llama.sampling import SAMPLING_PARAMETERS
 from metaalign_edge_runtime.stores import config, files, models, profiles
 from metaalign_edge_runtime.stores.config import Project
 
@@ -34,15 +35,16 @@ from .groups import (
     StreamOption,
     StrengthOptions,
     Verbosity,
+    template_args,
 )
 from .signature import spread
 
 # Settings whose options have no variable.
-ALSO_SETTINGS = ("pref", "stop", "strict_tiers", "remind", "think", "stream", "quiet", "verbose")
+ALSO_SETTINGS = ("pref", "stop", "strict_tiers", "remind", "think", "template_arg", "stream", "quiet", "verbose")
 IGNORED_SETTINGS: Mapping[str, tuple[str, ...]] = {  # by command
     "compare": ("pref",),  # a column for each --pref, and no other
     # settings must not change what it measures
-    "eval": ("max_tokens", "temp", "seed", "remind", "think", "system_strength", "pref_strength"),
+    "eval": ("max_tokens", "temp", "seed", "remind", "think", "template_arg", "system_strength", "pref_strength"),
 }
 SHOWN = 60  # characters of a setting's value in a note
 REPLACED_BY = {  # a setting, and the flags of other names that override it
@@ -102,6 +104,8 @@ class Setting:
                 edge.checked_strength(self.option.opts[0], given)
             elif name == "pref":
                 MetaPrompt(pref=given).preferences()
+            elif name == "template_arg":
+                template_args(given)
             elif name == "model" and (os.path.isabs(given) or "/" not in given):
                 models.resolve_model(given)
             elif name == "template" and files.looks_like_path(given, ".jinja"):
@@ -253,6 +257,15 @@ class InForce(NamedTuple):
     origin: str  # a variable, the path of a file, or built-in
 
 
+BUILT_IN = {  # values that stand behind an option without a default of its own
+    "max_tokens": InForce(edge.USUAL_MAX_TOKENS, "built-in"),
+    **{
+        one.option: InForce(one.built_in, "built-in (a model's own comes first)")
+        for one in SAMPLING_PARAMETERS.values()
+    },
+}
+
+
 def in_force(context: typer.Context) -> dict[str, InForce]:
     """Return every setting by name, as a command without flags would have it here.
 
@@ -267,7 +280,7 @@ def in_force(context: typer.Context) -> dict[str, InForce]:
         elif name in found:
             values[name] = InForce(option.type_cast_value(context, found[name]()), found[name].origin)
         else:
-            values[name] = InForce(option.default, "built-in")
+            values[name] = BUILT_IN.get(name) or InForce(option.default, "built-in")
     return values
 
 

@@ -13,7 +13,7 @@ from metaalign_edge_runtime.llama.memory import Plan
 from metaalign_edge_runtime.stores import models
 from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 
-from ..terminal import report
+from ..terminal import effects, report
 from ..terminal.screen import Screen
 from .groups import ModelOptions, RenderingOptions
 
@@ -33,7 +33,7 @@ def open_scheduler(
         NotFound, NetworkError, LoadError: the model does not exist, or cannot be loaded. Interrupted: Ctrl-C.
         TemplateError, UsageError: the template does not exist, or is not valid.
     """
-    path, interrupt = loaded.path(screen), Interrupt()
+    options, path, interrupt = rendered.options(), loaded.path(screen), Interrupt()
     STOPWATCH.mark("options")
     with contextlib.ExitStack() as held:
         with interrupt:
@@ -47,7 +47,8 @@ def open_scheduler(
             with STOPWATCH("model"):
                 model.wait()
         report.explain(model, template, model.settings, screen)
-        scheduler = Scheduler(model, template, model.settings, rendered.options(), interrupt, slots, cache=cache)
+        effects.note_without_effect(template, options, settings.sources, screen)
+        scheduler = Scheduler(model, template, model.settings, options, interrupt, slots, cache=cache)
         yield held.enter_context(scheduler)
 
 
@@ -71,6 +72,7 @@ def open_slots(
     """
     with Interrupt() as interrupt, Model(file, settings, interrupt, plan) as model:
         report.explain(model, template, settings, screen)
+        effects.note_without_effect(template, options, settings.sources, screen)
         size = edge.least_context(file, settings)
         with Scheduler(model, template, settings, options, interrupt, slots, size, cache) as scheduler:
             yield scheduler

@@ -14,7 +14,7 @@ from metaalign_edge_runtime.errors import UsageError, did_you_mean, one_line, sa
 from metaalign_edge_runtime.stores import files, profiles, session_text, sessions
 from metaalign_edge_runtime.stores.sessions import Conversation
 
-from . import report
+from . import effects, report
 from .columns import Columns, answer_together
 from .repl_state import ReplState
 
@@ -166,7 +166,12 @@ def set_thinking(repl: ReplState, text: str) -> None:
     if text:
         repl.chat.options = repl.chat.options._replace(think=THINKING[text])
     (state,) = (name for name, value in THINKING.items() if value is repl.chat.options.think)
-    say(f"thinking: {state}" + (" (as the template does)" if state == "auto" else ""))
+    if state == "auto":
+        note = " (as the template does)"
+    else:
+        chat = repl.chat.template
+        note = "" if edge.obeys_think(chat, repl.chat.options) else f" (no effect: {effects.same_either_way(chat)})"
+    say(f"thinking: {state}{note}")
 
 
 @command("/lora", "[PATH[:SCALE]|-]")

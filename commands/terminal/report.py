@@ -143,6 +143,7 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
     screen.detail(f"template {chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}")
     screen.detail(f"memory for {plan}")
     screen.detail(f"{layers} on {device}, threads: {edge.threads_for(model, settings)}, seed {settings.seed}")
+    screen.detail(shown_sampling(model, settings))
     if settings.adapters:
         screen.detail(f"adapters {edge.name_adapters(settings.adapters)}")
     if settings.schema and settings.schema.relaxed:
@@ -177,6 +178,13 @@ def check_imitated(imitated: Sequence[str], screen: Screen, strict: bool) -> Non
     if strict:
         raise TierViolation(f"{said}: take it out")
     screen.note(f"metaalign-edge: warning: {said} (--strict-tiers refuses)")
+
+
+def shown_sampling(model: Model, settings: Settings) -> str:
+    """Return by what tokens are drawn, and what gave each value, as one line for -v."""
+    drawn = [f"{name} {one['value']:g} ({one['from']})" for name, one in settings.sampling(model.file).items()]
+    origin = settings.sources.get("max_tokens", "call") if settings.max_tokens else "built-in"
+    return f"sampling: {', '.join(drawn)}; at most {settings.max_tokens or edge.USUAL_MAX_TOKENS:,} tokens ({origin})"
 
 
 def shown_strengths(settings: Settings) -> str:
