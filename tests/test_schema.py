@@ -377,7 +377,7 @@ def test_a_row_has_a_schema_of_its_own(tiny: Path, here: Run, tmp_path: Path) ->
     rows = [
         {"query": "a?"},
         {"query": "b?", "json_schema": {"enum": ["x", "y"]}},
-        {"query": "c?", "json_schema": "n int"},
+        {"query": "c?", "json_schema": "n bool"},
         {"query": "d?", "json_schema": "n intt"},
         {"query": "e?", "json_schema": 3},
         {"query": "f?", "json_schema": "name, age int", "max_tokens": 4},
@@ -396,7 +396,7 @@ def test_a_row_has_a_schema_of_its_own(tiny: Path, here: Run, tmp_path: Path) ->
     assert "cut at 4 tokens" in answers[5]["error"] and answers[5]["response"].startswith('{"n')
     assert "line 7" in answers[6]["error"]
     (tmp_path / "in.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in [rows[0], {**rows[1], "json_schema": "n int"}])
+        "".join(json.dumps(row) + "\n" for row in [rows[0], {**rows[1], "json_schema": "n bool"}])
     )
     again = here(*command, "-o", str(tmp_path / "out.jsonl"))
     assert "2 rows: 1 answered, 1 before, 0 failed" in again.stderr
