@@ -365,10 +365,10 @@ def test_what_only_the_check_sees_is_said_before_and_after(tiny: Path, here: Run
 @pytest.mark.slow
 def test_compare_names_the_column_that_failed(tiny: Path, here: Run) -> None:
     shape = ("compare", "-m", str(tiny), "--temp", "0", "--pref", "be brief", "--pref", "-")
-    fitting = here(*shape, "-n", "200", "-j", "ok bool, n int", "--json", "tea?")
+    fitting = here(*shape, "-n", "200", "-j", "ok bool, n bool", "--json", "tea?")
     assert fitting.returncode == 0
     assert all(json.loads(one["response"]).keys() == {"ok", "n"} for one in json.loads(fitting.stdout))
-    cut = here(*shape, "-n", "3", "-j", "ok bool, n int", "tea?")
+    cut = here(*shape, "-n", "3", "-j", "ok bool, n bool", "tea?")
     assert cut.returncode == 7 and "the answer under be brief was cut at 3 tokens" in cut.stderr
     assert cut.stdout.count('{"o') == 2
 
