@@ -11,6 +11,8 @@ from typing import Any
 
 from ..errors import UsageError, one_line
 
+MOST = 1 << 18  # characters of a schema: half a second to check and to compile 64 thousand
+
 
 @dataclass(frozen=True)
 class Schema:
@@ -27,6 +29,8 @@ def parse_schema(text: str, where: str = "the schema") -> Schema:
     Raises:
         UsageError: the text is not JSON, the JSON is not a schema, or no answer can fit the schema.
     """
+    if len(text) > MOST:
+        raise UsageError(f"{where} has more than {MOST:,} characters: make it simpler")
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:

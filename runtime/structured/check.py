@@ -69,6 +69,8 @@ def schema_fault(document: Any) -> str | None:
 
     if not isinstance(document, dict):
         return f"it is {json.dumps(document)[:40]}, not an object"
+    if not isinstance(document.get("$schema", ""), str):
+        return f"/$schema: {json.dumps(document['$schema'])[:40]} is no text"
     try:
         draft(document).check_schema(document, format_checker=FormatChecker(()))
     except SchemaError as error:
