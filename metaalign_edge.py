@@ -86,6 +86,7 @@ from metaalign_edge_runtime.errors import (
     one_line,
     say,
     shortened,
+    system_error,
 )
 from metaalign_edge_runtime.llama import library, memory
 from metaalign_edge_runtime.llama.gguf import DEFAULT_CONTEXT, GGUFArray, ModelFile, is_gguf
@@ -410,7 +411,7 @@ def choose_template(name: str, model: ModelFile) -> ChatTemplate:
             f"{model.path} carries no chat template: name the one it was tuned on: --template {choices}, or a file"
         )
     elif files.looks_like_path(name, ".jinja"):
-        source, label = files.read_text(Path(name).expanduser(), "the template"), name
+        source, label = files.read_text(Path(os.path.expanduser(name)), "the template"), name
         why = "the file given by --template"
     elif name in shipped:
         source, label, why = files.read_text(shipped[name], "the template"), name, "named by --template"
@@ -461,7 +462,7 @@ def conversion_template(name: str, checkpoint: TemplateSource) -> tuple[str | No
         own = checkpoint.chat_template
         return ("embedded" if own and Template(own, checkpoint.name).mentions("user_info") else None), None
     if files.looks_like_path(name, ".jinja"):
-        text, label = files.read_text(Path(name).expanduser(), "the template"), Path(name).stem
+        text, label = files.read_text(Path(os.path.expanduser(name)), "the template"), Path(name).stem
     elif name in shipped:
         text, label = files.read_text(shipped[name], "the template"), name
     else:
@@ -723,12 +724,12 @@ def split_scale(name: str) -> tuple[str, float]:
         UsageError: the scale is not a number.
     """
     head, colon, tail = name.rpartition(":")
-    if not colon or Path(name).expanduser().exists():
+    if not colon or os.path.exists(os.path.expanduser(name)):
         return name, 1.0
     try:
         scale = float(tail)
     except ValueError:
-        if Path(head).expanduser().exists():
+        if os.path.exists(os.path.expanduser(head)):
             raise UsageError(f"the scale of the adapter {head} is no number: {tail!r}: write PATH:0.5") from None
         return name, 1.0
     if not math.isfinite(scale):
@@ -746,11 +747,11 @@ def find_adapters(names: Sequence[str]) -> tuple[Adapter, ...]:
     found: list[Adapter] = []
     for name in names:
         path, scale = split_scale(name)
-        place = Path(path).expanduser()
-        if place.is_dir():
+        place = Path(os.path.expanduser(path))
+        if os.path.isdir(place):
             way = f"metaalign-edge convert BASE --lora {path} --lora-only"
             raise LoadError(f"the adapter {path} is a folder: {way} makes a GGUF of it")
-        if not place.is_file():
+        if not os.path.isfile(place):
             raise NotFound(f"no adapter {path}: give the path of a GGUF file, with a scale behind a colon or without")
         if os.access(place, os.R_OK) and not is_gguf(place):
             way = "metaalign-edge convert BASE --lora DIR --lora-only"
@@ -2400,6 +2401,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         say(f"metaalign-edge: {lacks}: `pip install .` in the folder of this program installs all that it needs")
         return LoadError.exit_code
     except Exception as error:
+        error = system_error(error) if isinstance(error, OSError | MemoryError) else error
         code = exit_code(error)
         text = error.format_message() if hasattr(error, "format_message") else str(error)  # Typer's
         if code is None:

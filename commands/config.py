@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -95,7 +94,7 @@ def config_set(
     except typer.BadParameter as error:
         raise UsageError(f"{taken.name}: {error.message}") from None
     value = list(found) if taken.multiple else found
-    if taken.name == "model" and (place := Path(values[0]).expanduser()).is_file():
+    if taken.name == "model" and os.path.isfile(place := os.path.expanduser(values[0])):
         value = os.path.abspath(place)  # valid from any working folder
     for text in values:
         files.check_utf8(text, f"the value of {taken.name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from metaalign_edge_runtime.errors import UsageError
 from metaalign_edge_runtime.llama import memory
 from metaalign_edge_runtime.llama.gguf import is_gguf
 from metaalign_edge_runtime.llama.interrupt import stopping_at
-from metaalign_edge_runtime.stores import hub
+from metaalign_edge_runtime.stores import files, hub
 
 from .measure import trial
 from .options import command
@@ -151,7 +152,7 @@ def convert(
     outtype = converter.canonical_outtype(wanted.outtype or ("f32" if wanted.lora_only else "q8_0"))
     if wanted.lora_only and (len(wanted.lora or []) != 1 or writing.dry_run or options):
         raise UsageError("--lora-only writes one adapter: name it with one --lora, without --dry-run or quantisation")
-    if is_gguf(Path(source).expanduser()):
+    if is_gguf(Path(os.path.expanduser(source))):
         plan, target = plan_from_gguf(source, wanted, outtype, options, writing)
     else:
         checkpoint = converter.open_checkpoint(hub.find_checkpoint(source, screen.detail, offline))
@@ -166,7 +167,7 @@ def convert(
         show_plan(plan, target, as_json, screen)
         return
     verify = functools.partial(trial.verify_conversion, settings=Settings(verbose=talk.verbose))
-    with progress_bar(screen) as bar, stopping_at(bar) as progress:
+    with files.remembered(target), progress_bar(screen) as bar, stopping_at(bar) as progress:
         result = converter.write_plan(
             plan, target, force=writing.force, progress=progress, verify=verify if writing.check else None
         )
@@ -189,7 +190,7 @@ def plan_from_gguf(
         )
     target = wanted.target(stem_of(source), outtype)
     converter.check_output(target, writing.force)
-    return converter.plan_gguf(Path(source).expanduser(), outtype, options=options), target
+    return converter.plan_gguf(Path(os.path.expanduser(source)), outtype, options=options), target
 
 
 def plan_from_checkpoint(

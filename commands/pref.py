@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from metaalign_edge_runtime.errors import EdgeError, UsageError, one_line
+from metaalign_edge_runtime.errors import CannotWrite, EdgeError, UsageError, one_line
 from metaalign_edge_runtime.stores import config, files, profiles
 
 from .options import in_files
@@ -157,7 +157,13 @@ def edited(text: str, name: str) -> Iterator[str]:
     if not editor and not at_terminal(sys.stdin):
         raise UsageError("no terminal for an editor: set VISUAL or EDITOR, or use `metaalign-edge pref add --force`")
     editor = editor or ("notepad" if windows else "vi")
-    draft = Path(tempfile.mkdtemp(prefix="metaalign-edge-")) / name
+    try:
+        drafts = files.data_folder() / "drafts"  # not TMPDIR, where a killed editor would leave it for others to read
+        files.make_private(drafts)
+        draft = Path(tempfile.mkdtemp(dir=drafts)) / name
+    except OSError as error:
+        reason = f"{error.strerror} (METAALIGN_EDGE_DATA names another folder)"
+        raise CannotWrite(f"cannot write {error.filename or drafts}: {reason}") from None
     try:
         draft.write_bytes(f"{text}\n".encode())
         status = subprocess.run([*shlex.split(editor, posix=not windows), str(draft)]).returncode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,6 +129,6 @@ def sessions_export(
     if output is None:
         Screen().write(text)
         return
-    if output.is_file() and not force:
+    if os.path.isfile(output) and not force:
         raise UsageError(f"{output} exists: name another, or --force replaces it")
     files.write_whole(output, text.encode("utf-8", "replace"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from string import ascii_letters, digits
 from typing import Any
@@ -24,7 +25,7 @@ def read_templates(folder: Folder) -> dict[str, str]:
     if text is not None:
         found["default"] = text
     more = folder.root / "additional_chat_templates"
-    if more.is_dir():
+    if os.path.isdir(more):
         for path in sorted(more.glob("*.jinja")):
             found[_plain(path.stem)] = folder.text(f"additional_chat_templates/{path.name}") or ""
     for name, template in found.items():

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metaalign_edge_runtime.errors import CannotWrite, UsageError
+from metaalign_edge_runtime.errors import CannotWrite, UsageError, one_line, shortened
+from metaalign_edge_runtime.stores import files
 from metaalign_edge_runtime.stores.jsonl import JsonLines, open_named
 
 from .suite import Case
@@ -19,6 +20,37 @@ from .suite import Case
 __all__ = ["Answers"]
 
 Record = dict[str, Any]  # an answer {response, finish_reason, truncated}, or why there is none {error}
+
+
+FIELDS: dict[str, tuple[type, str]] = {  # of an answer's line, those that are read, and what they are
+    "case": (int, "a whole number"),
+    "turn": (int, "a whole number"),
+    "seconds": (float, "a number"),
+    "truncated": (int, "a whole number"),
+    "response": (str, "a text"),
+    "error": (str, "a text"),
+    "finish_reason": (str, "a text"),
+}
+
+
+def answer_line(line: bytes) -> Record:
+    """Read a line of the file that is not its first.
+
+    Raises:
+        UsageError: it is none; says which field is wrong. ValueError, RecursionError: it is no JSON.
+    """
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise UsageError("a JSON object belongs there")
+    needed = ("case", "turn", "seconds", "error" if "error" in record else "response")
+    for name, (kind, what) in FIELDS.items():
+        value = record.get(name)
+        if value is None and name not in needed:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
+        if not (number if kind is float else isinstance(value, kind) and (kind is str or number)):
+            raise UsageError(f"field {name!r} is {shortened(json.dumps(value), 40)}, not {what}")
+    return record
 
 
 class Answers:
@@ -40,8 +72,8 @@ class Answers:
         self._file: JsonLines | None = None
         try:
             if not named:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._file = open_named(path, "--answers", 0o600)
+                files.make_private(path.parent)
+            self._file = open_named(path, "--answers", files.PRIVATE)
             self._read(self._file, run)
         except OSError as error:
             self._lose(error)
@@ -59,18 +91,21 @@ class Answers:
             return
         if first != head.encode() + b"\n":
             raise UsageError(f"{self.path} holds {_other(first, run)}: name another file with --answers")
+        number = 1
         for start, line in lines:
+            number += 1
             try:
-                record = json.loads(line)
-                turns = self.records.setdefault(record["case"], [])
-                if record["turn"] == len(turns):
-                    turns.append(record)
-                    self.seconds = self._before = record["seconds"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                if next(lines, None) or file.torn:
-                    advice = "remove it, or name another with --answers"
-                    raise UsageError(f"{self.path} is damaged after byte {start:,}: {advice}") from None
-                file.cut(start)
+                record = answer_line(line)
+            except (UsageError, ValueError, RecursionError) as error:
+                if not isinstance(error, UsageError) and not (next(lines, None) or file.torn):
+                    file.cut(start)  # the process was killed while it wrote its last line
+                    return
+                advice = "mend or remove that line, or name another file with --answers"
+                raise UsageError(f"{self.path}, line {number}, is damaged: {one_line(error)}: {advice}") from None
+            turns = self.records.setdefault(record["case"], [])
+            if record["turn"] == len(turns):
+                turns.append(record)
+                self.seconds = self._before = record["seconds"]
 
     def add(self, number: int, turn: int, name: str, answer: Record) -> None:
         """Write down the answer to a turn of a case (its number and its name), or why there is none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -82,7 +83,7 @@ def find_suite(name: str, seed: int, size: int | None, tier: str) -> Suite:
         return Suite(name, name, builtin(seed, size or SIZE), seed, size or SIZE, [])
     if name == "ifeval":
         raise UsageError(ifeval.WHERE)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not ifeval.is_ifeval(path):
         return Suite(name, "own", read_suite(path)[:size], seed, size, [])
     if ifeval.missing():

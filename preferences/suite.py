@@ -16,7 +16,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-from metaalign_edge_runtime.errors import NotFound, UsageError
+from metaalign_edge_runtime.errors import UsageError
+from metaalign_edge_runtime.stores import files
 
 from . import SPLITS, families, values
 from .checkers import CHECKERS, prose
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+MOST = 1 << 26  # bytes of a suite
 
 # the sections of a suite, with what reports say of each
 SECTIONS = {
@@ -267,12 +269,9 @@ def suite_lines(path: Path) -> list[bytes]:
     """Read the lines of a suite's file.
 
     Raises:
-        NotFound: it cannot be read.
+        NotFound: it cannot be read. UsageError: it has no end.
     """
-    try:
-        return path.read_bytes().splitlines()
-    except OSError as error:
-        raise NotFound(f"cannot read the suite {path}: {error.strerror}") from None
+    return files.read_bytes(path, "the suite", MOST).splitlines()
 
 
 def _own_case(found: Any, name: str) -> Case:
@@ -347,7 +346,8 @@ def _named_check(key: str) -> Check:
 
 
 def _check(found: Any, name: str) -> Check:
-    if not isinstance(found, dict) or found.get("checker") not in CHECKERS:
+    checker = found.get("checker") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not isinstance(checker, str) or checker not in CHECKERS:
         raise ValueError(f"field {name!r} needs a 'checker', one of {', '.join(sorted(CHECKERS))}")
     parameters = found.get("parameters", {})
     if not isinstance(parameters, dict):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -12,14 +15,15 @@ MESSAGE_LIMIT = 600  # characters of an error's text: names in it come from file
 class EdgeError(Exception):
     """Root of every error a user can cause; its text is one line: what, where, what to do next.
 
-    The text is safe to print whatever names it holds: no control characters, and cut in its middle beyond 600.
+    The text is safe to print whatever names it holds: no control characters, no password of a URL, and cut in its
+    middle beyond 600.
     """
 
     __module__ = "metaalign_edge"  # where users import it from
     exit_code = 1
 
     def __init__(self, message: object = "") -> None:
-        text = " ".join(str(message).splitlines())
+        text = without_passwords(" ".join(str(message).splitlines()))
         if len(text) > MESSAGE_LIMIT:
             text = f"{text[: MESSAGE_LIMIT // 2]} … {text[-MESSAGE_LIMIT // 2 :]}"
         super().__init__("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text))
@@ -102,6 +106,26 @@ class OutputClosed(Exception):
     """Whoever read stdout has gone; that is no error."""
 
 
+def system_error(error: OSError | MemoryError) -> EdgeError:
+    """Return the error of ours for one of the system's that was nobody's: no memory, no file handles, no such file."""
+    number = error.errno if isinstance(error, OSError) else errno.ENOMEM
+    name = error.filename if isinstance(error, OSError) else None
+    what = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes) else ""
+    reason = f"{what}{getattr(error, 'strerror', None) or one_line(error)}"
+    if number == errno.ENOMEM:
+        return LoadError("the memory is not enough: end other programs, or take a smaller model, context (-c) or input")
+    if number in (errno.EMFILE, errno.ENFILE):
+        return LoadError(f"{reason}: allow this program more of them (ulimit -n)")
+    if number in (errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENXIO):
+        return CannotWrite(f"cannot write {reason}: make room, or name another place")
+    return NotFound(f"cannot open {reason}: look at its name and at who may read it")
+
+
+def without_passwords(text: str) -> str:
+    """Return a text in which no URL has a user's name and password."""
+    return re.sub(r"(?<=://)[^\s/?#'\"]*@", "", text) if "://" in text else text
+
+
 CONTROLS = dict.fromkeys(
     [*range(9), 11, 12, *range(14, 32), *range(127, 160)]
 )  # control characters that could steer a terminal, for str.translate
@@ -110,7 +134,7 @@ CONTROLS = dict.fromkeys(
 def say(text: str) -> None:
     """Write a line to stderr; a closed stderr loses words, not the answer."""
     with contextlib.suppress(OSError, AttributeError):
-        sys.stderr.write(text.translate(CONTROLS) + "\n")
+        sys.stderr.write(without_passwords(text).translate(CONTROLS) + "\n")
         sys.stderr.flush()
 
 

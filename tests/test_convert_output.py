@@ -477,7 +477,11 @@ def test_what_killed_processes_left_behind_is_removed_and_what_is_in_use_is_not(
         seen.update(path.name for path in tmp_path.iterdir())
 
     write_gguf(checkpoint, tmp_path / "first.gguf", check=False, progress=inside)
-    assert seen == {"tiny", ".other.gguf.part", ".first.gguf.metaalign-part", "second.gguf"}
+    assert len(seen) == 4 and {name for name in seen if not name.endswith(".metaalign-part")} == {
+        "tiny",
+        ".other.gguf.part",
+        "second.gguf",
+    }
     assert {path.name for path in tmp_path.iterdir()} == {"tiny", ".other.gguf.part", "first.gguf", "second.gguf"}
 
 
@@ -594,7 +598,7 @@ def test_a_gguf_file_is_a_source_too(source: Path, empty: Path, capsys: pytest.C
     ):
         assert edge.run(["convert", str(source), *arguments]) == code
         assert message in capsys.readouterr().err
-    assert [path.name for path in empty.iterdir()] == ["tiny-chat-Q6_K.gguf"]
+    assert [path.name for path in empty.iterdir() if path.name != "home"] == ["tiny-chat-Q6_K.gguf"]
 
 
 def test_weights_too_large_for_float16_are_told_of_without_being_asked(
@@ -615,7 +619,7 @@ def test_a_result_that_does_not_load_is_not_kept(empty: Path, refuses: Callable[
     template.write_text("{{ raise_exception('never') }}{{ messages }}")
     said = refuses(7, "convert", str(folder), "--template", str(template))
     assert "the result fails its check, so it was removed (--no-check keeps it)" in said
-    assert {path.name for path in empty.iterdir()} == {"tiny", "bad.jinja"}
+    assert {path.name for path in empty.iterdir() if path.name != "home"} == {"tiny", "bad.jinja"}
 
 
 def test_ctrl_c_stops_at_once_and_leaves_nothing(tmp_path: Path) -> None:
@@ -623,10 +627,11 @@ def test_ctrl_c_stops_at_once_and_leaves_nothing(tmp_path: Path) -> None:
     edit_json(folder / "config.json", hidden_size=64)
     command = [sys.executable, "-m", "metaalign_edge", "convert", str(folder), "--outtype", "IQ4_XS", "--no-check"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    part = tmp_path / ".tiny-IQ4_XS.gguf.metaalign-part"
-    while process.poll() is None and not (part.exists() and part.stat().st_size > 1_000_000):
+    while process.poll() is None and not any(
+        part.stat().st_size > 1_000_000 for part in tmp_path.glob(".*.metaalign-part")
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert (process.returncode, said) == (130, "")
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == ["tiny"]

@@ -97,7 +97,7 @@ def test_permissions_are_those_of_a_new_file_or_as_asked_for(tmp_path: Path) -> 
 
 
 def test_an_error_names_the_file_that_the_user_knows(tmp_path: Path) -> None:
-    for path in (tmp_path / "nowhere" / "x", tmp_path / ("x" * 250), tmp_path):
+    for path in (tmp_path / "nowhere" / "x", tmp_path / ("x" * 256), tmp_path):
         with pytest.raises(OSError) as caught, files.replacing(path):
             pass
         assert caught.value.filename == str(path)

@@ -365,10 +365,10 @@ def test_what_only_the_check_sees_is_said_before_and_after(tiny: Path, here: Run
 @pytest.mark.slow
 def test_compare_names_the_column_that_failed(tiny: Path, here: Run) -> None:
     shape = ("compare", "-m", str(tiny), "--temp", "0", "--pref", "be brief", "--pref", "-")
-    fitting = here(*shape, "-n", "200", "-j", "ok bool, n int", "--json", "tea?")
+    fitting = here(*shape, "-n", "200", "-j", "ok bool, n bool", "--json", "tea?")
     assert fitting.returncode == 0
     assert all(json.loads(one["response"]).keys() == {"ok", "n"} for one in json.loads(fitting.stdout))
-    cut = here(*shape, "-n", "3", "-j", "ok bool, n int", "tea?")
+    cut = here(*shape, "-n", "3", "-j", "ok bool, n bool", "tea?")
     assert cut.returncode == 7 and "the answer under be brief was cut at 3 tokens" in cut.stderr
     assert cut.stdout.count('{"o') == 2
 
@@ -377,7 +377,7 @@ def test_a_row_has_a_schema_of_its_own(tiny: Path, here: Run, tmp_path: Path) ->
     rows = [
         {"query": "a?"},
         {"query": "b?", "json_schema": {"enum": ["x", "y"]}},
-        {"query": "c?", "json_schema": "n int"},
+        {"query": "c?", "json_schema": "n bool"},
         {"query": "d?", "json_schema": "n intt"},
         {"query": "e?", "json_schema": 3},
         {"query": "f?", "json_schema": "name, age int", "max_tokens": 4},
@@ -396,7 +396,7 @@ def test_a_row_has_a_schema_of_its_own(tiny: Path, here: Run, tmp_path: Path) ->
     assert "cut at 4 tokens" in answers[5]["error"] and answers[5]["response"].startswith('{"n')
     assert "line 7" in answers[6]["error"]
     (tmp_path / "in.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in [rows[0], {**rows[1], "json_schema": "n int"}])
+        "".join(json.dumps(row) + "\n" for row in [rows[0], {**rows[1], "json_schema": "n bool"}])
     )
     again = here(*command, "-o", str(tmp_path / "out.jsonl"))
     assert "2 rows: 1 answered, 1 before, 0 failed" in again.stderr

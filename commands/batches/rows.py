@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from metaalign_edge import Dialog, Request, Turn
 from metaalign_edge_runtime import structured
 from metaalign_edge_runtime.errors import EdgeError, NotFound, UsageError, one_line
 from metaalign_edge_runtime.stores import files, profiles
+from metaalign_edge_runtime.stores.jsonl import lines_within
 from metaalign_edge_runtime.structured import Schema
 
 FIELDS = {"id", "query", "pref", "user_info", "system_info", "turns", "max_tokens", "seed", "json_schema"}
@@ -42,13 +44,13 @@ def open_rows(source: str) -> Iterator[tuple[Iterable[bytes], str]]:
     if source == "-":
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("stdin is a terminal: pipe rows in, or name a file")
-        yield sys.stdin.buffer, "stdin"
+        yield lines_within(sys.stdin.buffer, "stdin"), "stdin"
         return
     try:
-        with Path(source).expanduser().open("rb") as file:
-            yield file, source
-    except OSError as error:
-        raise NotFound(f"cannot read {source}: {error.strerror}") from None
+        with Path(os.path.expanduser(source)).open("rb") as file:
+            yield lines_within(file, source), source
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        raise NotFound(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read_rows(lines: Iterable[bytes], defaults: Dialog, seed: int, unknown: set[str]) -> Iterator[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -155,7 +156,7 @@ def open_ledger(output: Path | None, source: str, run: str, force: bool) -> Iter
     if output is None:
         yield None
         return
-    if source != "-" and output.exists() and output.samefile(source):
+    if source != "-" and os.path.exists(output) and os.path.exists(source) and output.samefile(source):
         raise UsageError(f"{output} is the input: name another with -o")
     with Ledger(output, run, force) as ledger:
         yield ledger

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import random
 import re
 from collections.abc import Iterable
@@ -411,5 +412,6 @@ def read_schema(text: str) -> Schema:
     if not (inline or file):
         return structured.expand_schema(text)
     if file:
-        return structured.parse_schema(files.read_text(Path(text).expanduser(), "the schema"), f"the schema {text}")
+        found = files.read_text(Path(os.path.expanduser(text)), "the schema")
+        return structured.parse_schema(found, f"the schema {text}")
     return structured.parse_schema(text)

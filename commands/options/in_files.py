@@ -109,7 +109,7 @@ class Setting:
             elif name == "model" and (os.path.isabs(given) or "/" not in given):
                 models.resolve_model(given)
             elif name == "template" and files.looks_like_path(given, ".jinja"):
-                files.read_text(Path(given).expanduser(), "the template")
+                files.read_text(Path(os.path.expanduser(given)), "the template")
         except (UsageError, NotFound) as error:
             raise self._refusal(type(error), error) from None
 

@@ -43,9 +43,10 @@ def line_editor(complete: Callable[[str], list[tuple[str, int]]]) -> Callable[[s
 
     path, history = files.data_folder() / "history", cast(History, InMemoryHistory())
     with contextlib.suppress(OSError):  # no history where it cannot be written
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        history = Kept(str(path))
+        files.make_private(path.parent)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | files.NONBLOCK, files.PRIVATE))
+        if path.is_file() and path.stat().st_size <= files.LIMIT:
+            history = Kept(str(path))
     keys = KeyBindings()
 
     @keys.add("escape", "enter")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 
 from metaalign_edge_runtime.errors import CONTROLS, EdgeError, one_line, say, shortened
 
 from . import repl_commands
 from .line_editor import line_editor, read_text_of_lines
 from .repl_state import ReplState
+from .screen import terminal_given_back
 
 
 class Repl(ReplState):
@@ -22,6 +24,10 @@ class Repl(ReplState):
         """
         read_line = line_editor(repl_commands.completions)
         self.screen.note("/help lists the commands, Ctrl-D leaves")
+        with terminal_given_back():
+            self._loop(read_line)
+
+    def _loop(self, read_line: Callable[[str], str]) -> None:
         while self.running:
             try:
                 text = read_text_of_lines(read_line, self.prompt()).replace("\r\n", "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -205,11 +206,11 @@ def show_figures(repl: ReplState, _: str) -> None:
 @command("/save", "NAME|FILE")
 def save(repl: ReplState, text: str) -> None:
     """Keep this conversation as the session NAME, or export it to FILE.md or FILE.json."""
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if not text:
         raise UsageError("/save takes a name for a session, or a file: /save work, /save talk.md, /save talk.json")
     if path.suffix in (".md", ".json"):
-        if path.exists():
+        if os.path.exists(path):
             raise UsageError(f"{path} exists: name another file")
         files.write_whole(path, session_text.exported(repl.conversation, path.suffix[1:]).encode("utf-8", "replace"))
         say(f"written to {path}")

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 from metaalign_edge_runtime.errors import CONTROLS, CannotWrite, OutputClosed, say
@@ -18,6 +18,26 @@ from . import tables
 def hidden_cursor(stream: TextIO) -> contextlib.AbstractContextManager[None]:
     """Show a terminal's cursor again, which Rich hides, also when a second Ctrl-C ends the process at once."""
     return undone_at_once(lambda: os.write(stream.fileno(), b"\x1b[?25h"))
+
+
+@contextlib.contextmanager
+def terminal_given_back() -> Iterator[None]:
+    """Give the terminal back as it was, with echo and cursor, also when SIGTERM or a second Ctrl-C ends the process."""
+    if os.name == "nt" or not at_terminal(sys.stdin):
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin.fileno())
+    plain = os.environ.get("TERM") in (None, "dumb", "unknown")
+
+    def give_back() -> None:
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, before)
+        if not plain:  # the cursor, no bracketed paste, no style, and a line of its own for the shell's prompt
+            os.write(sys.stdout.fileno(), b"\x1b[?25h\x1b[?2004l\x1b[0m\r\n")
+
+    with undone_at_once(give_back):
+        yield
 
 
 def at_terminal(stream: TextIO | None) -> bool:

@@ -305,7 +305,7 @@ class ModelFile(GGUFFile):
             )
         if own != number:
             raise LoadError(f"{self.path} is part {own + 1} of {count}: give the first, {self.paths[0].name}")
-        if missing := [part.name for part in self.paths if not part.is_file()]:
+        if missing := [part.name for part in self.paths if not os.path.isfile(part)]:
             raise LoadError(f"{self.path} lacks its part {', '.join(missing)}: download it again")
 
     def files(self) -> list[ModelFile]:

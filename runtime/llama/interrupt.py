@@ -62,12 +62,18 @@ class Interrupt:
 
 @contextlib.contextmanager
 def undone_at_once(undo: Callable[[], object]) -> Iterator[None]:
-    """Have `undo` called if the process ends at once within the `with`, as by a second Ctrl-C."""
+    """Have `undo` called if the process ends at once within the `with`, as by a second Ctrl-C or by SIGTERM."""
     Interrupt.undo.append(undo)
+    main = threading.current_thread() is threading.main_thread()
+    first = main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # not a handler of the host's
+    if first:
+        signal.signal(signal.SIGTERM, lambda *_: Interrupt.leave(128 + signal.SIGTERM))
     try:
         yield
     finally:
         Interrupt.undo.remove(undo)
+        if first:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UsageError, did_you_mean, one_line
+from ..errors import EdgeError, UsageError, did_you_mean, one_line
 from . import files
 
 Value = str | int | float | bool | list[str]  # the value of a setting in a file
+MOST = 1 << 20  # bytes of a file of settings
 PROJECT_KEYS = ("system", "pref", "model")  # settings that run no code and read no other file
 
 
@@ -29,7 +30,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     if not os.path.isfile(path):  # Path.is_file raises in a closed folder
         return {}
-    text = files.read_text(path, "the settings")
+    text = files.read_text(path, "the settings", MOST, own=True)
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -77,13 +78,17 @@ def store_setting(key: str, value: Value | None) -> None:
         UsageError: the file is no TOML. NotFound: it cannot be read. CannotWrite: it cannot be written.
     """
     import tomlkit  # not at the top: it takes 50 ms
+    from tomlkit.exceptions import TOMLKitError
 
     path = config_file()
     with files.changing(path):
         document = tomlkit.document()
         read_toml(path)  # says what is wrong with it, and where
         if os.path.isfile(path):
-            document = tomlkit.parse(files.read_text(path, "the settings"))
+            try:
+                document = tomlkit.parse(files.read_text(path, "the settings", MOST, own=True))
+            except (TOMLKitError, RecursionError) as error:  # it knows bounds that the reader above does not
+                raise UsageError(f"{path} cannot be changed: {one_line(error)}: mend it with an editor") from None
         if value is not None:
             document[key] = value
         elif key in document:
@@ -102,14 +107,14 @@ class Project(NamedTuple):
 
     def is_known(self) -> bool:
         """Tell whether the user was told these very settings before."""
-        with contextlib.suppress(OSError):
-            return self.owner is None and self._memory().read_bytes() == self._digest().encode()
+        with contextlib.suppress(EdgeError):
+            return self.owner is None and files.read_bytes(self._memory(), "", own=True) == self._digest().encode()
         return False
 
     def remember(self) -> None:
         """Remember that the user was told; where nothing can be written, the user is told again."""
         with contextlib.suppress(OSError):
-            self._memory().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            files.make_private(self._memory().parent)
             files.write_text(self._memory(), self._digest())
 
     def _memory(self) -> Path:

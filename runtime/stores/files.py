@@ -8,7 +8,9 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,10 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 PART = ".metaalign-part"  # the suffix of temporary files
+PRIVATE = 0o600  # the mode of files of this program's own; what the user names as an output has the usual one, by umask
+LIMIT = 1 << 23  # bytes of a text that is read: more than any context holds, and an end for /dev/zero
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 BINARY = getattr(os, "O_BINARY", 0)  # without it, Windows writes two bytes for a line break
 
 
@@ -65,6 +71,20 @@ def data_folder() -> Path:
     return Path(os.environ.get("METAALIGN_EDGE_DATA") or system_folder("data"))
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder, and its parents, that nobody else can look into; one that is there stays as it is.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
+    for one in reversed(missing):
+        one.mkdir(mode=0o700, exist_ok=True)
+        one.chmod(0o700)  # the umask may take the user's own rights
+    if not missing:
+        folder.mkdir(exist_ok=True)
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock for which other processes of this program wait: a hidden file beside `path`, named after it.
@@ -72,8 +92,9 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         OSError: the folder cannot be written.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("a+b") as file:
+    make_private(path.parent)
+    lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | NOFOLLOW, 0o600)
+    with os.fdopen(lock, "r+b") as file:
         if os.name == "nt":
             import msvcrt
 
@@ -92,15 +113,15 @@ def replacing(
     A pipe, a terminal or `/dev/null` is yielded as it is: it must not be replaced by a file.
 
     keep: False removes the file in any case; it only tries whether one can be written. mode: its permissions, less the
-    umask. alone: refuse if another writer of the same file is at work. durable: end only when the disk has it all, so
-    that a power cut leaves no half of it.
+    umask; PRIVATE is the same under any umask. alone: refuse if another writer of the same file is at work. durable:
+    end only when the disk has it all, so that a power cut leaves no half of it.
 
     Raises:
         OSError: `path` is a folder, or cannot be written. BlockingIOError: another writer is at work.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         yield path
         return
     part, replaced = path, False
@@ -138,27 +159,54 @@ def _create_part(path: Path, mode: int, alone: bool) -> tuple[Path, int | None]:
     Raises:
         OSError: it cannot be created. BlockingIOError: `alone`, and another writer of `path` is at work.
     """
-    number = 0
+    whose = f".{digest(os.fsencode(path.name).hex())[:16]}."  # not the name itself: it may be as long as a name can be
     while True:
-        part = path.with_name(f".{path.name}{f'.{number}' if number else ''}{PART}")
+        part = path.with_name(f"{whose}{secrets.token_hex(8)}{PART}")  # a name that nobody can guess, and put a link at
         try:
-            handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, mode)
-        except FileExistsError:
-            if alone and fcntl is not None:
-                raise BlockingIOError(errno.EAGAIN, "another process is writing it", str(path)) from None
-            number += 1
-            continue
+            handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | NOFOLLOW | BINARY, mode)
         except OSError as error:
             error.filename = str(path)
             raise
         if fcntl is None:
             os.close(handle)
             return part, None
+        if mode == PRIVATE:
+            os.fchmod(handle, mode)
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
-        if _is_at(handle, part):
-            return part, handle
-        os.close(handle)  # another process took it for left behind, before it was locked
+        if not _is_at(handle, part):  # another process took it for left behind, before it was locked
+            os.close(handle)
+            continue
+        if alone and len(list(path.parent.glob(f"{whose}*{PART}"))) > 1:  # those of dead writers have been removed
+            part.unlink()
+            os.close(handle)
+            raise BlockingIOError(errno.EAGAIN, "another process is writing it", str(path))
+        return part, handle
+
+
+@contextlib.contextmanager
+def remembered(output: Path) -> Iterator[None]:
+    """Note where a large output is being written, so that the next one, in whatever folder, removes what a kill leaves.
+
+    First it removes what earlier ones left. Where no note can be kept, only the output's own folder is swept.
+    """
+    notes, note = cache_folder() / "writing", None
+    with contextlib.suppress(OSError):
+        make_private(notes)
+        for earlier in notes.iterdir():
+            folder = Path(os.fsdecode(read_bytes(earlier, "", own=True)))
+            remove_left_behind(folder)
+            if not any(folder.glob(f".*{PART}")):  # else one is still at work
+                earlier.unlink(missing_ok=True)
+        note = notes / secrets.token_hex(8)
+        with os.fdopen(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, PRIVATE), "wb") as file:
+            file.write(os.fsencode(os.path.abspath(output.parent)))
+    try:
+        yield
+    finally:
+        if note:
+            with contextlib.suppress(OSError):
+                note.unlink()
 
 
 def remove_left_behind(folder: Path) -> None:
@@ -210,7 +258,7 @@ def _sync(path: Path, flags: int) -> None:
 
 def room_at(folder: Path) -> tuple[Path, int]:
     """Return a folder, or its nearest parent that exists, and the bytes that are free on its disk."""
-    there = next((one for one in (folder, *folder.parents) if one.exists()), Path(os.sep))
+    there = next((one for one in (folder, *folder.parents) if os.path.exists(one)), Path(os.sep))
     return there, shutil.disk_usage(there).free
 
 
@@ -233,31 +281,50 @@ def check_utf8(text: str, what: str) -> None:
         raise UsageError(f"{what} holds bytes that are not UTF-8 (a lone surrogate): re-encode the text")
 
 
-def read_text(path: Path, what: str) -> str:
-    """Read a user's text file.
+def read_bytes(path: Path, what: str, most: int = LIMIT, own: bool = False) -> bytes:
+    """Read a file to its end.
+
+    own: it is one of this program's own, and so no pipe, for whose writer one would wait. most: bytes.
 
     Raises:
-        NotFound: it is not there or not readable. UsageError: it is not UTF-8.
+        NotFound: it is not there or not readable. UsageError: it has no end, or a far one.
     """
     try:
-        return from_bytes(path.read_bytes())
+        with os.fdopen(os.open(path, os.O_RDONLY | BINARY | NONBLOCK), "rb") if own else path.open("rb") as file:
+            if own and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is no file")
+            data = file.read(most + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        raise NotFound(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from None
+    if len(data) > most:
+        raise UsageError(f"{what} {path} has more than {most:,} bytes: name a smaller file")
+    return data
+
+
+def read_text(path: Path, what: str, most: int = LIMIT, own: bool = False) -> str:
+    """Read a text file, as `read_bytes`.
+
+    Raises:
+        NotFound: it is not there or not readable. UsageError: it is not UTF-8, or too large.
+    """
+    try:
+        return from_bytes(read_bytes(path, what, most, own))
     except UnicodeDecodeError as error:
         raise UsageError(f"{what} {path} is not UTF-8 text (byte {error.start}): re-encode it") from None
-    except OSError as error:
-        raise NotFound(f"cannot read {what} {path}: {error.strerror}") from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all. A link is followed, and the file keeps its mode.
+    """Write a text file of this program's own, whole or not at all. A link is followed.
 
     Raises:
         OSError: it cannot be written.
     """
-    path = path.resolve()
-    with replacing(path) as part:
+    path = Path(os.path.realpath(path))
+    kind = os.lstat(path).st_mode if os.path.lexists(path) else 0
+    if stat.S_ISFIFO(kind) or stat.S_ISLNK(kind):  # one would wait for the pipe's reader; the link leads to itself
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    with replacing(path, mode=PRIVATE) as part:
         part.write_bytes(text.encode())
-        if path.exists():
-            shutil.copymode(path, part)
 
 
 def write_whole(path: Path, data: bytes | None) -> None:

@@ -225,8 +225,8 @@ def find_checkpoint(source: str, note: Note, offline: bool = False) -> Path:
     Raises:
         NotFound: no such folder or repository. NetworkError: the hub is unreachable, or refuses.
     """
-    path = Path(source).expanduser()
-    if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
+    path = Path(os.path.expanduser(source))
+    if os.path.exists(path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
         return path
     note(f"fetching {source} from the hub")
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "README.md"]

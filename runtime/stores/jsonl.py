@@ -10,12 +10,27 @@ import contextlib
 import errno
 import io
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import UsageError
-from .files import BINARY
+from .files import BINARY, NONBLOCK, PRIVATE
+
+LONGEST = 1 << 24  # bytes of a line: an end for /dev/zero
+
+
+def lines_within(file: BinaryIO, name: str) -> Iterator[bytes]:
+    """Yield the lines of a file, each with its newline.
+
+    Raises:
+        UsageError: one has no end, or a far one.
+    """
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), 1):
+        if len(line) > LONGEST:
+            raise UsageError(f"line {number} of {name} has more than {LONGEST:,} bytes: write shorter ones")
+        yield line
 
 
 class JsonLines:
@@ -31,8 +46,14 @@ class JsonLines:
         self.end = 0  # bytes: the end of the whole lines that were read or appended
         self.torn = b""  # the last line, as `read` found it without its newline
         self._newline = b""  # that the next append has to write first
-        self._file = io.FileIO(path, "r+", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT | BINARY, mode))
+        flags = os.O_RDWR | os.O_CREAT | BINARY | NONBLOCK
+        self._file = io.FileIO(path, "r+", opener=lambda name, _: os.open(name, flags, mode))
         try:
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is no file", str(path))
+            if mode == PRIVATE and os.name != "nt":
+                with contextlib.suppress(OSError):  # another user's
+                    os.fchmod(self._file.fileno(), mode)
             self._lock()
         except BaseException:
             self._file.close()
@@ -63,7 +84,7 @@ class JsonLines:
         with self.reader() as file:
             file.seek(0)
             self.end = 0
-            for line in file:
+            for line in lines_within(file, "the file"):
                 if not line.endswith(b"\n"):
                     self.torn = line
                     return
@@ -112,7 +133,7 @@ def open_named(path: Path, option: str, mode: int = 0o666) -> JsonLines:
     Raises:
         UsageError: it is a folder or the like, or another process has it open. OSError: it cannot be opened.
     """
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise UsageError(f"{path} is no file: name another with {option}")
     try:
         return JsonLines(path, mode)

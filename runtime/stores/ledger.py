@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,28 @@ from ..errors import CannotWrite, UsageError
 from ..llama.library import Closing
 from . import files
 from .jsonl import open_named
+
+
+@dataclass(frozen=True)
+class FinishedRow:
+    """What the file says of a row; the rest of the line is the user's."""
+
+    index: int
+    run: str
+    asked: str  # a digest
+    failed: bool
+
+
+def finished_row(line: bytes) -> FinishedRow | None:
+    """Read a line of the file; None if it is another's, or was changed."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    kinds = {"index": int, "run": str, "asked": str, "error": str | None}
+    if not isinstance(row, dict) or any(not isinstance(row.get(name, ...), kind) for name, kind in kinds.items()):
+        return None
+    return FinishedRow(row["index"], row["run"], row["asked"], row["error"] is not None)
 
 
 class Ledger(Closing):
@@ -49,17 +72,15 @@ class Ledger(Closing):
 
     def _read(self) -> None:
         for start, line in self._file.read():
-            try:
-                row = json.loads(line)
-                index, run, digest = row["index"], row["run"], row["asked"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise UsageError(f"{self.path} holds something else than a batch's rows: --force replaces it") from None
-            if run != self.run:
+            row = finished_row(line)
+            if row is None:
+                raise UsageError(f"{self.path} holds something else than a batch's rows: --force replaces it")
+            if row.run != self.run:
                 raise UsageError(
                     f"{self.path} holds the rows of another run (its model or options differ): --force replaces it"
                 )
-            if row["error"] is None:
-                self._places[index] = (start, digest)
+            if not row.failed:
+                self._places[row.index] = (start, row.asked)
 
     def has(self, index: int, digest: str) -> bool:
         """Tell whether a row has been answered that asked for the same."""

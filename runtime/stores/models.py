@@ -154,7 +154,7 @@ def resolve_model(name: str | None) -> Path | None:
     if not name:
         chosen = config.setting("model")
         return resolve_model(chosen) if chosen else embedded_model()
-    path, repository = Path(name).expanduser(), REPOSITORY.fullmatch(name)
+    path, repository = Path(os.path.expanduser(name)), REPOSITORY.fullmatch(name)
     if os.path.isfile(path):  # Path.is_file raises if the name is too long, or its folder closed
         return path
     if os.path.isdir(path):

@@ -53,7 +53,7 @@ def own_profile(name: str) -> str | None:
         UsageError: it is not UTF-8. NotFound: it cannot be read.
     """
     path = profiles_folder() / f"{name}.txt"
-    return files.read_text(path, "the profile").strip() if os.path.isfile(path) else None
+    return files.read_text(path, "the profile", own=True).strip() if os.path.isfile(path) else None
 
 
 def profile_text(name: str) -> str:
@@ -104,7 +104,7 @@ def store_profile(name: str, text: str, before: str | None = None, force: bool =
     if not text:
         raise UsageError(f"the text of @{name} is empty: say what you prefer")
     with files.changing(profiles_folder()):
-        profiles_folder().mkdir(mode=0o700, exist_ok=True)
+        files.make_private(profiles_folder())
         for other in known_profiles():
             if other != name and other.casefold() == name.casefold():
                 raise UsageError(f"there is @{other}, which is the same file on some systems: choose another name")

@@ -6,6 +6,7 @@ import contextlib
 import os
 import struct
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 from ..errors import CannotWrite
@@ -45,11 +46,11 @@ class PromptCache:
         """Return a state, and count the hit; None if there is none."""
         path = self.folder / f"{key}.kv"
         try:
-            if not path.is_file():  # a pipe would never end
-                return None
-            with path.open("r+b", buffering=0) as file:
-                head = file.read(STATE_HEAD.size)
-                data = bytearray(max(0, os.fstat(file.fileno()).st_size - STATE_HEAD.size))
+            with os.fdopen(os.open(path, os.O_RDWR | files.BINARY | files.NONBLOCK), "r+b", buffering=0) as file:
+                there = os.fstat(file.fileno())
+                size = there.st_size if S_ISREG(there.st_mode) and there.st_size <= self.most else 0
+                head = file.read(STATE_HEAD.size) if size else b""
+                data = bytearray(max(0, size - STATE_HEAD.size))
                 file.readinto(data)
                 magic, hits, checksum = STATE_HEAD.unpack(head) if len(head) == STATE_HEAD.size else (b"", 0, b"")
                 if magic == STATE_MAGIC and checksum == state_checksum(key, data):
@@ -71,8 +72,8 @@ class PromptCache:
         if STATE_HEAD.size + len(data) > self.most:
             return
         with contextlib.suppress(OSError):
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with files.replacing(self.folder / f"{key}.kv", mode=0o600) as part, part.open("wb") as file:
+            files.make_private(self.folder)
+            with files.replacing(self.folder / f"{key}.kv", mode=files.PRIVATE) as part, part.open("wb") as file:
                 file.write(STATE_HEAD.pack(STATE_MAGIC, 0, state_checksum(key, data)))
                 file.write(data)
             self._evict()

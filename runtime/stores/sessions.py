@@ -16,6 +16,7 @@ from . import files
 from .jsonl import JsonLines
 
 STAMP = "%Y-%m-%dT%H:%M:%SZ"  # the format of times in a session's file
+MOST = 1 << 26  # bytes of a session
 SESSION_VERSION = 1  # of the format of a session's file
 LINE_TEXTS = {"meta_prompt": ("system_info", "user_info"), "turn": ("query", "response")}  # the texts each kind needs
 Line = dict[str, Any]
@@ -51,7 +52,7 @@ def existing_session(name: str) -> Path:
         UsageError: no session can have that name. NotFound: there is no such session.
     """
     path, names = session_path(name), session_names()
-    if not path.is_file():
+    if not os.path.isfile(path):
         hint = did_you_mean(name, names, f"there are {', '.join(names) or 'none yet'}")
         raise NotFound(f"no session {name}: {hint}")
     return path
@@ -94,12 +95,9 @@ class Conversation:
         Raises:
             UsageError: a line is spoilt, or a newer program wrote the file. NotFound: it cannot be read.
         """
-        try:
-            *whole, torn = path.read_bytes().split(b"\n")
-        except (FileNotFoundError, NotADirectoryError):
+        if not os.path.lexists(path):
             return cls(path)
-        except OSError as error:
-            raise NotFound(f"cannot read the session {path}: {error.strerror}") from None
+        *whole, torn = files.read_bytes(path, "the session", MOST, own=True).split(b"\n")
         lines = []
         for number, text in enumerate(whole, 1):
             try:
@@ -186,8 +184,8 @@ class Conversation:
             return
         try:
             with files.locked(self.path.parent):  # of the folder: `sessions rm` removes no session while it is written
-                self.path.parent.mkdir(mode=0o700, exist_ok=True)
-                with contextlib.closing(JsonLines(self.path, 0o600)) as file:
+                files.make_private(self.path.parent)
+                with contextlib.closing(JsonLines(self.path, files.PRIVATE)) as file:
                     self._append(file)
         except OSError as error:
             raise CannotWrite(

@@ -6,10 +6,12 @@ llguidance computes the mask and jsonschema checks the answer; both are imported
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError, one_line
+
+MOST = 1 << 18  # characters of a schema: half a second to check and to compile 64 thousand
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ def parse_schema(text: str, where: str = "the schema") -> Schema:
     Raises:
         UsageError: the text is not JSON, the JSON is not a schema, or no answer can fit the schema.
     """
+    if len(text) > MOST:
+        raise UsageError(f"{where} has more than {MOST:,} characters: make it simpler")
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
@@ -39,14 +43,14 @@ def parse_schema(text: str, where: str = "the schema") -> Schema:
 
 
 def expand_schema(text: str) -> Schema:
-    """Read the short form of a schema. Its mask allows integers of at most 15 digits.
+    """Read the short form of a schema.
 
     Raises:
         UsageError: the text is not in the short form.
     """
-    from .short import MASKED, expand
+    from .short import expand
 
-    return replace(make_schema(expand(text, MASKED)), document=expand(text))
+    return make_schema(expand(text))
 
 
 def make_schema(document: Any, where: str = "the schema") -> Schema:

@@ -6,15 +6,48 @@ Functions import jsonschema when they are called, because the import is slow.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from .mask import letters, refusal
 from .numbers import fraction
-from .patterns import FORMATS, rust_pattern
+from .patterns import FORMATS, regex_pattern, rust_pattern
+
+SECONDS = 5.0  # the most time of a check: a pattern or a reference can ask for years of it
+FAULTS = 100  # of an answer, among which the most telling one is chosen; an answer can have 2**30
+REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+
+
+class Effort:
+    """The time that is left for a check, and the references that hold: so that none is followed twice for one value.
+
+    Args:
+        again: follow them again; what a dynamic reference leads to depends on the way there.
+    """
+
+    def __init__(self, again: bool = False) -> None:
+        self._end, self.again = time.monotonic() + SECONDS, again
+        self.held: set[tuple[int, int]] = set()  # the `id()` of the schema and of the value
+
+    def left(self) -> float:
+        """Return the seconds that are left.
+
+        Raises:
+            TimeoutError: there are none.
+        """
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+
+_effort: ContextVar[Effort | None] = ContextVar("effort", default=None)
 
 
 def pointer(path: Iterable[Any]) -> str:
@@ -36,6 +69,8 @@ def schema_fault(document: Any) -> str | None:
 
     if not isinstance(document, dict):
         return f"it is {json.dumps(document)[:40]}, not an object"
+    if not isinstance(document.get("$schema", ""), str):
+        return f"/$schema: {json.dumps(document['$schema'])[:40]} is no text"
     try:
         draft(document).check_schema(document, format_checker=FormatChecker(()))
     except SchemaError as error:
@@ -48,16 +83,22 @@ def document_fault(text: str, document: Mapping[str, Any]) -> str | None:
     from jsonschema.exceptions import best_match
     from referencing import Registry
 
+    text_of_schema = json.dumps(document)
+    begun = _effort.set(Effort(again=any(name in text_of_schema for name in REFERENCES[1:])))
     try:
         value = json.loads(text)
         kind = _exact(draft(document))
         plain = {key: part for key, part in document.items() if key != "$schema"}  # else jsonschema takes its own class
         validator = kind(plain, registry=Registry(), format_checker=kind.FORMAT_CHECKER)  # fetches no URLs
-        found = best_match(validator.iter_errors(value))
+        found = best_match(itertools.islice(validator.iter_errors(value), FAULTS))
     except RecursionError:
         return "it nests too deep"
+    except TimeoutError:
+        return f"whether it fits is not known after {SECONDS:g} seconds: make the schema simpler"
     except ValueError as error:
         return f"it is no JSON: {error}"
+    finally:
+        _effort.reset(begun)
     return None if found is None else f"{pointer(found.absolute_path)}: {found.message}"
 
 
@@ -77,10 +118,25 @@ def _exact(kind: Any) -> Any:
             schema = {"properties": {**known, **schema.get("properties", {})}}
         yield from additional(validator, value, instance, schema)
 
-    own = {"multipleOf": _multiple_of, "pattern": _pattern, "patternProperties": _pattern_properties}
-    return extend(
-        kind, {**own, "additionalProperties": additional_properties, "format": functools.partial(_format, kind)}
-    )
+    own: dict[str, Any] = {"multipleOf": _multiple_of, "pattern": _pattern, "patternProperties": _pattern_properties}
+    own |= {"additionalProperties": additional_properties, "format": functools.partial(_format, kind)}
+    followed = {
+        name: functools.partial(_follow, kind.VALIDATORS[name]) for name in REFERENCES if name in kind.VALIDATORS
+    }
+    return extend(kind, {**own, **followed})
+
+
+def _follow(keyword: Callable[..., Any], validator: Any, reference: Any, instance: Any, schema: Any) -> Iterator[Any]:
+    """Follow a reference, unless it is known to hold for this value: two in each schema of a row double the work."""
+    effort, case, fits = _effort.get() or Effort(again=True), (id(schema), id(instance)), True
+    effort.left()
+    if case in effort.held:
+        return
+    for found in keyword(validator, reference, instance, schema) or ():
+        fits = False
+        yield found
+    if fits and not effort.again:
+        effort.held.add(case)
 
 
 def _multiple_of(validator: Any, factor: float, instance: Any, schema: Any) -> Iterator[Any]:
@@ -120,22 +176,40 @@ def _pattern_properties(validator: Any, patterns: Any, instance: Any, schema: An
 
 
 def found_in(pattern: str, text: str) -> bool:
-    """Tell whether a pattern matches somewhere in a text. Python's `re` handles the patterns that llguidance cannot.
+    """Tell whether a pattern matches somewhere in a text. `regex` handles the patterns that llguidance cannot.
 
     Raises:
-        re.error: neither llguidance nor Python understands the pattern.
+        re.error: it is no pattern. TimeoutError: it takes longer than the check may.
     """
     fits = _fits(text, pattern=rust_pattern(pattern))
-    return re.search(pattern, text) is not None if fits is None else fits
+    if fits is not None:
+        return fits
+    return _compiled(pattern).search(text, timeout=(_effort.get() or Effort()).left()) is not None
 
 
-def is_pattern(pattern: str) -> bool:
-    """Tell whether llguidance or, for the final check only, Python understands a text as a regular expression."""
+@functools.lru_cache(256)
+def _compiled(pattern: str) -> Any:
+    """Return a pattern of ECMA-262 for the final check. `re` would lack Unicode's properties, and a limit of time.
+
+    Raises:
+        re.error: it is no pattern.
+    """
+    import regex
+
     try:
-        found_in(pattern, "")
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
+        return regex.compile(regex_pattern(pattern), regex.VERSION1)
+    except (regex.error, OverflowError, RecursionError, ValueError) as error:
+        raise re.error(str(error)) from None
+
+
+def pattern_fault(pattern: str) -> str | None:
+    """Return the reason why a text is no regular expression that llguidance or the final check understands."""
+    try:
+        if not is_known(pattern=rust_pattern(pattern)):
+            _compiled(pattern)
+    except re.error as error:
+        return str(error)
+    return None
 
 
 def format_keywords(name: str) -> dict[str, Any]:

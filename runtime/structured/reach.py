@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import UsageError
-from .check import draft, is_pattern
+from .check import REFERENCES, draft, pattern_fault
 
 Node = dict[str, Any]  # a schema that is an object
 
 IN_PLACE = ("allOf", "anyOf", "oneOf")
 ASIDE = ("not", "if", "then", "else", "contains", "propertyNames", "unevaluatedItems", "unevaluatedProperties")
 NAMED = ("$defs", "definitions", "dependentSchemas", "dependencies")
-REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 
 
 def members(schema: Node) -> Iterator[tuple[str, Any]]:
@@ -116,9 +115,9 @@ class Reached:
                 self.targets[id(schema)] = target
 
     def _check_patterns(self, schema: Node, at: str) -> None:
-        for pattern in [schema.get("pattern", ""), *schema.get("patternProperties", ())]:
-            if not is_pattern(pattern):
-                raise self.refusal(f"{at}/pattern: {pattern!r} is no regular expression")
+        for pattern in [*filter(None, [schema.get("pattern")]), *schema.get("patternProperties", ())]:
+            if reason := pattern_fault(pattern):
+                raise self.refusal(f"{at}/pattern: {pattern!r} is no regular expression: {reason}")
 
     # -- subschemas that apply to an answer ---------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ more; the final check refuses such answers.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,9 @@ UNSAID = (  # keywords that llguidance cannot express
 IDLE = "then else minContains maxContains $dynamicAnchor $recursiveAnchor $vocabulary contentSchema x-guidance".split()
 NOTHING = {"uniqueItems": False, "propertyNames": True, "unevaluatedItems": True, "unevaluatedProperties": True}
 COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+TRIED = (
+    1 << 20
+)  # characters that llguidance reads while it is tried which keywords it can follow, of all tries together
 RISKY = ("$ref", "allOf", "pattern", *BOUNDS, "multipleOf", *COUNTS, "patternProperties", "oneOf")
 
 
@@ -157,6 +161,7 @@ class _Settled:
         self._relaxed, self._reached = relaxed, relaxed.reached
         self._whole = {key: dict(node) for key, node in self._reached.nodes.items()}
         self._out: dict[int, set[str]] = {key: set() for key in self._whole}
+        self._tries = 0  # that are left
 
     def settle(self) -> None:
         """Leave out keywords until llguidance can follow the schema.
@@ -166,6 +171,7 @@ class _Settled:
         """
         if not self._refusal():
             return
+        self._tries = max(8, TRIED // len(json.dumps(self._reached.root)))
         spots = [(key, keyword) for keyword in RISKY for key, node in self._whole.items() if keyword in node]
         self._put(spots, out=True)
         if reason := self._refusal():
@@ -193,11 +199,13 @@ class _Settled:
                     node[name] = value
 
     def _restore(self, spots: Sequence[tuple[int, str]]) -> None:
-        """Put back the keywords that llguidance can follow, and list the others."""
-        self._put(spots, out=False)
-        if not self._refusal():
-            return
-        self._put(spots, out=True)
+        """Put back the keywords that llguidance can follow, and list the others: all, once there were tries enough."""
+        self._tries -= 1
+        if self._tries > 0:
+            self._put(spots, out=False)
+            if not self._refusal():
+                return
+            self._put(spots, out=True)
         if len(spots) > 1:
             self._restore(spots[: len(spots) // 2])
             self._restore(spots[len(spots) // 2 :])
@@ -210,7 +218,7 @@ class _Settled:
 
     def _are_apart(self, key: int, keyword: str) -> bool:
         """Tell whether no value fits two options of a `oneOf`; llguidance sees this only if `$ref`s are resolved."""
-        if keyword != "oneOf":
+        if keyword != "oneOf" or self._tries <= 0:
             return False
         options = self._whole[key]["oneOf"]
         self._whole[key]["oneOf"] = [self._followed(option) for option in options]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UsageError
@@ -20,23 +19,18 @@ TYPES: dict[str, dict[str, Any]] = {
     "date": {"type": "string", "format": "date"},
     "any": {},
 }
-SHORT = {"type": "integer", "minimum": 1 - 10**15, "maximum": 10**15 - 1}
-MASKED = {**TYPES, "int": SHORT, "integer": SHORT}  # at most 15 digits: small models would write digits without end
 FORM = "name, age int, tags [str], mood good|bad, note? str: what it is"
 FIELD = re.compile(
     r"""(?P<name>[^\s:?,{}[\]|"']+)(?P<optional>\?)?(?:\s+(?P<kind>[^:]+?))?\s*(?::\s*(?P<about>.*))?""", re.S
 )
 
 
-def expand(text: str, types: Mapping[str, dict[str, Any]] = TYPES) -> dict[str, Any]:
+def expand(text: str) -> dict[str, Any]:
     """Return the JSON Schema that a short form stands for.
 
     Fields are separated by commas or, in a text of several lines, by line breaks. A field is a name, `?` if it is
     optional, a type (by default str), and after a colon a description. A type is a key of TYPES, choices separated by
     `|`, a list `[type]`, or fields in braces. `[name, age int]` as the whole text is a list of such objects.
-
-    Args:
-        types: the JSON Schema of each type's name.
 
     Raises:
         UsageError: a field is malformed or given twice, a type is unknown, or brackets do not match.
@@ -44,15 +38,15 @@ def expand(text: str, types: Mapping[str, dict[str, Any]] = TYPES) -> dict[str, 
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):
         inner = text[1:-1].strip()
-        return {"type": "array", "items": _type(inner, types) if _is_type(inner) else _fields(inner, types)}
-    return _fields(text, types)
+        return {"type": "array", "items": _type(inner) if _is_type(inner) else _fields(inner)}
+    return _fields(text)
 
 
 def _refusal(reason: str) -> UsageError:
     return UsageError(f"the schema's short form: {' '.join(reason.split())}")
 
 
-def _fields(text: str, types: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _fields(text: str) -> dict[str, Any]:
     properties, required = {}, []
     for field in _split(text, "\n" if "\n" in text.strip() else ","):
         found = FIELD.fullmatch(field)
@@ -61,7 +55,7 @@ def _fields(text: str, types: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         if found["name"] in properties:
             raise _refusal(f"the field {found['name']!r} stands there twice")
         about = {"description": found["about"]} if found["about"] else {}
-        properties[found["name"]] = {**_type(found["kind"] or "str", types), **about}
+        properties[found["name"]] = {**_type(found["kind"] or "str"), **about}
         required += [] if found["optional"] else [found["name"]]
     if not properties:
         raise _refusal(f"it has no field: write {FORM}")
@@ -72,17 +66,17 @@ def _is_type(text: str) -> bool:
     return text in TYPES or "|" in text or text[:1] in "[{"
 
 
-def _type(text: str, types: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _type(text: str) -> dict[str, Any]:
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):
-        return {"type": "array", "items": _type(text[1:-1], types)}
+        return {"type": "array", "items": _type(text[1:-1])}
     if text.startswith("{") and text.endswith("}"):
-        return _fields(text[1:-1], types)
+        return _fields(text[1:-1])
     if "|" in text:
         return {"enum": [choice.strip() for choice in text.split("|")]}
     if text not in TYPES:
         raise _refusal(f"no type {text!r}: there are {', '.join(TYPES)}, [a list], one|of|some, {{fields}}")
-    return dict(types[text])
+    return dict(TYPES[text])
 
 
 def _split(text: str, separator: str) -> list[str]:
