@@ -55,6 +55,7 @@ import array
 import codecs
 import contextlib
 import ctypes
+import functools
 import io
 import itertools
 import json
@@ -94,6 +95,7 @@ from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.llama.library import LOG, Background, Closing
 from metaalign_edge_runtime.llama.memory import CELLS, PREFILL_CHUNK, Device, Footprint, Plan
 from metaalign_edge_runtime.llama.sampling import SAMPLING_PARAMETERS, SamplingValue, choose_sampling
+from metaalign_edge_runtime.llama.sharing import Access, AnswerTimeout, Sharing
 from metaalign_edge_runtime.llama.token_texts import token_texts
 from metaalign_edge_runtime.llama.vocabulary import (
     ATTR_BYTE,
@@ -119,8 +121,8 @@ if TYPE_CHECKING:
 
 # What a program needs; see Python
 __all__ = [
-    "Answer", "ContextOverflow", "Dialog", "EdgeError", "LoadError", "Model", "NetworkError", "NotFound",
-    "TemplateError", "TierViolation", "Turn", "UsageError", "compare", "generate", "stream",
+    "Answer", "AnswerTimeout", "ContextOverflow", "Dialog", "EdgeError", "LoadError", "Model", "NetworkError",
+    "NotFound", "TemplateError", "TierViolation", "Turn", "UsageError", "compare", "generate", "stream",
 ]  # fmt: skip
 
 
@@ -838,6 +840,17 @@ def checked_context(value: str | None, flag: str = "-c") -> int | Literal["auto"
     return int(value)
 
 
+def checked_threads(value: int | None) -> int | None:
+    """Return a number of threads; None if it is not given.
+
+    Raises:
+        UsageError: it is anything else than a number from 1 to MOST_THREADS.
+    """
+    if value is not None and not (isinstance(value, int) and 0 < value <= MOST_THREADS):
+        raise UsageError(f"threads takes a number from 1 to {MOST_THREADS}, not {value!r}")
+    return value
+
+
 # =====================================================================================================================
 #  6  Model
 # =====================================================================================================================
@@ -882,7 +895,7 @@ class Model(Closing):
     def __init__(
         self, file: ModelFile, settings: Settings, interrupt: Interrupt | None = None, plan: Plan | None = None
     ) -> None:
-        self.file, self._interrupt = file, interrupt
+        self.file, self._interrupt, self.sharing = file, interrupt, Sharing(interrupt or Interrupt())
         self.plan = plan or plan_for(file, settings)
         self.plan.check(file.path)
         self.settings = settings.planned(self.plan)
@@ -962,16 +975,13 @@ class Model(Closing):
             NotFound, LoadError: there is no such model or adapter, or llama.cpp refuses it. UsageError, TemplateError:
                 a number is none, no template has that name, or there is none.
         """
-        size = checked_context(None if context is None else str(context), "context")
-        layers = checked_gpu_layers(str(gpu_layers), "gpu_layers")
-        if threads is not None and not (isinstance(threads, int) and 0 < threads <= MOST_THREADS):
-            raise UsageError(f"threads takes a number from 1 to {MOST_THREADS}, not {threads!r}")
+        size, layers = None if context is None else str(context), checked_gpu_layers(str(gpu_layers), "gpu_layers")
+        settings = Settings(checked_context(size, "context"), layers, checked_threads(threads), verbose=verbose)
         file = ModelFile(models.local_model(None if name is None else os.fspath(name)))
         chosen, interrupt = choose_template(template, file), Interrupt()
-        settings = Settings(size, layers, threads, verbose=verbose, adapters=find_adapters(lora))
         try:
             with interrupt:
-                model = cls(file, settings, interrupt).wait()
+                model = cls(file, replace(settings, adapters=find_adapters(lora)), interrupt).wait()
         except Interrupted:
             raise KeyboardInterrupt from None
         model.chat_template = chosen
@@ -998,7 +1008,10 @@ class Model(Closing):
         return self._adapters[adapter.identity]
 
     def close(self) -> None:
-        """Free the model; again is harmless."""
+        """Stop the answers of other threads, and free the model; again is harmless. A child of a fork frees nothing."""
+        self.sharing.close(self._free)
+
+    def _free(self) -> None:
         if self.session:
             self.session.close()
         if self._weights:
@@ -1156,7 +1169,7 @@ class Engine(Closing):
         params.n_outputs_max = sequences  # rows of logits to reserve; llama.cpp's default is one for each batch token
         params.n_threads = params.n_threads_batch = threads_for(model, settings)
         params.no_perf = True
-        self._abort = llama.ggml_abort_callback(lambda _data: interrupt.raised)
+        self._abort = llama.ggml_abort_callback(lambda _data: interrupt.due)
         check_memory(model, context, sequences)
         holds = params.n_ctx == context * sequences  # n_ctx has 32 bits
         with STOPWATCH("context"):
@@ -1266,11 +1279,12 @@ class Engine(Closing):
 
     def _llama_decode(self, prefill: bool) -> int:
         """Decode the batch; return llama.cpp's status. A prefill on the CPU can be interrupted."""
+        decode = functools.partial(self._llama.llama_decode, self.pointer, self._batch.struct)
         if not prefill or self.model.gpu_layers:  # GPU backends have no abort callback
-            return int(self._llama.llama_decode(self.pointer, self._batch.struct))
+            return library.computed(decode)
         self._llama.llama_set_abort_callback(self.pointer, self._abort, None)
         try:
-            return int(self._llama.llama_decode(self.pointer, self._batch.struct))
+            return library.computed(decode)
         finally:  # it costs some 0.3 ms per decode, too much where one writes a single token
             self._llama.llama_set_abort_callback(self.pointer, self._llama.ggml_abort_callback(), None)
 
@@ -1872,8 +1886,10 @@ class Decoder(Closing):
             one.sampler.close()
         self.active.clear()
 
-    def interrupted(self) -> None:
-        """Complete what has been written of the answers, as far as it goes."""
+    def interrupted(self, waiting: Iterable[Prompt]) -> None:
+        """Complete what has been written of the answers, as far as it goes; of those that wait, nothing."""
+        for prompt in waiting:
+            prompt.answer.finish_reason = "interrupted"
         for one in self.active:
             one.builder.answer.finish_reason = "interrupted"
             one.request.show(one.builder.close())
@@ -2004,9 +2020,7 @@ class Scheduler(Closing):
         self._decoder.close()
 
     def submit(self, request: Request, before: Callable[[Prompt], None] = lambda _: None) -> Prompt:
-        """Take a request; it begins in a step that has a slot for it. Return how the model will read it.
-
-        `before` is given that first, and may refuse it by an error.
+        """Take a request; a step that has a slot begins it. Return how it is read; `before` may refuse it by an error.
 
         Raises:
             ContextOverflow, TemplateError, TierViolation: it cannot be answered. RuntimeError: the scheduler is closed.
@@ -2066,8 +2080,7 @@ class Scheduler(Closing):
         The next request is taken whenever there is a slot for it; `before` as in `submit`.
 
         Raises:
-            Interrupted: Ctrl-C; what has been written of the answers is theirs, and `interrupted` their finish reason.
-            RuntimeError: the scheduler is closed.
+            Interrupted: Ctrl-C, after `interrupted`. RuntimeError: the scheduler is closed.
         """
         self._decoder.checkpoints.save()
         coming = iter(requests)
@@ -2082,12 +2095,14 @@ class Scheduler(Closing):
                     return
                 yield from self.step()
         except Interrupted:
-            self._decoder.interrupted()
-            for prompt in self._waiting:
-                prompt.answer.finish_reason = "interrupted"
+            self.interrupted()
             raise
         finally:
             self.cancel()
+
+    def interrupted(self) -> None:
+        """Complete what has been written of the answers, as far as it goes: `interrupted` is their finish reason."""
+        self._decoder.interrupted(self._waiting)
 
     def set_adapters(self, adapters: Sequence[Adapter]) -> None:
         """Lay other adapters over the model, from the next answer on; what was read under the old ones is forgotten.
@@ -2174,34 +2189,22 @@ class Options(TypedDict, total=False):
 
 
 class ModelSession(Closing):
-    """The scheduler that all calls of a model share: one answer at a time; the KV cache stays for the next call."""
+    """The scheduler that all calls of a model share; the KV cache stays for the next call.
+
+    The answers of threads wait for each other. In one batch, a text would depend on who else asks, as the rest of a
+    batch changes the last bits of the logits. And it would gain little: on two cores, a model of half a billion
+    parameters writes 1.15 times as many tokens for two together, one of 0.2 billion 1.5 times as many for four. What
+    belongs together is a batch in `compare`.
+    """
 
     def __init__(self, model: Model) -> None:
         chosen = model.chat_template or choose_template("auto", model.file)
-        self.scheduler = Scheduler(model, chosen, model.settings, AS_USUAL, Interrupt())
-        self._free, self._writer = threading.Lock(), 0  # the thread that writes an answer, 0 if none does
+        self.sharing = model.sharing
+        self.scheduler = Scheduler(model, chosen, model.settings, AS_USUAL, self.sharing.interrupt)
 
     def close(self) -> None:
         """Free the context; again is harmless."""
         self.scheduler.close()
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait for the answers of other threads to end.
-
-        Raises:
-            RuntimeError: this thread itself is in the middle of one. KeyboardInterrupt: Ctrl-C.
-        """
-        if self._writer == threading.get_ident():
-            raise RuntimeError("an answer is still being written: read its stream to the end, or close it")
-        with self._free:
-            self._writer, self.scheduler.interrupt.raised = threading.get_ident(), False
-            try:
-                yield
-            except Interrupted:
-                raise KeyboardInterrupt from None
-            finally:
-                self._writer = 0
 
     def take(self, options: Options) -> int:
         """Set the options of the next answer, and return its seed.
@@ -2237,48 +2240,54 @@ class ModelSession(Closing):
         self.scheduler.settings = replace(self.scheduler.model.settings, **given)
         return int(seed)
 
-    def stream(self, request: Request) -> Generator[str, None, Answer]:
+    def stream(self, request: Request, access: Access) -> Generator[str, None, Answer]:
         """Yield an answer's text as it is written, and return it with its figures; closed early, it stops at once.
 
         Raises:
-            Interrupted: Ctrl-C while it is being written; between two pieces, that is the caller's.
-            RuntimeError: the context is closed.
+            Interrupted: Ctrl-C while it is being written; between two pieces, that is the caller's. So is the end of
+                its time. RuntimeError: the model is closed.
         """
         pieces: list[str] = []
+        ended: list[tuple[Request, Answer | EdgeError]] = []
         scheduler = self.scheduler
-        scheduler.submit(replace(request, show=pieces.append))
         try:
-            while True:
-                with scheduler.interrupt:
-                    ended = scheduler.step()
-                    scheduler.interrupt.check()
+            with self.sharing.work():
+                access.answers = [scheduler.submit(replace(request, show=pieces.append)).answer]
+            while not ended:
+                try:
+                    with self.sharing.work(), scheduler.interrupt:
+                        ended = scheduler.step()
+                        scheduler.interrupt.check()
+                except Interrupted:
+                    with self.sharing.work():
+                        scheduler.interrupted()
+                    yield from filter(None, pieces)
+                    raise
                 yield from filter(None, pieces)
                 pieces.clear()
-                for _, answer in ended:
-                    return answered(answer)
+            return answered(ended[0][1])
         finally:
-            scheduler.cancel()
+            with contextlib.suppress(RuntimeError), self.sharing.work():  # closed, it has been cancelled
+                scheduler.cancel()
 
-    def compare(self, dialogs: Sequence[Dialog], seed: int) -> list[Answer]:
+    def compare(self, dialogs: Sequence[Dialog], seed: int, access: Access) -> list[Answer]:
         """Answer dialogs together.
 
         Raises:
-            EdgeError: one cannot be answered. Interrupted: Ctrl-C.
+            EdgeError: one cannot be answered. Interrupted: Ctrl-C, or the end of its time.
         """
         requests = [Request(dialog, seed, number) for number, dialog in enumerate(dialogs)]
-        with self.scheduler.interrupt, self.scheduler.beside(len(dialogs)) as together:
-            answers = {request.tag: answer for request, answer in together.run(requests)}
+
+        def begun(prompt: Prompt) -> None:
+            access.answers.append(prompt.answer)
+
+        with self.sharing.work(), self.scheduler.interrupt, self.scheduler.beside(len(dialogs)) as together:
+            answers = {request.tag: answer for request, answer in together.run(requests, begun)}
         return [answered(answers[number]) for number in range(len(dialogs))]
 
 
 def session_of(model: Model) -> ModelSession:
-    """Return the session that a model's calls share; the first call makes it.
-
-    Raises:
-        RuntimeError: the model is closed.
-    """
-    if not model.pointer:
-        raise RuntimeError("the model is closed")
+    """Return the session that a model's calls share; the first one makes it."""
     if model.session is None:
         model.session = ModelSession(model)
     return model.session
@@ -2299,30 +2308,80 @@ def as_dialog(query: str | Dialog, system: str, pref: str) -> Dialog:
     return query
 
 
+class Stream(Generator[str, None, Answer]):
+    """The text of an answer, in pieces as they are written. Any thread may read it, and any thread may close it."""
+
+    def __init__(self, access: Access, pieces: Generator[str, None, Answer]) -> None:
+        self._access, self._pieces, self._reading = access, pieces, threading.RLock()
+
+    def send(self, value: None) -> str:
+        """Return the next piece; StopIteration holds the answer, or None if another thread closed the stream."""
+        self._access.readers.add(threading.get_ident())
+        with self._reading:
+            try:
+                return self._pieces.send(value)
+            except Interrupted:
+                raise StopIteration from None
+
+    def throw(self, *error: Any) -> str:
+        """Raise an error where the next piece would be written."""
+        with self._reading:
+            return self._pieces.throw(*error)
+
+    def close(self) -> None:
+        """Stop the answer, and wait until it has stopped; again is harmless."""
+        self._access.give_up()
+        with self._reading:
+            self._pieces.close()
+
+
 def stream(
-    model: Model, query: str | Dialog, *, system: str = "", pref: str = "", **options: Unpack[Options]
+    model: Model,
+    query: str | Dialog,
+    *,
+    system: str = "",
+    pref: str = "",
+    timeout: float | None = None,
+    **options: Unpack[Options],
 ) -> Generator[str, None, Answer]:
     """Yield the text of an answer as it is written; with `yield from`, return the answer with its figures.
 
-    Closed before its end (`break` and `close()`, or `contextlib.closing`), it stops at once; the model is ready for the
-    next call. Threads may share a model: their answers wait for each other.
+    Closed before its end (`break` and `close()`, or `contextlib.closing`; from any thread), it stops at once; the model
+    is ready for the next call. Threads may share a model: their answers wait for each other.
 
     >>> with Model.open() as model:
     ...     for piece in stream(model, "What is tea?", pref="one sentence", temperature=0):
     ...         print(piece, end="")
     Tea is a drink made by pouring hot water over dried leaves.
 
+    Args:
+        timeout: seconds, from this call on, that the answer may take, waiting for other threads' answers included.
+
     Raises:
         UsageError, NotFound, TemplateError, TierViolation, ContextOverflow, LoadError: as `chat` fails.
-        RuntimeError: the model is closed, or this thread is in the middle of another stream of it.
+        AnswerTimeout: a TimeoutError with what was written by then.
+        RuntimeError: the model is closed, or was opened before a fork, or this thread is in the middle of another
+            stream of it.
     """
-    session, dialog = session_of(model), as_dialog(query, system, pref)
-    with session.turn():
-        return (yield from session.stream(Request(dialog, session.take(options))))
+    model.sharing.check()
+    dialog, access = as_dialog(query, system, pref), Access(model.sharing, timeout)
+
+    def pieces() -> Generator[str, None, Answer]:
+        with access:
+            session = session_of(model)
+            return (yield from session.stream(Request(dialog, session.take(options)), access))
+
+    return Stream(access, pieces())
 
 
 def generate(
-    model: Model, query: str | Dialog, *, system: str = "", pref: str = "", **options: Unpack[Options]
+    model: Model,
+    query: str | Dialog,
+    *,
+    system: str = "",
+    pref: str = "",
+    timeout: float | None = None,
+    **options: Unpack[Options],
 ) -> Answer:
     """Answer a query, or the newest one of a dialog, under System Info and a preference (a text, or @profile).
 
@@ -2336,7 +2395,7 @@ def generate(
     Raises:
         As `stream`.
     """
-    writing = stream(model, query, system=system, pref=pref, **options)
+    writing = stream(model, query, system=system, pref=pref, timeout=timeout, **options)
     while True:
         try:
             next(writing)
@@ -2350,6 +2409,7 @@ def compare(
     preferences: Sequence[str],
     *,
     system: str = "",
+    timeout: float | None = None,
     **options: Unpack[Options],
 ) -> list[Answer]:
     """Answer one query under several preferences, decoded together; an empty one is the answer without any.
@@ -2362,12 +2422,14 @@ def compare(
     Raises:
         As `stream`.
     """
-    session, dialog = session_of(model), as_dialog(query, system, "")
+    model.sharing.check()
+    dialog = as_dialog(query, system, "")
     dialogs = [replace(dialog, user_info=profiles.expand_profile(pref)) for pref in preferences]
     if not dialogs:
         raise UsageError("compare needs a preference: an empty one is the answer without any")
-    with session.turn():
-        return session.compare(dialogs, session.take(options))
+    with Access(model.sharing, timeout) as access:
+        session = session_of(model)
+        return session.compare(dialogs, session.take(options), access)
 
 
 # =====================================================================================================================

@@ -8,8 +8,8 @@ from typing import Any, Literal, TypedDict
 from typing_extensions import Unpack
 
 __all__ = [
-    "Answer", "ContextOverflow", "Dialog", "EdgeError", "LoadError", "Model", "NetworkError", "NotFound",
-    "TemplateError", "TierViolation", "Turn", "UsageError", "compare", "generate", "stream",
+    "Answer", "AnswerTimeout", "ContextOverflow", "Dialog", "EdgeError", "LoadError", "Model", "NetworkError",
+    "NotFound", "TemplateError", "TierViolation", "Turn", "UsageError", "compare", "generate", "stream",
 ]  # fmt: skip
 
 __version__: str
@@ -61,6 +61,9 @@ class Answer:
     truncated: int = 0
     sampling: dict[str, SamplingValue] = ...
 
+class AnswerTimeout(TimeoutError):
+    answers: list[Answer]
+
 class Options(TypedDict, total=False):
     max_tokens: int | None
     temperature: float | None
@@ -96,10 +99,22 @@ class Model:
     def close(self) -> None: ...
 
 def stream(
-    model: Model, query: str | Dialog, *, system: str = "", pref: str = "", **options: Unpack[Options]
+    model: Model,
+    query: str | Dialog,
+    *,
+    system: str = "",
+    pref: str = "",
+    timeout: float | None = None,
+    **options: Unpack[Options],
 ) -> Generator[str, None, Answer]: ...
 def generate(
-    model: Model, query: str | Dialog, *, system: str = "", pref: str = "", **options: Unpack[Options]
+    model: Model,
+    query: str | Dialog,
+    *,
+    system: str = "",
+    pref: str = "",
+    timeout: float | None = None,
+    **options: Unpack[Options],
 ) -> Answer: ...
 def compare(
     model: Model,
@@ -107,5 +122,6 @@ def compare(
     preferences: Sequence[str],
     *,
     system: str = "",
+    timeout: float | None = None,
     **options: Unpack[Options],
 ) -> list[Answer]: ...

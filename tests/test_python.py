@@ -41,9 +41,8 @@ def test_every_public_function_has_such_an_example() -> None:
     assert shown == {"Dialog", "Model.open", "generate", "stream", "compare"}
 
 
-@pytest.mark.parametrize("page", [PAGE, FRONT], ids=["docs/python.md", "README.md"])
-def test_the_program_that_is_shown_runs(page: str) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+@pytest.mark.parametrize("program", re.findall(r"```python\n(.*?)```", PAGE + FRONT, re.DOTALL))
+def test_a_program_that_is_shown_runs(program: str) -> None:
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (said.returncode, said.stderr) == (0, "")
     assert "".join(re.findall(r"^ *# (.*\n)", program, re.MULTILINE)) == said.stdout

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, ClassVar
@@ -23,6 +25,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.raised = False
+        self.deadline = math.inf  # of `time.monotonic`, in seconds: then it counts as raised
         self._depth = 0
         self._before: Any = None
 
@@ -54,9 +57,14 @@ class Interrupt:
                 undo()
         os._exit(code)
 
+    @property
+    def due(self) -> bool:
+        """Whether to stop: Ctrl-C was pressed, or time is up."""
+        return self.raised or time.monotonic() >= self.deadline
+
     def check(self) -> None:
-        """Raise `Interrupted` if Ctrl-C was pressed."""
-        if self.raised:
+        """Raise `Interrupted` if it is time to stop."""
+        if self.due:
             raise Interrupted("interrupted")
 
 

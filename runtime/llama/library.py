@@ -62,6 +62,20 @@ class Background:
         return self._found
 
 
+_computed_in = 0  # the id of the process in which llama.cpp first computed
+
+
+def computed(work: Callable[[], int]) -> int:
+    """Compute with llama.cpp's threads; return its status.
+
+    OpenMP, in most builds, keeps threads for each thread that calls it, and waits for ever for those that a fork has
+    left in the parent. So in a child of a process that has computed another thread does it, which gets threads anew.
+    """
+    global _computed_in
+    _computed_in = _computed_in or os.getpid()
+    return work() if _computed_in == os.getpid() else int(Background(work).result())
+
+
 class Closing:
     """A base class of context managers that are closed at the end of their `with`."""
 
