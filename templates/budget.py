@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import NoReturn
 
-STEPS = 3_000_000  # parts of a template that are evaluated; real templates need some thousands
+STEPS = 1_000_000  # parts of a template that are evaluated; real templates need some thousands
 SECONDS = 5.0  # of this thread's processor time: a process that was stopped for a while has not spent them
 TEXT = 1 << 24  # characters of one string, and as many operations of one call on strings times eight
 ITEMS = 1 << 17  # values in one list or dict, and pieces of one string
 BYTES = 1 << 28  # of memory that everything made in one rendering would take if nothing were freed
-BYTES_PER_LETTER = 512  # more of them for each character that the dialog has
+STEPS_PER_LETTER, BYTES_PER_LETTER = 4, 2048  # more of them for each character that the dialog has
 WIDTH = 16  # columns of an indent; a format may pad to three digits
 BITS = 60  # of a number: Python's hash of a larger one is not the number, and many can be chosen to have the same
 
@@ -31,7 +31,7 @@ class Budget:
     """
 
     def __init__(self, letters: int) -> None:
-        self.steps = STEPS
+        self.steps = STEPS + STEPS_PER_LETTER * letters
         self.bytes = BYTES + BYTES_PER_LETTER * letters
         self.text = TEXT + 4 * letters
         self._end = time.thread_time() + SECONDS
@@ -45,7 +45,7 @@ class Budget:
     def check(self) -> None:
         """Look at the clock of this thread."""
         if self.steps <= 0:
-            raise OverBudget(f"it takes more than {STEPS:,} steps")
+            raise OverBudget("it takes more steps than any chat template needs")
         if time.thread_time() > self._end:
             raise OverBudget(f"it takes more than {SECONDS:g} seconds of processor time")
 

@@ -143,7 +143,8 @@ class Expressions(Operations):
         name = type(node).__name__
         method: Callable[..., Any] | None = getattr(self, f"{kind_of}_{name}", None)
         if method is None:
-            raise NotAllowed(f"it uses {name.lower()}, which no chat template needs")
+            shown = "autoescape" if name == "ScopedEvalContextModifier" else name.lower()
+            raise NotAllowed(f"it uses {shown}, which no chat template needs")
         return method
 
     def value(self, node: nodes.Node, scope: Scope) -> Any:

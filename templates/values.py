@@ -304,4 +304,5 @@ def known(name: Any) -> str:
 
 def kind(value: Any) -> str:
     """Name the kind of a value for a message."""
-    return "str" if isinstance(value, str) else type(value).__name__.lower()
+    name = "str" if isinstance(value, str) else type(value).__name__.lower()
+    return {"once": "generator", "view": "view of a dict", "nonetype": "none"}.get(name, name)
