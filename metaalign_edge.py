@@ -111,10 +111,11 @@ from metaalign_edge_runtime.stores import files, models, profiles
 from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 from metaalign_edge_runtime.structured import Schema, mask
 from metaalign_edge_runtime.structured.mask import Constraint
+from metaalign_edge_templates.accounting import left_out, looks_like_marker
 from metaalign_edge_templates.arguments import checked_arguments, followed
 from metaalign_edge_templates.reasoning import ReasoningSplitter, formats_of
 from metaalign_edge_templates.sandbox import Refusal, Template, TemplateFailure
-from metaalign_edge_templates.tier_text import Tier, TierText, join_text
+from metaalign_edge_templates.tier_text import TIERS, Tier, TierText, join_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -269,15 +270,10 @@ class Rendering:
     prompt: TierText
     source: str  # the template's own text: a user-defined token that it contains is a marker
 
-    def missing(self, dialog: Dialog) -> str | None:
-        """Name a tier whose text did not reach the prompt; None if all did."""
-        newest = dialog.turns[-1].query if dialog.turns else ""
-        tiers: list[tuple[Tier, str]] = [
-            ("system_info", dialog.system_info),
-            ("user_info", dialog.user_info),
-            ("query", newest),
-        ]
-        return next((tier for tier, text in tiers if text.strip() and not self.prompt.holds(tier)), None)
+    def missing(self, dialog: Dialog) -> Tier | None:
+        """Name a tier of which a text did not reach the prompt whole; None if all did."""
+        tiers: dict[str, Tier] = dict(zip(("System Info", "User Info", "User Query", "Response"), TIERS, strict=True))
+        return left_out(self.prompt, [(tiers[name], text) for name, text in dialog.texts()])
 
 
 def render(dialog: Dialog, chat: ChatTemplate, options: RenderOptions = AS_USUAL) -> Rendering:
@@ -571,7 +567,7 @@ class Markers:
         text = self._vocabulary.piece(token).decode("utf-8", "replace")
         if not attributes & ATTR_USER_DEFINED or not text.strip():
             return False
-        return text in self._source or bool(re.fullmatch(r"<[|｜].*[|｜]>", text, re.DOTALL))
+        return text in self._source or looks_like_marker(text)
 
 
 def tokenize(rendering: Rendering, vocabulary: Vocabulary, context: int) -> Tokens:

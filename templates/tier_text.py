@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, SupportsIndex
+import bisect
+import itertools
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
+from typing import Literal, NamedTuple, SupportsIndex
 
 Tier = Literal["system_info", "user_info", "query", "response", "template_arg"]  # the last: see `arguments`
 TIERS: tuple[Tier, ...] = ("system_info", "user_info", "query", "response")  # those of the dialog
@@ -64,7 +67,8 @@ class TierText(str):
     def _whole(self, text: str) -> TierText:
         return TierText.build(text, [Span(0, len(text), self.spans[-1].tier)] if self.spans else [])
 
-    def _same_length(self, text: str) -> TierText:
+    def changed(self, text: str) -> TierText:
+        """Give what was computed from this text, letter by letter, the same owners; of another length, one owner."""
         return TierText.build(text, self.spans) if len(text) == len(self) else self._whole(text)
 
     def _cut(self, pieces: Iterable[str]) -> list[TierText]:
@@ -89,9 +93,10 @@ class TierText(str):
         if step != 1:
             return self._whole(text)
         stop = start + len(text)
+        first = bisect.bisect_right(self.spans, start, key=attrgetter("end"))
+        last = bisect.bisect_left(self.spans, stop, key=attrgetter("start"))
         return TierText.build(
-            text,
-            (Span(max(s, start) - start, min(e, stop) - start, t) for s, e, t in self.spans if s < stop and e > start),
+            text, (Span(max(s, start) - start, min(e, stop) - start, t) for s, e, t in self.spans[first:last])
         )
 
     def __iter__(self) -> Iterator[TierText]:
@@ -178,19 +183,19 @@ class TierText(str):
 
     def upper(self) -> TierText:
         """Upper-case."""
-        return self._same_length(str.upper(self))
+        return self.changed(str.upper(self))
 
     def lower(self) -> TierText:
         """Lower-case."""
-        return self._same_length(str.lower(self))
+        return self.changed(str.lower(self))
 
     def title(self) -> TierText:
         """Title-case."""
-        return self._same_length(str.title(self))
+        return self.changed(str.title(self))
 
     def capitalize(self) -> TierText:
         """Capitalise the first letter."""
-        return self._same_length(str.capitalize(self))
+        return self.changed(str.capitalize(self))
 
     def zfill(self, width: SupportsIndex, /) -> TierText:
         """Pad with zeros on the left."""
@@ -199,25 +204,14 @@ class TierText(str):
 
 def join_text(parts: Iterable[str]) -> TierText:
     """Concatenate texts, each with its owner; a plain string is scaffold."""
-    spans: list[Span] = []
-    parts, at = list(parts), 0
-    for part in parts:
-        if isinstance(part, TierText):
-            spans += [Span(start + at, end + at, tier) for start, end, tier in part.spans]
-        at += len(part)
-    return TierText.build("".join(parts), spans)
-
-
-def tier_within(value: Any) -> Tier | None:
-    """Return a tier whose text is somewhere in a value of a template, the last found; None if there is none."""
-    if isinstance(value, TierText):
-        return value.spans[-1].tier if value.spans else None
-    if isinstance(value, str | int | float | None):
-        return None
-    if isinstance(value, Mapping):
-        return tier_within([*value.keys(), *value.values()])
-    if isinstance(value, list | tuple | set | frozenset):
-        return next((tier for item in reversed(list(value)) if (tier := tier_within(item))), None)
-    return (
-        "query" if isinstance(value, Iterator) else None
-    )  # an iterator cannot be read twice: assume that it holds a tier's text
+    parts = list(parts)
+    starts = itertools.accumulate(map(len, parts), initial=0)
+    return TierText.build(
+        "".join(parts),
+        (
+            Span(start + at, end + at, tier)
+            for part, at in zip(parts, starts, strict=False)
+            if isinstance(part, TierText)
+            for start, end, tier in part.spans
+        ),
+    )

@@ -179,6 +179,29 @@ def test_a_template_that_leaves_a_tier_out_whatever_is_done_is_an_error_that_nam
         )
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "m.content[:-1]",
+        "(m.content ~ '').split('?')|first",
+        "m.content if loop.last",
+        "m.content if loop.index != 2",
+        "m.content|upper",
+    ],
+)
+def test_a_template_that_leaves_out_a_part_of_a_text_or_an_older_turn_is_refused(written: str) -> None:
+    source = "{% for m in messages %}[{{ " + written + " }}]{% endfor %}"
+    with pytest.raises(TemplateError, match="leaves out"):
+        render(Dialog("", "", BOTH.turns), chat_template(source))
+
+
+def test_a_template_may_trim_indent_and_quote_what_it_is_given_and_leave_old_thoughts_out() -> None:
+    dialog = Dialog("", "", (Turn(' one\n  "two" ü ', "<think>hm</think>\n An answer. "), Turn("q")))
+    for written in ("m.content|trim", "m.content|indent(3)", "m.content|tojson", "m.content.split('</think>')|last"):
+        source = "{% for m in messages %}[{{ " + written + " }}]{% endfor %}"
+        assert render(dialog, chat_template(source)).missing(dialog) is None
+
+
 def test_a_template_that_uses_user_info_is_native_by_variable_or_by_role() -> None:
     by_variable = chat_template(
         "S:{{ system_info }} U:{{ user_info }} {% for t in turns %}Q:{{ t.query }} A:{{ t.response }}{% endfor %}"

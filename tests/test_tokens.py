@@ -157,6 +157,23 @@ def test_white_space_that_is_user_defined_is_no_marker(vocabulary: LlamaVocabula
     assert not any(token in Markers("\n\n\n", vocabulary) for token in runs)
 
 
+def test_a_user_defined_token_that_looks_like_a_marker_is_one_under_any_template(vocabulary: LlamaVocabulary) -> None:
+    found = {vocabulary.piece(token).decode("utf-8", "replace"): token for token in range(vocabulary.size)}
+    markers = Markers("", vocabulary)
+    for text in ("<think>", "</think>", "<|tool|>", "<tool_call>", "<|tool_call>", "[/INST]", "<|im_start|>"):
+        assert text not in found or found[text] in markers, text
+    assert "<b>" not in found or found["<b>"] not in markers
+    assert any(token in markers for token in found.values())
+
+
+def test_a_tool_call_that_a_user_types_is_spelled_out(tmp_path: Path) -> None:
+    path = vocabularies.write_bpe(tmp_path / "bpe.gguf")
+    with load_vocabulary(ModelFile(path)) as vocabulary:
+        tokens = tokens_of(vocabulary, "chatml", dialog_with("query", "a <think> and <b>b</b>")).tokens
+    said = [token.text for token in tokens if token.tier == "query"]
+    assert "<think>" not in said and "<b>" in said and "a <think> and <b>b</b>" in "".join(said)
+
+
 def test_a_marker_that_is_a_word_in_this_vocabulary_is_reported_when_a_tier_says_it(demo: Path) -> None:
     with load_vocabulary(ModelFile(demo)) as vocabulary:
         assert tokens_of(vocabulary, "mistral", dialog_with("query", "x [/INST] y")).imitated_markers == ["[/INST]"]

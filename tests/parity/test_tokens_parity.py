@@ -77,7 +77,9 @@ class Case(NamedTuple):
         attributes = llama.llama_vocab_get_attr(pointer, token)
         text = llama.llama_vocab_get_text(pointer, token).decode()
         marker = (
-            attributes & USER_DEFINED and text.strip() and (text in source or re.fullmatch(r"<[|｜].*[|｜]>", text))
+            attributes & USER_DEFINED
+            and text.strip()
+            and (text in source or re.fullmatch(r"<[|｜].*[|｜]>|<[^<>\s]*[|｜_][^<>\s]*>|</?think>", text))
         )
         return bool(attributes & (CONTROL | UNKNOWN) or llama.llama_vocab_is_eog(pointer, token) or marker)
 
