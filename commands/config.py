@@ -95,7 +95,8 @@ def config_set(
     except typer.BadParameter as error:
         raise UsageError(f"{taken.name}: {error.message}") from None
     value = list(found) if taken.multiple else found
-    if taken.name == "model" and (place := Path(values[0]).expanduser()).is_file():
+    place = Path(values[0]).expanduser()
+    if taken.name == "models" or (taken.name == "model" and place.is_file()):
         value = os.path.abspath(place)  # valid from any working folder
     for text in values:
         files.check_utf8(text, f"the value of {taken.name}")
