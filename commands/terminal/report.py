@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import metaalign_edge as edge
 from metaalign_edge import Answer, ChatTemplate, Model, Prompt, Settings
 from metaalign_edge_runtime import structured
-from metaalign_edge_runtime.errors import SchemaViolation, TierViolation, in_bytes
+from metaalign_edge_runtime.errors import SchemaViolation, TierViolation, counted, in_bytes
 from metaalign_edge_runtime.llama import library
 from metaalign_edge_runtime.stores import session_text
 from metaalign_edge_runtime.stores.sessions import Conversation
@@ -25,7 +25,7 @@ def check_answer(answer: Answer, schema: Schema | None, screen: Screen, whose: s
     Raises:
         SchemaViolation: the answer does not fit; says where.
     """
-    cut = f"{whose} was cut at {answer.output_tokens:,} tokens"
+    cut = f"{whose} was cut at {counted(answer.output_tokens, 'token')}"
     thinking = answer.finish_reason == "length" and answer.reasoning and not answer.response
     if thinking:
         cut += " while the model was still thinking"
@@ -43,7 +43,7 @@ def check_answer(answer: Answer, schema: Schema | None, screen: Screen, whose: s
 def describe(answer: Answer) -> str:
     """Return an answer's figures as one line, for -v."""
     return (
-        f"{answer.input_tokens} tokens in ({answer.cached_tokens} cached), {answer.output_tokens} out "
+        f"{counted(answer.input_tokens, 'token')} in ({answer.cached_tokens} cached), {answer.output_tokens} out "
         f"({answer.finish_reason}), first after {answer.first_token_ms:.0f} ms, "
         f"{answer.tokens_per_second:.1f} tokens/s, loaded in {answer.load_ms:.0f} ms, seed {answer.seed}"
     )
@@ -60,7 +60,7 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
     )
     plan = model.plan
     every = model.gpu_layers == len(plan.places)
-    layers = "all layers" if every else f"{model.gpu_layers} layers" if model.gpu_layers else "everything"
+    layers = "all layers" if every else counted(model.gpu_layers, "layer") if model.gpu_layers else "everything"
     if plan.reads_from_disk:
         main = plan.needs[0]
         screen.note(
