@@ -84,6 +84,7 @@ from metaalign_edge_runtime.errors import (
     TemplateError,
     TierViolation,
     UsageError,
+    counted,
     one_line,
     say,
     shortened,
@@ -886,7 +887,7 @@ class Model(Closing):
     chat_template: ChatTemplate | None = None  # as chosen by `Model.open`
     session: ModelSession | None = None  # the context that a program's calls share; it ends with the model
     vocabulary: LlamaVocabulary
-    load_ms = 0.0
+    loaded = load_ms = 0.0  # the share of the weights that is read by now; the milliseconds that loading took
 
     def __init__(
         self, file: ModelFile, settings: Settings, interrupt: Interrupt | None = None, plan: Plan | None = None
@@ -897,9 +898,8 @@ class Model(Closing):
         self.settings = settings.planned(self.plan)
         self.pointer: Any = None
         self._adapters: dict[str, Any] = {}
-        self._held = contextlib.ExitStack()
+        self._held, self._began = contextlib.ExitStack(), time.monotonic()
         self._unwanted = False  # set by `close`: loading stops
-        self._began = time.monotonic()
         self._words = self._held.enter_context(VocabularyLoader(file.path, settings.verbose))
         self._weights: Background | None = Background(self._load)
 
@@ -934,15 +934,16 @@ class Model(Closing):
             raise
         return self
 
+    def _go_on(self, loaded: float, _data: Any) -> bool:
+        self.loaded = loaded
+        return not (self._unwanted or (self._interrupt and self._interrupt.raised))
+
     def _load(self) -> Any:
         """Load the weights; return llama.cpp's pointer, which is null if they do not load."""
-        llama, interrupt = library.llama_cpp(), self._interrupt
+        llama = library.llama_cpp()
         params, overrides = llama.llama_model_default_params(), without_vocabulary(self.file)
         params.n_gpu_layers, params.kv_overrides = self.gpu_layers, overrides
-        going = llama.llama_progress_callback(
-            lambda _progress, _data: not (self._unwanted or (interrupt and interrupt.raised))
-        )
-        params.progress_callback = going
+        params.progress_callback = llama.llama_progress_callback(self._go_on)
         return llama.llama_model_load_from_file(os.fsencode(self.file.path), params)
 
     @classmethod
@@ -1700,7 +1701,7 @@ def make_prompt(
             break
         if len(dialog.turns) <= 1:
             raise ContextOverflow(
-                f"the prompt has {longest:,} tokens and the answer reserves {reserved:,}; "
+                f"the prompt has {counted(longest, 'token')} and the answer reserves {reserved:,}; "
                 f"the context holds {size:,}: shorten the text, lower -n or raise -c"
             )
         dialog = replace(dialog, turns=dialog.turns[1:])
@@ -2113,6 +2114,24 @@ class Scheduler(Closing):
         self.settings = replace(self.settings, adapters=tuple(adapters))
 
 
+class Progress(NamedTuple):
+    """How far an answer is, in tokens."""
+
+    read: int  # of the prompt
+    prompt: int
+    written: int
+
+
+def progress(scheduler: Scheduler) -> list[Progress]:
+    """Return how far each answer in hand is. Another thread may ask."""
+    found = []
+    for one in [*scheduler._decoder.active]:
+        slot = one.slots[0]
+        source, length = slot.waits_for or (slot.sequence, len(slot.prompt))
+        found.append(Progress(min(len(source.tokens), length), len(slot.prompt), one.builder.answer.output_tokens))
+    return found
+
+
 def answer_one(scheduler: Scheduler, request: Request, before: Callable[[Prompt], None] = lambda _: None) -> Answer:
     """Answer one request; an interruption is a finish reason, not an exception.
 
@@ -2445,7 +2464,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         from metaalign_edge_commands import program
 
         given = sys.argv[1:] if arguments is None else list(arguments)
-        status = program(args=given, prog_name="metaalign-edge", standalone_mode=False)
+        status = program(args=given, prog_name=program.name, standalone_mode=False)
         return status if isinstance(status, int) else 0
     except (OutputClosed, SystemExit):  # the other one is Rich's and Click's, where a help page finds the pipe closed
         sys.stdout = cast(TextIO, open(os.devnull, "w"))  # noqa: SIM115  so that the flush at exit finds no closed pipe
@@ -2454,8 +2473,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return Interrupted.exit_code
     except Interrupted as error:
         return error.exit_code
-    except ModuleNotFoundError as error:  # a bare checkout under a Python without the dependencies
+    except ImportError as error:  # a bare checkout under a Python without the dependencies, or with others
         lacks = f"the Python package {error.name} is missing"
+        if not isinstance(error, ModuleNotFoundError):
+            lacks = f"a Python package is of another version ({one_line(error)})"
         say(f"metaalign-edge: {lacks}: `pip install .` in the folder of this program installs all that it needs")
         return LoadError.exit_code
     except Exception as error:

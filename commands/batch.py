@@ -13,8 +13,8 @@ import typer
 import metaalign_edge as edge
 from metaalign_edge_runtime.stores import files
 
-from .batches.rows import open_rows, read_rows
-from .batches.work import Batch, open_ledger
+from .batches.rows import count_rows, open_rows, read_rows
+from .batches.work import Batch, open_ledger, show_rows
 from .options import command
 from .options.groups import (
     OUTPUT,
@@ -33,8 +33,6 @@ from .options.groups import (
 )
 from .options.loading import open_slots
 from .terminal import report
-from .terminal.progress import answers_bar
-from .terminal.screen import Screen
 
 WINDOW = 8  # rows that are read ahead for each answer written at the same time
 
@@ -42,7 +40,7 @@ BatchArgument = Annotated[
     str,
     typer.Argument(
         metavar="IN.jsonl",
-        help="A row a line, - is stdin: {query, pref or user_info, system_info, turns, id, max_tokens, seed, "
+        help="A row a line, - is stdin: {query, pref or user_info, system or system_info, turns, id, max_tokens, seed, "
         "json_schema}.",
         show_default=False,
     ),
@@ -91,10 +89,9 @@ def batch(
         requests = work.requests(WINDOW * parallel)
         if first := next(requests, None):  # if no row needs an answer, the model is not loaded
             states = prompt_cache(no_cache, read_only=True)
-            bar = Screen(quiet=True) if ledger is None and screen.terminal else screen  # the rows show progress
             with (
                 open_slots(file, chosen, settings, options, plan, parallel, screen, states) as scheduler,
-                answers_bar(bar, file.path.name, 0, None) as tell,
+                show_rows(work, screen, file.path.name, count_rows(source), seen=ledger is None) as tell,
             ):
                 warn = functools.partial(report.warn, screen=screen, strict=rendered.strict_tiers)
                 work.answer(scheduler, itertools.chain([first], requests), warn, tell)

@@ -14,6 +14,7 @@ from .measure import outputs, speeds
 from .measure.speeds import BENCH_PROMPT, BENCH_TOKENS
 from .options import command
 from .options.groups import ChartOption, JsonOption, ModelOptions, TemplateOption, Verbosity, option
+from .terminal.status import waiting
 
 
 @command
@@ -41,12 +42,12 @@ def bench(
     file = model_options.file(screen)
     settings = replace(settings, context=BENCH_PROMPT + BENCH_TOKENS)
     edge.choose_template(template, file)
-    with interrupt:
-        found = speeds.measure(
-            file, replace(settings, temperature=0.0, verbose=verbosity.verbose), template, rounds, interrupt
-        )
+    doing = ["loading the model"]  # the last is done now
+    with interrupt, waiting(screen, lambda: doing[-1]):
+        settings = replace(settings, temperature=0.0, verbose=verbosity.verbose)
+        found = speeds.measure(file, settings, template, rounds, interrupt, doing.append)
     if chart:
         title = f"{found.model}: what this machine makes of it"
         files.write_whole(chart, pages.draw(found.charts(), title, chart.suffix[1:].lower()))
-    heads = ["", found.model, "", ""]
+    heads = [found.model, "", "", ""]
     screen.json(asdict(found)) if as_json else screen.lines(screen.lay_out(heads, found.rows()))

@@ -9,7 +9,6 @@ from metaalign_edge_runtime.stores import session_text
 from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 
 from .options.groups import JsonOption, QuietOption
-from .terminal import tables
 from .terminal.screen import Screen
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -38,7 +37,7 @@ def cache_show(as_json: JsonOption = False) -> None:
         [file.path.stem[:12], f"{file.bytes / 1e6:.1f}", str(file.hits), session_text.on_clock(file.used)]
         for file in files
     ]
-    lines = tables.aligned(heads, rows) if rows else []
+    lines = screen.lay_out(heads, rows) if rows else []
     total = f"{counted(len(files), 'state')}, {size / 1e6:,.1f} of {states.most / 1e6:,.0f} MB, {states.folder}"
     screen.lines([*lines, total])
 

@@ -36,10 +36,12 @@ from .options.groups import (
 from .options.loading import open_scheduler
 from .options.query import read_query
 from .terminal import report
+from .terminal.progress import of_answers
 from .terminal.repl import Repl
 from .terminal.repl_state import dialog_of
 from .terminal.reply import AnswerPrinter
 from .terminal.screen import ReasoningPrinter, Screen
+from .terminal.status import waiting
 
 
 def answer_once(
@@ -66,8 +68,9 @@ def answer_once(
     show = reply.show if reply else lambda _: None
     request = Request(dialog, seed, show=show, think=ReasoningPrinter(screen).write)
     complete = False
+    unseen = not (reply and reply.shown_as_it_comes)
     try:
-        with scheduler.interrupt:
+        with scheduler.interrupt, waiting(screen, of_answers(scheduler, unseen)):
             answer = edge.answer_one(scheduler, request, before)
         complete = True
         if reply:
@@ -164,9 +167,10 @@ def chat(
     asked = read_query(query, no_stdin, repl=not as_json)
     with open_scheduler(loaded, rendered, settings, screen, prompt_cache(no_cache)) as scheduler:
         report.introduce(conversation, scheduler.model.file.path.name, screen, talking=asked is None)
-        markdown = markdown and settings.schema is None  # JSON would lose its stars and underscores
+        text = settings.schema is None  # JSON would lose its stars and underscores, and gain blanks
+        markdown = markdown and text
         if asked is None:
             Repl(scheduler, conversation, screen, rendered.strict_tiers, markdown).run()
         else:
-            reply = None if as_json else AnswerPrinter(screen, markdown, stream)
+            reply = None if as_json else AnswerPrinter(screen, markdown, stream, wrap=text)
             answer_once(scheduler, conversation, asked, screen, rendered.strict_tiers, reply)

@@ -30,6 +30,8 @@ from .options.loading import open_scheduler
 from .options.query import read_query
 from .terminal import report
 from .terminal.columns import Columns, answer_together
+from .terminal.progress import of_answers
+from .terminal.status import waiting
 
 
 @command
@@ -64,7 +66,11 @@ def compare(
     opened = open_scheduler(loaded, rendered, settings, screen, prompt_cache(no_cache), len(dialogs))
     with opened as scheduler, scheduler.interrupt:
         heads = [one.given for one in preferences]
-        with contextlib.nullcontext() if as_json else Columns(heads, screen) as columns:
+        shown = None if as_json else Columns(heads, screen, wrap=settings.schema is None)
+        with (
+            waiting(screen, of_answers(scheduler, as_json or not screen.terminal)),
+            shown or contextlib.nullcontext() as columns,
+        ):
             answers = answer_together(scheduler, dialogs, columns, screen, rendered.strict_tiers)
         compared = list(zip(heads, answers, strict=False))
         if as_json:

@@ -13,6 +13,7 @@ from metaalign_edge_runtime.errors import EdgeError, UsageError, one_line
 from metaalign_edge_runtime.stores import docs, files, models, profiles, sessions
 
 from . import program
+from .options import in_files
 from .terminal.screen import Screen
 
 
@@ -46,6 +47,18 @@ def topic_values() -> dict[str, str]:
     return {**dict.fromkeys(program.commands, "a command"), **headings}
 
 
+def outtype_values() -> dict[str, str]:
+    """Return the types that a GGUF can be written in."""
+    from metaalign_edge_convert import known_outtypes  # not at the top: it imports numpy
+
+    return dict.fromkeys(known_outtypes(), "")
+
+
+def key_values() -> dict[str, str]:
+    """Return the names of the settings, each with what it sets."""
+    return {key: one.help or "" for key, one in in_files.settings_by_name().items()}
+
+
 SHELLS = {"bash": "bash", "zsh": "zsh", "fish": "fish", "powershell": "ps1"}  # the suffixes of their scripts
 # What can be a parameter's value, with a description, by the parameter's name or "COMMAND NAME". Other parameters get
 # no suggestions from here: the shell completes files.
@@ -66,6 +79,8 @@ VALUES: dict[str, Callable[[], dict[str, str]]] = {
     "gpu_layers": lambda: {"auto": "as many as there is room for", "all": ""},
     "pref_strength": lambda: {"auto": "as hard as the preference changes each token"},
     "ifeval_tier": lambda: {"system": "", "user": "", "query": "as published"},
+    "outtype": outtype_values,
+    "config key": key_values,
     "topic": topic_values,
     "shell": lambda: dict.fromkeys(SHELLS, ""),
 }
@@ -78,8 +93,9 @@ def suggestions(command: Any, words: Sequence[str]) -> list[tuple[str, str]]:
         command: the root of Typer's commands.
         words: the line up to the cursor, without the program's name.
     """
-    *before, word = words
-    word, waiting, place, group = word.strip("\"'"), None, 0, ""
+    *before, word = command.whole([*words])
+    word, waiting, group = word.strip("\"'"), None, ""
+    taken: list[str] = []  # arguments of the command
     for given in before:
         options = {name: one for one in command.params for name in (*one.opts, *one.secondary_opts)}
         if waiting is not None:
@@ -92,7 +108,7 @@ def suggestions(command: Any, words: Sequence[str]) -> list[tuple[str, str]]:
             if command is None:
                 return []
         else:
-            place += 1
+            taken.append(given)
     named = [one for one in command.params if one.param_type_name == "option" and not getattr(one, "hidden", False)]
     if waiting is not None:
         return values_of(group, waiting, word)
@@ -108,8 +124,21 @@ def suggestions(command: Any, words: Sequence[str]) -> list[tuple[str, str]]:
         return [(name, one.get_short_help_str(100)) for name, one in shown.items()]
     arguments = [one for one in command.params if one.param_type_name == "argument"]
     last = len(arguments) - 1
-    place = min(place, last) if arguments and arguments[last].nargs < 0 else place  # it takes any number of words
+    repeated = bool(arguments) and arguments[last].nargs < 0  # it takes any number of words
+    place = min(len(taken), last) if repeated else len(taken)
+    if (group, command.name) == ("config", "set") and taken:
+        return values_of_setting(taken[0], word)
     return values_of(group, arguments[place], word) if place <= last else []
+
+
+def values_of_setting(key: str, word: str) -> list[tuple[str, str]]:
+    """Return the values of a setting that begin with a word; none if there is no such setting."""
+    with contextlib.suppress(EdgeError):
+        option = in_files.settable_key(key)
+        if option.is_flag:
+            return [(value, "") for value in ("true", "false") if value.startswith(word)]
+        return values_of("", option, word)
+    return []
 
 
 def values_of(group: str, parameter: Any, word: str) -> list[tuple[str, str]]:

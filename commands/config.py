@@ -94,7 +94,8 @@ def config_set(
     except typer.BadParameter as error:
         raise UsageError(f"{taken.name}: {error.message}") from None
     value = list(found) if taken.multiple else found
-    if taken.name == "model" and os.path.isfile(place := os.path.expanduser(values[0])):
+    place = os.path.expanduser(values[0])
+    if taken.name == "models" or (taken.name == "model" and os.path.isfile(place)):
         value = os.path.abspath(place)  # valid from any working folder
     for text in values:
         files.check_utf8(text, f"the value of {taken.name}")

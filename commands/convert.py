@@ -14,7 +14,7 @@ import typer
 
 import metaalign_edge as edge
 from metaalign_edge import Settings
-from metaalign_edge_runtime.errors import UsageError
+from metaalign_edge_runtime.errors import UsageError, counted
 from metaalign_edge_runtime.llama import memory
 from metaalign_edge_runtime.llama.gguf import is_gguf
 from metaalign_edge_runtime.llama.interrupt import stopping_at
@@ -267,7 +267,9 @@ def show_plan(plan: ConversionPlan, target: Path, as_json: bool, screen: Screen)
         return
     template = plan.template or "none"
     rows = [f"{target}: {plan.architecture}, {plan.parameters:,} parameters, {plan.outtype}, template {template}"]
-    rows += [f"  {kind:<8}{row['count']:>6} tensors{row['bytes'] / 1e6:>12,.1f} MB" for kind, row in tensors.items()]
+    for kind, row in tensors.items():
+        number, _, what = counted(row["count"], "tensor").partition(" ")
+        rows.append(f"  {kind:<8}{number:>6} {what:<7}{row['bytes'] / 1e6:>12,.1f} MB")
     rows += [
         f"  disk    {plan.bytes / 1e6:,.1f} MB needed, {free / 1e6:,.0f} MB free",
         f"  memory  about {megabytes:,.0f} MB, and more for the checks, unless --no-check",

@@ -164,4 +164,4 @@ def eval(
     runs = [candidate.run for candidate in candidates]
     found = Sweep(cases, runs, grid.tier, grid.strengths) if grid else Findings(cases, runs)
     outputs.write_outputs(found, written.report, written.chart)
-    screen.json(found.document()) if written.as_json else screen.write(found.text(screen.lay_out))
+    outputs.print_findings(found, screen, written.as_json)

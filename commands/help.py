@@ -43,7 +43,7 @@ def help(
         else:
             screen.write(f"{heading}\n\n{text}\n")
     elif first in commands:
-        program(args=[first, *more, "--help"], prog_name="metaalign-edge", standalone_mode=False)
+        program(args=[first, *more, "--help"], prog_name=program.name, standalone_mode=False)
     else:
         alike = did_you_mean(first, [*known, *commands], "`metaalign-edge help` lists them")
         raise UsageError(f"no topic {' '.join([first, *more])!r}: {alike}")

@@ -8,7 +8,7 @@ import typer
 
 import metaalign_edge as edge
 from metaalign_edge import MARKUP
-from metaalign_edge_runtime.errors import CannotWrite, EdgeError, NotFound, UsageError, in_bytes
+from metaalign_edge_runtime.errors import CannotWrite, EdgeError, NotFound, UsageError, counted, in_bytes
 from metaalign_edge_runtime.llama import memory
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.stores import config, hub, models
@@ -26,9 +26,10 @@ NameArgument = Annotated[
 
 @app.command("list")
 def models_list(as_json: JsonOption = False) -> None:
-    """List the models in the hub's cache, in the folders of llama.cpp and LM Studio, and the embedded one.
+    """List the models on this machine; a * marks the one that is used without -m.
 
-    A damaged or incomplete file is listed with its error.
+    They lie in the hub's cache, in the folder of your own (`config set models DIR`), and where llama.cpp, LM Studio and
+    ollama keep theirs. A damaged or incomplete file is listed with its error.
 
     Examples:
 
@@ -37,21 +38,26 @@ def models_list(as_json: JsonOption = False) -> None:
         metaalign-edge models list --json
     """
     screen, rows = Screen(), []
-    for one in models.stored_models():
+    found, default = models.stored_models(), models.default_model()
+    if default and not any(default.absolute() == one.path.absolute() for one in found):
+        found.append(Stored(str(default), default))  # a path of the user's
+    for one in found:
+        mark = {"default": default is not None and default.absolute() == one.path.absolute()}
         try:
             file = ModelFile(one.path)
             if file.purpose == "model":
-                rows.append(models.model_row(one.name, file))
+                rows.append(models.model_row(one.name, file) | mark)
         except (EdgeError, ValueError, TypeError) as error:
-            rows.append(models.damaged_row(one, error))
+            rows.append(models.damaged_row(one, error) | mark)
     if as_json:
         screen.json(rows)
         return
+    names = [f"{'*' if row['default'] else ' '} {row['name']}" for row in rows]
     cells = [
-        [row["name"], in_bytes(row["bytes"]), "-", "-", "-", "-", f"damaged: {row['error']}"]
+        [name, in_bytes(row["bytes"]), "-", "-", "-", "-", f"damaged: {row['error']}"]
         if row["error"]
         else [
-            row["name"],
+            name,
             in_bytes(row["bytes"]),
             row["architecture"],
             f"{row['parameters'] / 1e6:,.0f} M",
@@ -59,9 +65,9 @@ def models_list(as_json: JsonOption = False) -> None:
             f"{row['context']:,}",
             row["template"] or "none",
         ]
-        for row in rows
+        for name, row in zip(names, rows, strict=True)
     ]
-    heads = ["model", "size", "architecture", "parameters", "quantisation", "context", "template"]
+    heads = ["  model", "size", "architecture", "parameters", "quantisation", "context", "template"]
     screen.lines(screen.lay_out(heads, cells))
     if left := models.unfinished_downloads():
         size = in_bytes(sum(path.stat().st_size for path in left))
@@ -90,7 +96,7 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
         "marker_tokens": tokens,
         "marker_words": words,
         "kv_bytes_per_1000_tokens": kv and 1000 * kv,
-        "licence": file.metadata.get("general.license"),
+        "license": file.metadata.get("general.license"),
     }
     if as_json:
         screen.json(document)
@@ -98,7 +104,7 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
     way = {True: "native: it knows the three tiers", False: "wrapped", None: "name one with --template"}[native]
     rows = {
         "model": document["name"],
-        "file": f"{file.path}" + (f" and {len(file.paths) - 1} more parts" if len(file.paths) > 1 else ""),
+        "file": f"{file.path}" + (f" and {counted(len(file.paths) - 1, 'more part')}" if len(file.paths) > 1 else ""),
         "size": in_bytes(file.bytes),
         "architecture": file.architecture,
         "parameters": f"{document['parameters']:,}",
@@ -107,7 +113,7 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
         "template": f"{document['template'] or 'none'}, {way}",
         "tokens": " ".join(tokens) or "none of the template's markers",
         "words": " ".join(words) or "none",
-        "licence": document["licence"] or "the file does not say",
+        "license": document["license"] or "the file does not say",
     }
     screen.lines(f"{head:<14}{text}" for head, text in rows.items())
 
@@ -189,7 +195,7 @@ def models_default(
         config.store_setting("model", models.name_of(file.path.absolute()))
     elif none:
         config.store_setting("model", None)
-    chosen = config.setting("model") or "metaalign-demo"
+    chosen = config.setting("model") or models.EMBEDDED
     path = models.resolve_model(chosen)
     screen = Screen()
     screen.json({"name": chosen, "path": path and str(path)}) if as_json else screen.write(f"{chosen}\n")

@@ -30,6 +30,7 @@ def paths(as_json: JsonOption = False) -> None:
         "answers": files.cache_folder() / "answers",
         "data": files.data_folder(),
         "hub": models.hub_folder(),
+        "models": models.own_folder(),
     }
     sizes = {name: folder_bytes(cast(Path, places[name])) for name in ("states", "answers")}
     if as_json:

@@ -19,7 +19,6 @@ from .options import in_files
 from .options.groups import JsonOption, QuietOption, option
 from .options.in_files import Setting
 from .options.query import read_stdin
-from .terminal import tables
 from .terminal.screen import Screen, at_terminal
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -98,8 +97,7 @@ def pref_list(as_json: JsonOption = False) -> None:
         ]
         for one in found
     ]
-    wide = screen.terminal and shutil.get_terminal_size().columns >= 60  # narrower, a table would cut the names
-    screen.lines((tables.rich_table if wide else tables.aligned)(["  profile", "kind", "text"], rows))
+    screen.lines(screen.lay_out(["  profile", "kind", "text"], rows))
 
 
 @app.command("show")

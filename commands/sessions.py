@@ -13,7 +13,6 @@ from metaalign_edge_runtime.stores import files, session_text, sessions
 from metaalign_edge_runtime.stores.sessions import Conversation
 
 from .options.groups import ForceOption, JsonOption, QuietOption, option
-from .terminal import tables
 from .terminal.screen import Screen
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -45,7 +44,7 @@ def sessions_list(as_json: JsonOption = False) -> None:
         ]
         for row in found
     ]
-    screen.lines(tables.aligned(["session", "turns", "last used", "preference"], rows))
+    screen.lines(screen.lay_out(["session", "turns", "last used", "preference"], rows))
 
 
 def summary(path: Path) -> dict[str, Any]:

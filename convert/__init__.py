@@ -21,7 +21,7 @@ from .merge import merge
 from .output import check_output
 from .plan import ConversionPlan, plan_checkpoint, plan_gguf
 from .prove import prove_pre_tokenizer
-from .quantize import QuantizeOptions, canonical_outtype
+from .quantize import QuantizeOptions, canonical_outtype, known_outtypes
 from .writer import Conversion, write_gguf, write_plan
 
 OUTTYPES = tuple(_OUTTYPES)
@@ -36,6 +36,7 @@ __all__ = [
     "QuantizeOptions",
     "canonical_outtype",
     "check_output",
+    "known_outtypes",
     "merge",
     "open_adapter",
     "open_checkpoint",

@@ -17,7 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.gguf_writer import GGUFWriter
 
-from metaalign_edge_runtime.errors import CannotWrite, LoadError, some
+from metaalign_edge_runtime.errors import CannotWrite, LoadError, counted, some
 from metaalign_edge_runtime.llama.memory import peak_mb
 
 from .architectures import Transform
@@ -77,6 +77,7 @@ def write_adapter(
             file.write(np.ascontiguousarray(data).data.cast("B"))
             file.write(bytes(-data.nbytes % ALIGNMENT))
         size = file.tell()
+    changed = counted(len(adapter.pairs), "tensor")
     return Conversion(
         output=output,
         architecture=checkpoint.architecture,
@@ -86,7 +87,7 @@ def write_adapter(
         template=None,
         seconds=time.perf_counter() - begun,
         peak_mb=peak_mb(),
-        checks=(*adapter.notes, f"an adapter of {len(adapter.pairs)} tensors, for GGUFs made from {checkpoint.name}"),
+        checks=(*adapter.notes, f"an adapter of {changed}, for GGUFs made from {checkpoint.name}"),
     )
 
 

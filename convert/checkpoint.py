@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from metaalign_edge_runtime.errors import LoadError, NotFound, some
+from metaalign_edge_runtime.errors import LoadError, NotFound, counted, some
 
 from . import pieces as pieces  # fills the registry
 from .architectures import Architecture, Rule, Transform, find
@@ -142,7 +142,8 @@ def _open(path: Path) -> Checkpoint:
         others = [name for name in tensors if name.removeprefix("model.").startswith(OTHER_PARTS)]
         tensors = {name: tensor for name, tensor in tensors.items() if name not in set(others)}
         if others:
-            notes = (*notes, f"only the language model is converted: {len(others)} tensors that see are left out")
+            seeing = counted(len(others), "tensor")
+            notes = (*notes, f"only the language model is converted, without {seeing} for images")
     mapped, tied_head = _map(tensors, expected, config)
     vocabulary = read_vocabulary(folder, config.integer("vocab_size"), raw, piece.vocabulary)
     return Checkpoint(folder, piece, config, mapped, tied_head, vocabulary, read_templates(folder), notes)

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Value
 from gguf.gguf_writer import GGUFWriter
 
-from metaalign_edge_runtime.errors import LoadError
+from metaalign_edge_runtime.errors import LoadError, counted
 from metaalign_edge_runtime.llama.gguf import MAGIC, GGUFArray, GGUFFile, GGUFReader, TensorInfo
 
 from .ggml import encoded_size
@@ -126,7 +126,7 @@ def _entry(source: str, info: TensorInfo, start: int) -> Entry:
     """Check an entry of the list of tensors in the file `source`, whose weights begin at `start`."""
     shape = tuple(reversed(info.shape))
     if not 1 <= len(shape) <= 4:
-        raise LoadError(f"{source}: {info.name} has {len(shape)} dimensions")
+        raise LoadError(f"{source}: {info.name} has {counted(len(shape), 'dimension')}")
     try:
         kind = Type(info.kind)
     except ValueError:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import BinaryIO
 
-from metaalign_edge_runtime.errors import LoadError, some
+from metaalign_edge_runtime.errors import LoadError, counted, some
 
 from .architectures import Rule
 from .chat import read_templates
@@ -156,7 +156,7 @@ def _steps(checkpoint: Checkpoint, adapters: Sequence[PeftAdapter]) -> dict[str,
 
 def _count(adapter: PeftAdapter) -> str:
     replaced = f" and replaces {len(adapter.whole)}" if adapter.whole else ""
-    return f"which changes {len(adapter.pairs) + len(adapter.rows)} tensors{replaced}"
+    return f"which changes {counted(len(adapter.pairs) + len(adapter.rows), 'tensor')}{replaced}"
 
 
 def _tokenizer(adapters: Sequence[PeftAdapter]) -> PeftAdapter | None:

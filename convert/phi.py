@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from metaalign_edge_runtime.errors import LoadError
+from metaalign_edge_runtime.errors import LoadError, counted
 
 from .architectures import (
     FILE_TYPE,
@@ -62,7 +62,7 @@ def refuse_other_factors(config: Config) -> None:
     """Refuse lists of divisors without exactly one for each pair of numbers that RoPE rotates."""
     for name, factors in config.rope.lists.items():
         if len(factors) != turned(config) // 2:
-            raise LoadError(f"config.json: {len(factors)} numbers in {name}, not {turned(config) // 2}")
+            raise LoadError(f"config.json: {counted(len(factors), 'number')} in {name}, not {turned(config) // 2}")
 
 
 def window(config: Config) -> Iterable[Pair]:

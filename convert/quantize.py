@@ -82,14 +82,18 @@ class Quantized:
     importance: Mapping[str, Array] = field(default_factory=dict)  # GGUF tensor -> (experts, columns), float32
 
 
+def known_outtypes() -> list[str]:
+    """List the output types: those of llama.cpp's converter, then llama-quantize's."""
+    return [*OUTTYPES, *sorted(name for name in MIXTURES if name.lower() not in OUTTYPES)]
+
+
 def canonical_outtype(outtype: str) -> str:
     """Return the canonical spelling of an output type: f32, f16, bf16, q8_0, else llama.cpp's. Raises UsageError."""
     if outtype.lower() in OUTTYPES:
         return outtype.lower()
     name = ALIASES.get(outtype.upper(), outtype.upper())
     if name not in MIXTURES:
-        known = [*OUTTYPES, *sorted(name for name in MIXTURES if name.lower() not in OUTTYPES)]
-        raise UsageError(f"outtype {outtype!r} is not one of {', '.join(known)}")
+        raise UsageError(f"outtype {outtype!r} is not one of {', '.join(known_outtypes())}")
     return name
 
 

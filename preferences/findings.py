@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from metaalign_edge_runtime.errors import UsageError
+from metaalign_edge_runtime.errors import UsageError, counted
 
 from . import ifeval
 from .answers import Answers
@@ -135,15 +135,15 @@ def judge(suite: Suite, answers: Answers) -> Outcome:
         answer = responses[number][-1] if len(responses[number]) == len(case.queries) else ""
         yardstick = next(iter(plain.get(case.queries[-1], [])), "")
         judged.append(Judged(case, answer, yardstick))
-    counted = [sound(one, errors) for one in suite.spread(judged)]
+    found = [sound(one, errors) for one in suite.spread(judged)]
     records = [record for turns in answers.records.values() for record in turns]
     return Outcome(
-        counted=counted,
+        counted=found,
         errors=list({(error["id"], error["reason"]): error for error in errors}.values()),
         unfinished=sum(record.get("finish_reason") == "length" for record in records),
         truncated=sum(bool(record.get("truncated")) for record in records),
         seconds=answers.seconds,
-        tree=suite.summary(counted),
+        tree=suite.summary(found),
     )
 
 
@@ -221,16 +221,19 @@ class Findings:
         """Return the results as text; `lay_out` turns a table's headings and rows into lines."""
         suite, names = self.suite, self.names
         heads, rows = table(self.groups(), len(names) > 1)
-        lines = [f"{' against '.join(names)}: {suite.drawn}, {len(suite.cases):,} cases", "", *lay_out(heads, rows)]
+        asked = f"{suite.drawn}, {counted(len(suite.cases), 'case')}"
+        lines = [f"{' against '.join(names)}: {asked}", "", *lay_out(heads, rows)]
         if len(names) > 1:
             lines += ["", f"points: {names[0]} minus {names[1]}; families at p < 0.05:"]
             for kind, found in verdicts(self.differences).items():
                 lines.append(f"  {kind.replace('_', ' ')}: {', '.join(found) or 'none'}")
         for name, run, outcome in zip(names, self.runs, self.outcomes, strict=True):
             if outcome.unfinished:
-                lines += ["", f"{name}: {outcome.unfinished} answers were cut off after {run.max_tokens} tokens (-n)"]
+                cut = counted(outcome.unfinished, "answer")
+                lines += ["", f"{name}: {cut} cut off after {counted(run.max_tokens, 'token')} (-n)"]
             if outcome.truncated:
-                lines += ["", f"{name}: {outcome.truncated} dialogs lost their oldest turns to fit the context (-c)"]
+                short = counted(outcome.truncated, "dialog")
+                lines += ["", f"{name}: {short} without the oldest turns, to fit the context (-c)"]
             if outcome.errors:
                 lines += ["", f"{name}: {len(outcome.errors)} could not be answered or judged, and count as missed:"]
                 lines += [f"  {error['id']}: {error['reason']}" for error in outcome.errors]
@@ -311,7 +314,10 @@ class Sweep:
     def text(self, lay_out: Callable[[list[str], list[list[str]]], Iterable[str]]) -> str:
         """Return the results as text; `lay_out` turns a table's headings and rows into lines."""
         one = self.points[0]
-        lines = [f"{one.names[0]}, {self.tier} strength: {one.suite.drawn}, {len(one.suite.cases):,} cases", ""]
+        lines = [
+            f"{one.names[0]}, {self.tier} strength: {one.suite.drawn}, {counted(len(one.suite.cases), 'case')}",
+            "",
+        ]
         lines += [*lay_out(*self.grid()), "", "*: p < 0.05 against a strength of 1, over the same cases (McNemar)"]
         return "\n".join(lines) + "\n"
 

@@ -372,3 +372,6 @@ def test_a_bare_checkout_runs_from_any_folder(tiny: Path, tmp_path: Path) -> Non
     assert start("convert", str(elsewhere))[0] == 3
     code, out, error = start("--version", path="")  # nor what the program depends on
     assert (code, out, error.count("\n")) == (5, "", 1) and "package typer is missing: `pip install .`" in error
+    (elsewhere / "jsonschema.py").touch()  # a package of another version
+    code, out, error = start("chat", "-j", "name", *asked, path=f"{elsewhere}{os.pathsep}{depends_on}")
+    assert (code, out, error.count("\n")) == (5, "", 1) and "of another version" in error

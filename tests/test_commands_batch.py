@@ -54,6 +54,23 @@ def test_without_a_file_rows_go_to_stdout_in_order_and_a_pipe_may_bring_them(her
     assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == [f"row {i}" for i in range(16)]
 
 
+def test_system_is_the_same_field_as_system_info(here: Run) -> None:
+    found = [{"query": "What is tea?", name: "Answer in capital letters."} for name in ("system", "system_info")]
+    text = "".join(json.dumps(row) + "\n" for row in [*found, found[0] | found[1]])
+    done = here("batch", "-", "--temp", "0", input=text)
+    one, other, both = map(json.loads, done.stdout.splitlines())
+    assert one["system_info"] == other["system_info"] == "Answer in capital letters."
+    assert one["response"] == other["response"] and "are the same tier" in both["error"]
+    assert (
+        done.stderr.count("fields that mean nothing") == 0 and "3 rows: 2 answered, 0 before, 1 failed" in done.stderr
+    )
+
+
+def test_one_of_something_is_not_several(here: Run) -> None:
+    assert "1 row: 1 answered" in here("batch", "-", input='{"query": "What is tea?"}').stderr
+    assert "1 of 1 row failed" in here("batch", "-", input="{}").stderr
+
+
 def test_a_row_says_everything_that_the_command_line_does_not(here: Run) -> None:
     turns = [{"query": "What is tea?", "response": "Tea is a drink."}]
     found = [

@@ -108,11 +108,11 @@ def test_a_terminal_gets_a_table_that_fits_it(monkeypatch: pytest.MonkeyPatch) -
         ["  seen", "50.0 %", "1.0-99.0", "2", "a long meaning " * 9],
         ["[b]x[/b]", "1", "2", "3", ""],
     ]
-    lines = tables.rich_table(["", "rate", "95 %", "n", "what"], rows)
+    lines = tables.rich_table(["", "rate", "95 %", "n", "what"], rows, spare=True)
     assert all(len(line) <= 70 for line in lines) and len(lines) > 5
     assert "[b]x[/b]" in "".join(lines) and "\x1b" not in "".join(lines) and "meaning" in "".join(lines)
     monkeypatch.setenv("COLUMNS", "45")
-    lines = tables.rich_table(["", "rate", "95 %", "n", "what"], rows)
+    lines = tables.rich_table(["", "rate", "95 %", "n", "what"], rows, spare=True)
     assert "1.0-99.0" in "".join(lines) and "meaning" not in "".join(lines)
 
 
@@ -541,7 +541,7 @@ def test_without_matplotlib_the_chart_says_what_to_install(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else find(name))
     assert edge.run(["eval", "-m", str(tiny), "--chart", str(tmp_path / "c.png")]) == 2
-    assert 'pip install "metaalign-edge[eval]"' in capsys.readouterr().err
+    assert 'pip install "metaalign-edge[chart]"' in capsys.readouterr().err
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -642,7 +642,7 @@ def test_answers_that_were_cut_off_are_counted(here: Run, tiny: Path, own: Path)
     arguments = ("eval", "-m", str(tiny), "--suite", str(own), "-n", "2", "-q")
     document = json.loads(here(*arguments, "--json").stdout)
     assert document["max_tokens"] == 2 and document["unfinished"] > 0
-    assert f"{document['unfinished']} answers were cut off after 2 tokens (-n)" in here(*arguments).stdout
+    assert f"{document['unfinished']} answers cut off after 2 tokens (-n)" in here(*arguments).stdout
 
 
 def test_ifeval_is_explained_and_nothing_is_downloaded(refuses: Callable[..., str], tiny: Path) -> None:

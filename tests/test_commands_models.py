@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from helpers.hub import keep
 import metaalign_edge as edge
 from metaalign_edge_runtime.llama import memory
 from metaalign_edge_runtime.llama.gguf import ModelFile
-from metaalign_edge_runtime.stores import models
+from metaalign_edge_runtime.stores import config, models
 
 Refuses = Callable[..., str]
 Says = Callable[..., str]
@@ -163,6 +164,73 @@ def test_llama_cpps_own_cache_is_found_without_its_variable(
     assert models.resolve_model("a") == path
 
 
+def hold_in_ollama(home: Path, name: str, data: bytes, kind: str = "model") -> Path:
+    """Keep a file as ollama does: a blob called by its digest, and a manifest called by the model."""
+    digest = hashlib.sha256(data).hexdigest()
+    manifest, blob = home / "manifests" / name, home / "blobs" / f"sha256-{digest}"
+    for path in (manifest, blob):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    layers = [
+        {"mediaType": f"application/vnd.ollama.image.{kind}", "digest": f"sha256:{digest}", "size": len(data)},
+        {"mediaType": "application/vnd.ollama.image.template", "digest": "sha256:0", "size": 1},
+    ]
+    manifest.write_text(json.dumps({"schemaVersion": 2, "layers": layers}))
+    blob.write_bytes(data)
+    return blob
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_ollamas_models_have_their_names_there(
+    named: bool, tiny: Path, tmp_path: Path, says: Says, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / ("elsewhere" if named else "home/.ollama/models")
+    if named:
+        monkeypatch.setenv("OLLAMA_MODELS", str(home))
+    names = {
+        "ollama/llama3.2:1b-q4_K_M": "registry.ollama.ai/library/llama3.2/1b-q4_K_M",
+        "ollama/me/mine:latest": "registry.ollama.ai/me/mine/latest",
+        "ollama/hf.co/some/repo-GGUF:Q8_0": "hf.co/some/repo-GGUF/Q8_0",
+    }
+    blobs = {name: hold_in_ollama(home, path, tiny.read_bytes() + name.encode()) for name, path in names.items()}
+    hold_in_ollama(home, "registry.ollama.ai/library/far/cloud", b"{}", kind="remote")
+    (home / "manifests/registry.ollama.ai/library/far/damaged").write_text("no JSON")
+    (home / "manifests/.DS_Store").write_bytes(b"")
+    found = {row["name"]: row["path"] for row in json.loads(says("models", "list", "--json"))}
+    assert found == {
+        **{name: str(path) for name, path in blobs.items()},
+        "metaalign-demo": str(models.embedded_model()),
+    }
+    assert all(models.resolve_model(name) == path for name, path in blobs.items())
+    assert models.resolve_model("ollama/llama3.2") == blobs["ollama/llama3.2:1b-q4_K_M"]
+    assert says("chat", "-m", "ollama/me/mine:latest", "-n", "2", "--no-stdin", "tea?")
+    assert "do you mean ollama/me/mine:latest?" in refuses(3, "chat", "-m", "ollama/me/mine:latst", "tea?")
+    assert "only what is there" in refuses(2, "models", "rm", "ollama/me/mine:latest")
+
+
+def test_a_folder_of_ones_own_is_looked_through(
+    tiny: Path, tmp_path: Path, says: Says, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {"one": "mine/one.gguf", "pub/two:Q8_0": "mine/pub/two/two-Q8_0.gguf"}
+    for place in places.values():
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tiny, tmp_path / place)
+    monkeypatch.chdir(tmp_path)
+    assert "no folder" in refuses(3, "config", "set", "models", "none")
+    says("config", "set", "models", "mine")
+    assert says("config", "get", "models") == f"{tmp_path / 'mine'}\n"
+    assert json.loads(says("paths", "--json"))["models"]["path"] == str(tmp_path / "mine")
+    monkeypatch.chdir("/")
+    found = {row["name"]: row["path"] for row in json.loads(says("models", "list", "--json"))}
+    assert {name: found[name] for name in places} == {name: str(tmp_path / place) for name, place in places.items()}
+    assert models.resolve_model("one") == tmp_path / "mine/one.gguf"
+    monkeypatch.setenv("METAALIGN_EDGE_CONFIG", str(tmp_path / "a/b"))
+    (tmp_path / "a/b").mkdir(parents=True)
+    config.config_file().write_text('models = "../../mine"\n')  # relative to the settings
+    assert "one" in models.model_names()
+    monkeypatch.setenv("METAALIGN_EDGE_MODELS", str(tmp_path / "a"))
+    assert "one" not in models.model_names()
+
+
 # ---- what -m means
 
 
@@ -212,12 +280,30 @@ def test_files_of_one_quantisation_are_told_apart_by_their_names(tiny: Path, cac
 # ---- list and show
 
 
+def test_the_list_marks_the_default_also_where_it_is_a_path(
+    tiny: Path, cached: Path, tmp_path: Path, says: Says
+) -> None:
+    def marked() -> list[str]:
+        found = [row["name"] for row in json.loads(says("models", "list", "--json")) if row["default"]]
+        assert [line.split()[1] for line in says("models", "list").splitlines() if line.startswith("*")] == found
+        return found
+
+    assert marked() == ["metaalign-demo"]
+    says("models", "default", REPOSITORY)
+    assert marked() == [f"{REPOSITORY}:Q8_0"]
+    mine = Path(shutil.copy(tiny, tmp_path / "mine.gguf"))
+    says("models", "default", str(mine))
+    assert marked() == [str(mine)]
+    mine.unlink()
+    assert marked() == []
+
+
 def test_the_list_has_one_row_a_model_with_what_matters(cached: Path, tiny: Path, says: Says) -> None:
     row = json.loads(says("models", "list", "--json"))[0]
     weights = sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(tiny).tensors)
     assert row == {
         "name": f"{REPOSITORY}:Q8_0", "path": str(cached), "bytes": tiny.stat().st_size, "architecture": "llama",
-        "parameters": weights, "quantization": "F32", "context": 512, "template": "metaalign", "error": None,
+        "parameters": weights, "quantization": "F32", "context": 512, "template": "metaalign", "error": None, "default": False,
     }  # fmt: skip
     table = says("models", "list").splitlines()
     assert table[1].split()[0] == f"{REPOSITORY}:Q8_0" and table[1].endswith("metaalign")
@@ -268,7 +354,7 @@ def test_show_tells_markers_that_are_tokens_from_mere_words(tiny: Path, tmp_path
     template = "{% for m in messages %}[INST]{{ m.content }}<|end|>{% endfor %}"
     path = write_gguf(tmp_path / "a.gguf", general__license="mit", tokenizer__chat_template=template)
     shown = json.loads(says("models", "show", str(path), "--json"))
-    assert (shown["native"], shown["marker_words"], shown["licence"]) == (False, ["[INST]", "<|end|>"], "mit")
+    assert (shown["native"], shown["marker_words"], shown["license"]) == (False, ["[INST]", "<|end|>"], "mit")
     assert shown["kv_bytes_per_1000_tokens"] is None
     assert "wrapped" in says("models", "show", str(path))
 

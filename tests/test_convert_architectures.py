@@ -109,7 +109,7 @@ def test_of_a_model_that_sees_the_language_model_is_converted(tmp_path: Path) ->
     for folder in (plain, nested):
         write_gguf(open_checkpoint(folder), folder.with_suffix(".gguf"), outtype="f16")
     checkpoint = open_checkpoint(nested)
-    assert checkpoint.notes == ("only the language model is converted: 2 tensors that see are left out",)
+    assert checkpoint.notes == ("only the language model is converted, without 2 tensors for images",)
     a, b = (gguf.GGUFReader(folder.with_suffix(".gguf")) for folder in (plain, nested))
     assert [t.name for t in a.tensors] == [t.name for t in b.tensors]
     assert all(np.array_equal(x.data, y.data) for x, y in zip(a.tensors, b.tensors, strict=True))
@@ -152,7 +152,7 @@ REFUSED = {
                 "short_factor": [1.0] * 8,
             }
         },
-        "1 numbers in long_factor, not 8",
+        "1 number in long_factor, not 8",
     ),
     "no list": (
         "Phi3ForCausalLM",

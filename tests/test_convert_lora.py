@@ -386,7 +386,7 @@ def test_the_proof_of_the_pre_tokenizer_goes_by_the_tokenizer_that_is_written(fo
     result = write_gguf(merge(checkpoint, [open_adapter(lora, checkpoint)]), folder.parent / "out.gguf")
     assert result.checks == (
         "pre-tokenizer gpt-2: 52 of 52 texts become the same tokens",
-        "merged with lora, which changes 1 tensors, scale 1",
+        "merged with lora, which changes 1 tensor, scale 1",
         "the vocabulary is that of lora",
     )
 
@@ -445,7 +445,7 @@ def test_the_command_merges_and_converts_alone(folder: Path, run: Any) -> None:
     options = ["-o", str(out), "--outtype", "f32", "--template", "keep", "--no-check"]
     result = run("convert", str(folder), "--lora", f"{one}:0.5", "--lora", str(two), *options, "--json")
     assert result.returncode == 0, result.stderr
-    assert "merged with one, which changes 1 tensors, scale 0.5" in json.loads(result.stdout)["checks"]
+    assert "merged with one, which changes 1 tensor, scale 0.5" in json.loads(result.stdout)["checks"]
     assert out.read_bytes() == merged(folder, (one, 0.5), two).read_bytes()
     result = run("convert", str(folder), "--lora", str(one), "--lora-only", cwd=folder.parent)
     assert result.returncode == 0, result.stderr

@@ -303,6 +303,8 @@ def test_what_does_not_fit_is_refused_with_numbers_and_with_what_would_fit() -> 
     cache, compute, context, parallel = re.search(numbers, line).groups()  # type: ignore[union-attr]
     assert float(cache) == pytest.approx(8 * 8192 * 65536 / GB, abs=0.05) and 100 < float(compute) < 200
     replace(plan, context=int(context)).check(path)
+    known = replace(plan, footprint=replace(footprint, context=2048))  # no more than the model was trained on
+    assert "-c 2048 or " in said(known) and f"-c {context} or " in line
     replace(plan, sequences=int(parallel)).check(path)
     assert "take a smaller model, or end other programs" in said(replace(plan, free=(1e6,)))
     on_gpu = memory.make_plan(footprint, 64 * GB, machine(2), 1024, 1, "all")

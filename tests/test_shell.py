@@ -114,6 +114,89 @@ def test_bash_completes_words_that_it_cuts_itself(tmp_path: Path) -> None:
     assert terminal.leave() == 0
 
 
+def test_settings_types_and_a_question_without_a_command_are_completed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert completed(capfd, "config", "set", "max") == completed(capfd, "config", "get", "max") == ["max_tokens"]
+    assert completed(capfd, "config", "set", "stream", "") == ["true", "false"]
+    assert completed(capfd, "config", "set", "pref", "@json", "@chi") == ["@child"]
+    assert completed(capfd, "config", "set", "model", "metaalign-d") == ["metaalign-demo"]
+    assert completed(capfd, "config", "set", "nonsense", "") == []
+    assert completed(capfd, "convert", "--outtype", "Q4_K") == ["Q4_K_M", "Q4_K_S"]
+    assert completed(capfd, "convert", "--outtype=b") == ["--outtype=bf16"]
+    assert completed(capfd, "What is tea?", "--no-st") == ["--no-stream", "--no-stdin"]
+    assert completed(capfd, "--pref", "@chi") == ["@child"]
+
+
+SHORT = str(Path(sys.executable).parent / "mae")
+
+
+def test_a_question_alone_is_answered_and_so_are_options_before_it(run: Run) -> None:
+    answer = run("chat", "--temp", "0", "What is tea?").stdout
+    assert run("What is tea?", "--temp", "0").stdout == run("--temp", "0", "What is tea?").stdout == answer
+    assert run("--temp=0", "What is tea?").stdout == answer
+    assert run("--temp", "0", input="What is tea?").stdout == answer
+    assert run("Why?", "-n", "1", "--temp", "0").returncode == 0
+    wished = run("-q", "--pref", "in capitals", "--temp", "0", "What is tea?", "--json")
+    assert json.loads(wished.stdout)["user_info"] == "in capitals"
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["chta"], "no command 'chta': do you mean chat?"), (["modles", "list"], "do you mean models?"),
+    (["Tell", "me", "about", "tea"], "a question stands in quotes"), (["zzz"], "--help` lists them"),
+    (["chat", "Tell", "me"], "put it all in quotes"), (["compare", "--pref", "a", "--pref", "b", "Tell", "me"], "quotes"),
+    (["render", "Tell", "me"], "quotes"), (["paths", "more"], "paths does not take 'more'"),
+    (["--nonsense"], "No such option"), (["--pref", "x", "models", "list"], "No such option"),
+])  # fmt: skip
+def test_a_word_that_is_no_question_is_refused_with_what_to_do(
+    arguments: list[str], said: str, refuses: Callable[..., str]
+) -> None:
+    assert said in refuses(2, *arguments)
+
+
+def test_the_short_name_is_the_same_program_and_its_help_says_so() -> None:
+    def called(*arguments: str) -> str:
+        done = subprocess.run([SHORT, *arguments], input="", capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    assert "Tea is a drink" in called("--temp", "0", "What is tea?")
+    for arguments in ((), ("chat",), ("models", "list")):
+        page = called(*arguments, "--help")
+        assert f"Usage: {' '.join(['mae', *arguments])} [OPTIONS]" in page and "metaalign-edge " not in page
+    for shell in SHELLS:
+        assert re.search(r"\bmae\b", called("completion", shell))
+
+
+def test_bash_completes_the_short_name() -> None:
+    terminal = Terminal("-c", "PS1='$ '; exec bash --norc -i", program=("bash",))
+    terminal.type('PS1="$ "; eval "$(mae completion bash)"; echo re""ady\n')
+    terminal.until("ready\n")
+    terminal.type("mae chat --pref @chi\t")
+    terminal.until("mae chat --pref @child ")
+    terminal.type("\x01: \n")
+    terminal.type("exit\n")
+    terminal.rest()
+    assert terminal.leave() == 0
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_help_cuts_no_variable_and_no_table_breaks_a_word(
+    columns: int, here: Run, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for name, command in program.commands.items():  # type: ignore[attr-defined]
+        page = here(name, "--help").stdout
+        assert all(one.envvar in page.split("Variables")[-1] for one in command.params if getattr(one, "envvar", None))
+    place = tmp_path / "home/.lmstudio/models/a-publisher/a-model-of-a-name/a-model-of-a-name-Q8_0.gguf"
+    place.parent.mkdir(parents=True)
+    shutil.copy(tiny, place)
+    for arguments in (["models", "list"], ["pref", "list"]):
+        terminal = Terminal(*arguments, columns=columns)
+        shown, whole = terminal.rest(), here(*arguments).stdout.partition("\n")[2]
+        assert terminal.leave() == 0 and all(len(line) <= columns for line in shown.splitlines())
+        words = set(re.split(r"[\s,]+", shown))
+        assert not [word for word in re.split(r"[\s,]+", whole) if word not in words and not word[:1].isdigit()]
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_script_asks_for_what_it_is_told(shell: str, here: Run) -> None:
     script = here("completion", shell).stdout

@@ -19,7 +19,9 @@ from metaalign_edge_runtime.stores import files, profiles
 from metaalign_edge_runtime.stores.jsonl import lines_within
 from metaalign_edge_runtime.structured import Schema
 
-FIELDS = {"id", "query", "pref", "user_info", "system_info", "turns", "max_tokens", "seed", "json_schema"}
+from ..terminal.screen import at_terminal
+
+FIELDS = {"id", "query", "pref", "user_info", "system", "system_info", "turns", "max_tokens", "seed", "json_schema"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,15 @@ def open_rows(source: str) -> Iterator[tuple[Iterable[bytes], str]]:
             yield lines_within(file, source), source
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         raise NotFound(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def count_rows(source: str) -> int | None:
+    """Count the rows of a JSONL file for a terminal that shows progress; None if they can be read once only."""
+    path = Path(source).expanduser()
+    if source == "-" or not path.is_file() or not at_terminal(sys.stderr):
+        return None
+    with path.open("rb") as file:
+        return sum(not line.isspace() for line in file)
 
 
 def read_rows(lines: Iterable[bytes], defaults: Dialog, seed: int, unknown: set[str]) -> Iterator[Row]:
@@ -95,7 +106,10 @@ def read_row(found: Any, defaults: Dialog, seed: int, index: int) -> Request:
     query = text_field(found, "query")
     if not query or not query.strip():
         raise UsageError("`query` is missing or empty")
-    user_info, system_info = user_info_field(found), text_field(found, "system_info")
+    if found.get("system") is not None and found.get("system_info") is not None:
+        raise UsageError("`system` and `system_info` are the same tier: give one")
+    system_info = text_field(found, "system_info" if found.get("system") is None else "system")
+    user_info = user_info_field(found)
     dialog = Dialog(
         defaults.system_info if system_info is None else system_info,
         defaults.user_info if user_info is None else user_info,

@@ -26,7 +26,9 @@ from metaalign_edge_runtime.stores.ledger import Ledger
 from metaalign_edge_runtime.structured import Schema
 
 from ..terminal import report
+from ..terminal.progress import answers_bar
 from ..terminal.screen import Screen
+from ..terminal.status import waiting
 from .rows import Row
 
 
@@ -61,6 +63,11 @@ class Batch:
         self.total = self.before = self.answered = self.failed = 0  # before: answered by an earlier call
         self.cut = 0  # answered ones that `-n` or the context cut
 
+    @property
+    def done(self) -> int:
+        """Count the rows that were read and wait for no answer."""
+        return self.total - len(self._asked)
+
     def requests(self, window: int) -> Iterator[Request]:
         """Yield the requests of the rows that have no answer yet.
 
@@ -87,21 +94,24 @@ class Batch:
         scheduler: Scheduler,
         requests: Iterable[Request],
         warn: Callable[[Prompt], None],
-        tell: Callable[[int], None],
+        tell: Callable[[int, int], None],
     ) -> None:
-        """Answer the requests and write down each as it ends. `warn` sees each prompt first; `tell` counts answers.
+        """Answer the requests and write down each as it ends. `warn` sees each prompt first; `tell` counts rows,
+        those that were answered now, and those that needed no answer.
 
         Raises:
             Interrupted: Ctrl-C; what was finished is kept. CannotWrite: the disk is full. OutputClosed: nobody reads
                 stdout any more.
         """
         try:
+            done = self.done
             for request, answer in scheduler.run(requests, warn):
                 self._settle(request, answer)
-                tell(1)
+                tell(1, self.done - done - 1)
+                done = self.done
         except Interrupted:
             again = "; the same command goes on from there" if self._ledger else ""
-            self._screen.note(f"interrupted: {self.before + self.answered:,} rows are answered{again}")
+            self._screen.note(f"interrupted: {counted(self.before + self.answered, 'row')} answered{again}")
             raise
 
     def _settle(self, request: Request, answer: Answer | EdgeError) -> None:
@@ -138,12 +148,31 @@ class Batch:
             EdgeError: at least one row failed.
         """
         counts = f"{self.answered:,} answered, {self.before:,} before, {self.failed:,} failed"
-        self._screen.note(f"{self.total:,} rows: {counts}")
+        self._screen.note(f"{counted(self.total, 'row')}: {counts}")
         if self.cut:
             were = f"{counted(self.cut, 'answer')} {'was' if self.cut == 1 else 'were'} cut"
             self._screen.note(f"metaalign-edge: warning: {were} (finish_reason length): raise -n, or -c")
         if self.failed:
-            raise EdgeError(f"{self.failed:,} of {self.total:,} rows failed; the others are complete")
+            raise EdgeError(f"{self.failed:,} of {counted(self.total, 'row')} failed; the others are complete")
+
+
+@contextlib.contextmanager
+def show_rows(
+    work: Batch, screen: Screen, name: str, total: int | None, seen: bool
+) -> Iterator[Callable[[int, int], None]]:
+    """Show how far a batch is, by a bar, or below the rows if these are seen; yield what `Batch.answer` tells.
+
+    Args:
+        total: rows of the input; None: not known.
+        seen: the rows go to stdout, where a terminal shows them.
+    """
+    if not (seen and screen.terminal):
+        with answers_bar(screen, name, work.done, total) as tell:
+            yield tell
+        return
+    of = "" if total is None else f" of {total:,}"
+    with waiting(screen, lambda: f"{work.done:,}{of} rows are done"):
+        yield lambda _written, _there: None
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from metaalign_edge import Answer, ChatTemplate, Dialog, RenderOptions, Request,
 from metaalign_edge_preferences.answers import Answers
 from metaalign_edge_preferences.findings import Run, Suite
 from metaalign_edge_preferences.suite import Case
-from metaalign_edge_runtime.errors import EdgeError, Interrupted, UsageError, one_line
+from metaalign_edge_runtime.errors import EdgeError, Interrupted, UsageError, counted, one_line
 from metaalign_edge_runtime.llama.gguf import ModelFile
 from metaalign_edge_runtime.llama.memory import Plan
 from metaalign_edge_runtime.stores import files
@@ -96,7 +96,7 @@ def ask_model(candidate: Candidate, suite: Suite, options: RenderOptions, parall
     name, answers, cases = candidate.run.name, candidate.run.answers, suite.all_cases
     left, done, lost = answers.unanswered(cases), answers.count(cases), answers.lost
     total = sum(len(case.queries) for case in cases)
-    screen.note(f"{name}: {total:,} answers, {done:,} of them given already ({answers.where})")
+    screen.note(f"{name}: {counted(total, 'answer')}, {done:,} of them given already ({answers.where})")
     answers.start()
     try:
         if left:
@@ -117,7 +117,7 @@ def ask_model(candidate: Candidate, suite: Suite, options: RenderOptions, parall
 
 
 def ask_cases(
-    scheduler: Scheduler, cases: Sequence[Case], left: Sequence[int], answers: Answers, tell: Callable[[int], None]
+    scheduler: Scheduler, cases: Sequence[Case], left: Sequence[int], answers: Answers, tell: Callable[[int, int], None]
 ) -> None:
     """Ask the cases whose numbers are `left`, long dialogs first.
 
@@ -134,7 +134,7 @@ def ask_cases(
         answers.add(number, turn, case.id, answer_record(answer))
         if not failed and turn + 1 < len(case.queries):
             waiting.appendleft(number)
-        tell(len(case.queries) - turn if failed else 1)
+        tell(len(case.queries) - turn if failed else 1, 0)
 
     def requests() -> Iterator[Request]:
         while waiting:

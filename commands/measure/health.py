@@ -133,7 +133,7 @@ def check_devices(examination: Examination) -> Finding:
 
 def check_processor(examination: Examination) -> Finding:
     """Compare the instructions that the processor has with those that llama.cpp was built for."""
-    cores = f"{library.physical_cores()} cores"
+    cores = counted(library.physical_cores(), "core")
     flags: set[str] = set()
     with contextlib.suppress(OSError):  # not Linux
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -132,8 +133,17 @@ class Bench(Closing):
         return BENCH_TOKENS * (1 if guidance else count) / (time.perf_counter() - started)
 
 
-def measure(file: ModelFile, settings: Settings, template: str, rounds: int, interrupt: Interrupt) -> Speeds:
+def measure(
+    file: ModelFile,
+    settings: Settings,
+    template: str,
+    rounds: int,
+    interrupt: Interrupt,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Speeds:
     """Measure everything once in each round, after a first round that only brings the file into memory.
+
+    `tell` is given what is measured next.
 
     Raises:
         Interrupted: Ctrl-C. LoadError: the model cannot be loaded. EdgeError: a call of `chat` fails.
@@ -144,14 +154,23 @@ def measure(file: ModelFile, settings: Settings, template: str, rounds: int, int
     plan = edge.plan_for(file, settings, answers=max(BENCH_PARALLEL))
     with Model(file, settings, interrupt, plan) as model, Bench(model, settings, interrupt) as bench:
         guidance = Guidance(Dialog("", "a preference", ()), 1.0, 2.0)
-        for _ in range(rounds + 1):
-            figures = {"read": bench.read(), "write": bench.write(1), "guided": bench.write(2, guidance)}
-            figures |= {str(count): bench.write(count) for count in BENCH_PARALLEL}
-            for name, figure in figures.items():
-                found.setdefault(name, []).append(figure)
+        kinds: dict[str, tuple[str, Callable[[], float]]] = {
+            "read": ("read a prompt", bench.read),
+            "write": ("write an answer", functools.partial(bench.write, 1)),
+            "guided": ("write with a strength", functools.partial(bench.write, 2, guidance)),
+        }
+        for count in BENCH_PARALLEL:
+            kinds[str(count)] = (f"write {count} at a time", functools.partial(bench.write, count))
+        for number in range(rounds + 1):
+            for name, (what, work) in kinds.items():
+                tell(f"{what}, {f'round {number} of {rounds}' if number else 'to warm up'}")
+                found.setdefault(name, []).append(work())
         each = len(model.vocabulary.encode(" patient patient", special=False)) / 2
     meta_prompt = " patient" * int(BENCH_PROMPT / each)
-    calls = [time_calls(file, settings, template, meta_prompt, interrupt) for _ in range(rounds)]
+    calls = []
+    for number in range(rounds):
+        tell(f"first token, round {number + 1} of {rounds}")
+        calls.append(time_calls(file, settings, template, meta_prompt, interrupt))
     speeds = {name: round(median(figures[1:]), 1) for name, figures in found.items()}
     first, cached, peak = (round(median(figures), 1) for figures in zip(*calls, strict=True))
     return Speeds(

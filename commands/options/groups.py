@@ -39,11 +39,13 @@ def finite(value: float | None) -> float | None:
 
 
 def option(*names: str, help: str, panel: str | None = None, env: bool = False, **more: Any) -> Any:
-    """Declare an option. `panel`: its heading in --help. `env`: a variable gives it, too, METAALIGN_EDGE_<its name>."""
+    """Declare an option. `panel`: its heading in --help. `env`: a variable gives it, too, METAALIGN_EDGE_<its name>.
+
+    --help names the variables at its end: in the options' column, 80 columns would cut them.
+    """
     name = names[-1].removeprefix("--").replace("-", "_").upper()
-    return typer.Option(
-        *names, help=help, rich_help_panel=panel, envvar=f"METAALIGN_EDGE_{name}" if env else None, **more
-    )
+    variable = f"METAALIGN_EDGE_{name}" if env else None
+    return typer.Option(*names, help=help, rich_help_panel=panel, envvar=variable, show_envvar=False, **more)
 
 
 dialog_option, model_option, sampling_option, output_option = (
@@ -98,6 +100,10 @@ ModelOption = Annotated[
         help="A GGUF file, user/repo[:QUANT] of the hub, or a name of `models list`. Default: the embedded one.",
         env=True,
     ),
+]
+FolderOption = Annotated[
+    str | None,
+    model_option("--models", metavar="DIR", help="The folder of your own GGUFs, for `models list` and -m.", env=True),
 ]
 OfflineOption = Annotated[
     bool, model_option("--offline", help="Open no connection; what is not on this machine is an error.", env=True)

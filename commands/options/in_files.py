@@ -21,11 +21,13 @@ import typer.main
 import metaalign_edge as edge
 from metaalign_edge_runtime.errors import EdgeError, NotFound, UsageError, did_you_mean, shortened
 from metaalign_edge_runtime.llama.sampling import SAMPLING_PARAMETERS
-from metaalign_edge_runtime.stores import config, files, models, profiles
+from metaalign_edge_runtime.stores import config, files, profiles
 from metaalign_edge_runtime.stores.config import Project
+from metaalign_edge_runtime.stores.models import resolve_model
 
 from ..terminal.screen import Screen
 from .groups import (
+    FolderOption,
     MetaPrompt,
     ModelOptions,
     NoCacheOption,
@@ -107,7 +109,9 @@ class Setting:
             elif name == "template_arg":
                 template_args(given)
             elif name == "model" and (os.path.isabs(given) or "/" not in given):
-                models.resolve_model(given)
+                resolve_model(given)
+            elif name == "models" and not os.path.isdir(os.path.expanduser(given)):
+                raise NotFound(f"no folder {given}: name the folder of your GGUFs")
             elif name == "template" and files.looks_like_path(given, ".jinja"):
                 files.read_text(Path(os.path.expanduser(given)), "the template")
         except (UsageError, NotFound) as error:
@@ -137,6 +141,7 @@ def settings_by_name() -> dict[str, Any]:
         parallel: ParallelOption = 8,
         no_cache: NoCacheOption = False,
         stream: StreamOption = True,
+        models: FolderOption = None,
         verbosity: Verbosity,
     ) -> None: ...
 

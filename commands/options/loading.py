@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import metaalign_edge as edge
 from metaalign_edge import STOPWATCH, ChatTemplate, Model, RenderOptions, Scheduler, Settings
@@ -15,7 +17,13 @@ from metaalign_edge_runtime.stores.prompt_cache import PromptCache
 
 from ..terminal import effects, report
 from ..terminal.screen import Screen
+from ..terminal.status import waiting
 from .groups import ModelOptions, RenderingOptions
+
+
+def loading(path: Path, models_begun: Sequence[Model]) -> str:
+    """Say how far the loading of a model is, whose metadata may still be read."""
+    return f"loading {path.name}" + "".join(f": {model.loaded:.0%}" for model in models_begun)
 
 
 @contextlib.contextmanager
@@ -36,12 +44,14 @@ def open_scheduler(
     options, path, interrupt = rendered.options(), loaded.path(screen), Interrupt()
     STOPWATCH.mark("options")
     with contextlib.ExitStack() as held:
-        with interrupt:
+        begun: list[Model] = []
+        with interrupt, waiting(screen, functools.partial(loading, path, begun)):
             with STOPWATCH("metadata"):
                 file = models.open_model(path)
             with STOPWATCH("plan"):
                 plan = edge.plan_for(file, settings, dialogs=slots)
             model = held.enter_context(contextlib.closing(Model(file, settings, interrupt, plan)))
+            begun.append(model)
             with STOPWATCH("template"):
                 template = edge.choose_template(rendered.template, file)
             with STOPWATCH("model"):
@@ -70,7 +80,11 @@ def open_slots(
     Raises:
         LoadError: the model cannot be loaded. Interrupted: Ctrl-C while it loads.
     """
-    with Interrupt() as interrupt, Model(file, settings, interrupt, plan) as model:
+    with contextlib.ExitStack() as held:
+        interrupt = held.enter_context(Interrupt())
+        model = held.enter_context(contextlib.closing(Model(file, settings, interrupt, plan)))
+        with waiting(screen, functools.partial(loading, file.path, [model])):
+            model.wait()
         report.explain(model, template, settings, screen)
         effects.note_without_effect(template, options, settings.sources, screen)
         size = edge.least_context(file, settings)

@@ -19,4 +19,4 @@ _metaalign_edge() {
         COMPREPLY+=("${line#"$blank"}")
     done < <("$1" completion bash -- "${words[@]:1:${#words[@]}-2}" "$word" 2>/dev/null)
 }
-complete -o default -F _metaalign_edge metaalign-edge
+complete -o default -F _metaalign_edge metaalign-edge mae

@@ -9,3 +9,4 @@ function __metaalign_edge
     end
 end
 complete -c metaalign-edge -f -a '(__metaalign_edge)'
+complete -c mae -f -a '(__metaalign_edge)'

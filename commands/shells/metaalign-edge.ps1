@@ -1,5 +1,5 @@
 # Completion of metaalign-edge in PowerShell: metaalign-edge completion powershell | Out-String | Invoke-Expression
-Register-ArgumentCompleter -Native -CommandName metaalign-edge -ScriptBlock {
+Register-ArgumentCompleter -Native -CommandName metaalign-edge, mae -ScriptBlock {
     param($word, $line, $cursor)
     $words = @($line.CommandElements | Select-Object -Skip 1 | Where-Object { $_.Extent.EndOffset -lt $cursor } |
         ForEach-Object { $_.ToString() })

@@ -1,4 +1,4 @@
-#compdef metaalign-edge
+#compdef metaalign-edge mae
 # Completion of metaalign-edge in zsh, after compinit: source <(metaalign-edge completion zsh)
 _metaalign_edge() {
     local line
@@ -9,4 +9,4 @@ _metaalign_edge() {
     done
     if (( $#values )); then compadd -l -d shown -a values; else _files; fi
 }
-if [[ $funcstack[1] = _metaalign[-_]edge ]]; then _metaalign_edge; else compdef _metaalign_edge metaalign-edge; fi
+if [[ $funcstack[1] = _metaalign[-_]edge ]]; then _metaalign_edge; else compdef _metaalign_edge metaalign-edge mae; fi

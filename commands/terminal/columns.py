@@ -15,7 +15,9 @@ from metaalign_edge_runtime.errors import CONTROLS, Interrupted, one_line
 
 from . import report
 from .screen import Screen, hidden_cursor
+from .wrapping import Wrapping
 
+HEAD_LINES = 4  # of a drawn table: a blank one, the heads, a rule, and a blank one at the end
 COLUMN = 24  # the least width of a column in characters; a narrower terminal shows one answer after the other
 
 
@@ -25,7 +27,10 @@ class Columns:
     One after the other, the text of an answer that is not yet at its turn is held back.
     """
 
-    def __init__(self, heads: Sequence[str], screen: Screen) -> None:
+    def __init__(self, heads: Sequence[str], screen: Screen, wrap: bool = False) -> None:
+        """Begin. With `wrap`, answers that stand one after the other are wrapped between words (`Wrapping`)."""
+        self._wrap = wrap and screen.terminal
+        self._words = Wrapping(self._wrap)  # of the answer now printed
         self._heads, self._screen = [one_line(head).translate(CONTROLS) for head in heads], screen
         self._texts = [""] * len(heads)
         self._at, self._done = -1, set[int]()  # one after the other: the answer now printed; those that are complete
@@ -35,7 +40,7 @@ class Columns:
         if screen.terminal and shutil.get_terminal_size().columns >= COLUMN * len(heads):
             from rich.live import Live
 
-            self._live = Live(get_renderable=self._table, transient=True, refresh_per_second=12)
+            self._live = Live(get_renderable=self._tails, transient=True, refresh_per_second=12)
 
     def __enter__(self) -> Columns:
         return self
@@ -63,38 +68,48 @@ class Columns:
         for place in range(len(self._heads)):
             self.end(place)
 
-    def _table(self) -> Any:
+    def _tails(self) -> Any:
+        """Return the table as far as it fits the screen: of each answer what was written last."""
+        return self._table(max(1, shutil.get_terminal_size().lines - HEAD_LINES))
+
+    def _table(self, most: int | None = None) -> Any:
         from rich import box
         from rich.table import Table
         from rich.text import Text
+
+        class Tail(Text):
+            """A text of which the last lines are shown."""
+
+            def __rich_console__(self, console: Any, options: Any) -> Any:
+                yield from self.wrap(console, options.max_width)[-(most or 0) :]
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
         for head in self._heads:
             table.add_column(Text(head), ratio=1, overflow="fold")
         waiting = ["" if place in self._done else "…" for place in range(len(self._texts))]
         table.add_row(
-            *(Text(text.translate(CONTROLS) or mark) for text, mark in zip(self._texts, waiting, strict=True))
+            *(Tail(text.translate(CONTROLS) or mark) for text, mark in zip(self._texts, waiting, strict=True))
         )
         return table
 
     def _head(self, place: int) -> None:
-        self._at = place
-        self._screen.write(("\n" if place else "") + f"[{self._heads[place]}]\n" + self._texts[place])
+        self._at, self._words = place, Wrapping(self._wrap)
+        head = ("\n" if place else "") + f"[{self._heads[place]}]\n"
+        self._screen.write(head + self._words.feed(self._texts[place]))
 
     def show(self, place: int, piece: str) -> None:
         """Add a piece of text to the answer at a place."""
         self._begin()
         self._texts[place] += piece
         if not self._live and place == self._at:
-            self._screen.write(piece)
+            self._screen.write(self._words.feed(piece))
 
     def end(self, place: int) -> None:
         """Take the answer at a place as complete."""
         self._begin()
         self._done.add(place)
         while not self._live and self._at in self._done:
-            if not self._texts[self._at].endswith("\n"):
-                self._screen.write("\n")
+            self._screen.write(self._words.rest() + ("" if self._texts[self._at].endswith("\n") else "\n"))
             self._at += 1
             if self._at < len(self._heads):
                 self._head(self._at)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import metaalign_edge as edge
-from metaalign_edge_runtime.errors import UsageError, did_you_mean, one_line, say
+from metaalign_edge_runtime.errors import UsageError, counted, did_you_mean, one_line, say
 from metaalign_edge_runtime.stores import files, profiles, session_text, sessions
 from metaalign_edge_runtime.stores.sessions import Conversation
 
@@ -189,9 +189,10 @@ def show_figures(repl: ReplState, _: str) -> None:
     if (answer := repl.latest) is None:
         raise UsageError("there is no answer yet: ask a question")
     context = repl.chat.engine.context if repl.chat.engine else 0
+    written = f"{counted(answer.output_tokens, 'token')}, {answer.tokens_per_second:.1f} a second"
     rows = {
-        "in": f"{answer.input_tokens:,} tokens, {answer.cached_tokens:,} of them known already",
-        "out": f"{answer.output_tokens:,} tokens, {answer.tokens_per_second:.1f} a second ({answer.finish_reason})",
+        "in": f"{counted(answer.input_tokens, 'token')}, {answer.cached_tokens:,} of them known already",
+        "out": f"{written} ({answer.finish_reason})",
         "first": f"after {answer.first_token_ms:.0f} ms",
         "context": f"{answer.input_tokens + answer.output_tokens:,} of {context:,} tokens",
         "seed": str(answer.seed),

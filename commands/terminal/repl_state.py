@@ -11,8 +11,10 @@ from metaalign_edge_runtime.stores import profiles
 from metaalign_edge_runtime.stores.sessions import Conversation
 
 from . import report
+from .progress import of_answers
 from .reply import AnswerPrinter
 from .screen import ReasoningPrinter, Screen
+from .status import waiting
 
 
 def dialog_of(conversation: Conversation, query: str, again: bool = False) -> Dialog:
@@ -43,9 +45,9 @@ class ReplState:
 
     def answer(self, dialog: Dialog) -> Answer:
         """Write the answer to a dialog's newest query on the screen; Ctrl-C ends it early and keeps what it said."""
-        printer = AnswerPrinter(self.screen, self.markdown)
+        printer = AnswerPrinter(self.screen, self.markdown, wrap=self.chat.settings.schema is None)
         self.chat.interrupt.raised = False
-        with self.chat.interrupt:
+        with self.chat.interrupt, waiting(self.screen, of_answers(self.chat, not printer.shown_as_it_comes)):
             request = Request(dialog, self.seed, show=printer.show, think=ReasoningPrinter(self.screen).write)
             answer = edge.answer_one(self.chat, request, lambda prompt: report.warn(prompt, self.screen, self.strict))
         self.seed, self.latest = (self.seed + 1) % 2**32, answer

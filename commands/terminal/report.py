@@ -114,7 +114,7 @@ def check_answers(answers: Sequence[tuple[Answer, str]], schema: Schema | None, 
 def describe(answer: Answer) -> str:
     """Return an answer's figures as one line, for -v."""
     return (
-        f"{answer.input_tokens} tokens in ({answer.cached_tokens} cached), {answer.output_tokens} out "
+        f"{counted(answer.input_tokens, 'token')} in ({answer.cached_tokens} cached), {answer.output_tokens} out "
         f"({answer.finish_reason}), first after {answer.first_token_ms:.0f} ms, "
         f"{answer.tokens_per_second:.1f} tokens/s, loaded in {answer.load_ms:.0f} ms, seed {answer.seed}"
     )
@@ -131,7 +131,7 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
     )
     plan = model.plan
     every = model.gpu_layers == len(plan.places)
-    layers = "all layers" if every else f"{model.gpu_layers} layers" if model.gpu_layers else "everything"
+    layers = "all layers" if every else counted(model.gpu_layers, "layer") if model.gpu_layers else "everything"
     if plan.reads_from_disk:
         main = plan.needs[0]
         screen.note(

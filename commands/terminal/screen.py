@@ -73,9 +73,12 @@ class Screen:
         """Write one JSON document to stdout."""
         self.write(json.dumps(document, ensure_ascii=False, indent=2 if self.terminal else None) + "\n")
 
-    def lay_out(self, heads: list[str], rows: list[list[str]]) -> list[str]:
-        """Return the lines of a table: drawn on a terminal, elsewhere with aligned columns."""
-        return (tables.rich_table if self.terminal else tables.aligned)(heads, rows)
+    def lay_out(self, heads: list[str], rows: list[list[str]], spare: bool = False) -> list[str]:
+        """Return the lines of a table: drawn on a terminal, elsewhere with aligned columns.
+
+        `spare`: a narrow terminal need not show the last column.
+        """
+        return tables.rich_table(heads, rows, spare) if self.terminal else tables.aligned(heads, rows)
 
     def lines(self, lines: Iterable[str]) -> None:
         """Write lines to stdout."""

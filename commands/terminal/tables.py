@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import io
 import shutil
+import textwrap
+from typing import Any
+
+UNBROKEN, SHORT = "\xa0", 20  # a blank at which no line is broken; the characters of a cell that has only such ones
+INDENTED: Any = {
+    "initial_indent": "    ",
+    "subsequent_indent": "    ",
+    "break_long_words": False,
+    "break_on_hyphens": False,
+}  # for textwrap
 
 
 def aligned(heads: list[str], rows: list[list[str]]) -> list[str]:
@@ -17,10 +27,21 @@ def aligned(heads: list[str], rows: list[list[str]]) -> list[str]:
     return lines
 
 
-def rich_table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Return a table's lines for this terminal, without colours.
+def paragraphs(heads: list[str], rows: list[list[str]], width: int) -> list[str]:
+    """Return a table's lines as a paragraph for each row: its first cell, and below it the others with their heads."""
+    lines = []
+    for first, *cells in rows:
+        whole = [cell.replace(" ", UNBROKEN) if len(cell) <= SHORT else cell for cell in cells]
+        pairs = zip(heads[1:], whole, strict=False)
+        named = ", ".join(UNBROKEN.join(filter(None, pair)) for pair in pairs if pair[1])
+        lines += [first.rstrip(), *textwrap.wrap(named, width, **INDENTED)]
+    return [line.replace(UNBROKEN, " ") for line in lines]
 
-    Where the terminal is too narrow, the last column is left out; where it is narrower still, columns are aligned only.
+
+def rich_table(heads: list[str], rows: list[list[str]], spare: bool = False) -> list[str]:
+    """Return a table's lines for this terminal, without colours. No word is broken.
+
+    Where the terminal is too narrow, each row is a paragraph; with `spare`, the last column is left out before that.
     """
     from rich import box
     from rich.console import Console
@@ -29,10 +50,14 @@ def rich_table(heads: list[str], rows: list[list[str]]) -> list[str]:
 
     width = shutil.get_terminal_size().columns
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    taken = [max(len(row[place]) for row in (heads, *rows) if len(row) > place) for place in range(len(heads) - 1)]
-    if width < sum(taken[1:]) + 3 * len(taken) + 16:
-        return aligned(heads, rows)
-    if width < sum(taken) + 3 * len(taken) + 24:
+    columns = [[row[place] for row in (heads, *rows) if len(row) > place] for place in range(len(heads))]
+    *taken, last = [max(map(len, column)) for column in columns]
+    words = [max(map(len, " ".join(column).split()), default=0) for column in columns]
+    middle = sum(taken[1:]) + 3 * len(taken)
+    fits = width >= middle + taken[0] + max(words[-1], min(last, 24))
+    if not fits and not (spare and width >= middle + max(words[0], 16)):
+        return paragraphs(heads, rows, width)
+    if not fits:
         heads, rows = [*heads[:-1], ""], [row[: len(heads) - 1] for row in rows]
     for place, head in enumerate(heads):
         figures = 0 < place < len(heads) - 1

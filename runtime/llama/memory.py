@@ -124,6 +124,7 @@ class Footprint:
     numbers: int  # per token, see `step_numbers`
     masks: int  # attention masks: 2 with a sliding window, which has a mask of its own
     vocabulary: int  # tokens
+    context: int | None = None  # tokens that the model was trained on; None: not known
 
     @classmethod
     def of(cls, file: ModelFile) -> Footprint:
@@ -154,6 +155,7 @@ class Footprint:
             numbers=step_numbers(file),
             masks=2 if file.number("attention.sliding_window") else 1,
             vocabulary=names.length if isinstance(names, GGUFArray) else file.number("vocab_size"),
+            context=file.context,
         )
 
     @property
@@ -271,7 +273,8 @@ class Plan:
             need, where = self.needs[place], f" on {self.names[place - 1]}" if place else ""
             weights = f"{in_bytes(need.weights)} of weights, " if place and not self.loaded else ""
             takes = f"{weights}{in_bytes(need.cache)} of cache and {in_bytes(need.compute)} to compute in"
-            ways = [f"-c {fits}"] if (fits := self.largest(self.context)) else []
+            most = min(self.context, self.footprint.context or self.context)
+            ways = [f"-c {fits}"] if (fits := self.largest(most)) else []
             ways += [f"--parallel {fits}"] if (fits := self.largest_parallel()) else []
             ways += ["-ngl auto"] if weights else []
             advice = f"{' or '.join(ways)} would fit" if ways else "take a smaller model, or end other programs"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import LoadError, NotFound, did_you_mean
+from ..errors import EdgeError, LoadError, NotFound, did_you_mean
 from ..llama.gguf import PART, ModelFile, parts_of
 from . import config, files
+
+EMBEDDED = "metaalign-demo"  # the name of the model that comes with the toolkit
 
 
 def embedded_model() -> Path:
@@ -63,6 +66,19 @@ def other_folders() -> list[Path]:
     return [Path(os.path.expanduser(place)) for place in places]
 
 
+def own_folder() -> Path | None:
+    """Return the folder in which the user keeps GGUFs, by METAALIGN_EDGE_MODELS or the setting `models`; None without.
+
+    A relative path in the settings is relative to their file.
+    """
+    if named := os.environ.get("METAALIGN_EDGE_MODELS"):
+        return Path(named).expanduser()
+    with contextlib.suppress(EdgeError):  # commands that take settings say what is wrong with their file
+        if isinstance(named := config.setting("models"), str) and named:
+            return config.config_file().parent / os.path.expanduser(named)
+    return None
+
+
 class Stored(NamedTuple):
     """A model on this machine."""
 
@@ -76,7 +92,7 @@ class Stored(NamedTuple):
 def stored_models() -> list[Stored]:
     """List the models in the hub's cache, in other programs' folders, and the embedded one. No file is opened."""
     found: list[Stored] = []
-    for folder in dict.fromkeys([hub_folder(), *other_folders()]):
+    for folder in dict.fromkeys(filter(None, [hub_folder(), own_folder(), *other_folders()])):
         found += models_within(folder, in_hub=folder == hub_folder())
     distinct = {(one.repository, one.file) for one in found}
     alike = Counter((repository, quantization_of(file)) for repository, file in distinct)
@@ -87,7 +103,27 @@ def stored_models() -> list[Stored]:
         name = f"{one.repository}:{tag if alone else one.file}" if one.repository else one.path.stem
         name = name if name not in named else str(one.path)
         named[name] = one._replace(name=name)
-    return [*named.values(), Stored("metaalign-demo", embedded_model())]
+    return [*named.values(), *ollama_models(), Stored(EMBEDDED, embedded_model())]
+
+
+WEIGHTS = "application/vnd.ollama.image.model"  # the type of a GGUF among the files that an ollama model has
+
+
+def ollama_models() -> list[Stored]:
+    """List ollama's models, as ollama/NAME:TAG. Their GGUFs are named by digests; manifests tell which is whose."""
+    root = Path(os.path.expanduser(os.environ.get("OLLAMA_MODELS") or "~/.ollama/models"))
+    found = []
+    for place, below, names in os.walk(root / "manifests"):
+        below.sort()
+        host, *words = Path(place).relative_to(root / "manifests").parts or ("",)
+        for tag in sorted(names) if words else ():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no manifest, or one of another kind
+                layers = json.loads((Path(place) / tag).read_bytes())["layers"]
+                (digest,) = (one["digest"] for one in layers if one["mediaType"] == WEIGHTS)
+                name = "/".join(["ollama", host, *words])
+                name = name.replace("/registry.ollama.ai/library/", "/").replace("/registry.ollama.ai/", "/")
+                found.append(Stored(f"{name}:{tag}", root / "blobs" / digest.replace(":", "-"), name, tag))
+    return found
 
 
 NO_MODELS = (".", "datasets--", "spaces--", "kernels--")  # beginnings of the names of folders that hold no models
@@ -122,6 +158,13 @@ def models_within(folder: Path, in_hub: bool) -> list[Stored]:
 def model_names() -> list[str]:
     """List the names that -m takes for the models on this machine."""
     return [one.name for one in stored_models()]
+
+
+def default_model() -> Path | None:
+    """Return the model that is used without -m; None if it is not on this machine."""
+    with contextlib.suppress(EdgeError):  # settings that are damaged, or name what is not there
+        return resolve_model(None)
+    return None
 
 
 def name_of(path: Path) -> str:
@@ -161,7 +204,8 @@ def resolve_model(name: str | None) -> Path | None:
         raise NotFound(
             f"{name} is a folder: convert a checkpoint with `metaalign-edge convert {name}`, or give a GGUF file"
         )
-    if (repository and (repository[2] or not name.endswith(".gguf"))) or not files.looks_like_path(name, ".gguf"):
+    on_the_hub = repository and (repository[2] or not name.endswith(".gguf"))
+    if on_the_hub or name.startswith("ollama/") or not files.looks_like_path(name, ".gguf"):
         if found := stored_as(name):
             return found[0].path
         if repository:
