@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from .tier_text import TIERS, Tier, TierText
 
@@ -33,21 +33,28 @@ def left_out(prompt: TierText, texts: Iterable[tuple[Tier, str]]) -> Tier | None
     White space is not compared: templates trim texts and indent them. Of a response the part behind its last marker
     must be there: templates leave out what a model thought before.
     """
-    said: dict[Tier, str] = {}
-    for piece, tier in prompt.pieces():
-        if tier:
-            said[tier] = said.get(tier, "") + squeezed(piece)
+    pieces: dict[Tier, list[str]] = {tier: [] for tier in TIERS}
+    for piece, owner in prompt.pieces():
+        if owner:
+            pieces[owner].append(squeezed(piece))
+    said = {tier: "".join(found) for tier, found in pieces.items()}
     at = dict.fromkeys(TIERS, 0)
     for tier, text in texts:
-        wanted = TAG.split(text)[-1] if tier == "response" else text
-        for form in (wanted, json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1]):
-            place = said.get(tier, "").find(squeezed(form), at[tier])
+        for form in forms(TAG.split(text)[-1] if tier == "response" else text):
+            place = said[tier].find(form, at[tier])
             if place >= 0:
-                at[tier] = place + len(squeezed(form))
+                at[tier] = place + len(form)
                 break
         else:
             return tier
     return None
+
+
+def forms(text: str) -> Iterator[str]:
+    """Yield how a template may write a text: as it is, or as JSON."""
+    yield squeezed(text)
+    yield squeezed(json.dumps(text, ensure_ascii=False)[1:-1])
+    yield squeezed(json.dumps(text)[1:-1])
 
 
 def squeezed(text: str) -> str:

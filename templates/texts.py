@@ -23,7 +23,7 @@ PRODUCT = {"strip", "lstrip", "rstrip", "rfind", "rindex", "rpartition", "rsplit
 NAMED = {"split": ("sep", "maxsplit"), "rsplit": ("sep", "maxsplit"), "splitlines": ("keepends",)}
 LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 PLACE = re.compile(
-    r"%(?:\((?P<key>[^()]*)\))?(?P<way>[-#0 +]*(?P<width>\*|\d*)(?:\.(?P<places>\*|\d*))?[hlL]?[a-zA-Z%])"
+    r"%(?:\((?P<key>[^()]*)\))?(?P<way>[-#0 +]*(?P<width>\*|[1-9]\d*|)(?:\.(?P<places>\*|\d*))?[hlL]?[a-zA-Z%])"
 )
 
 
@@ -152,6 +152,9 @@ class Texts(Formats):
     def _bound(self, text: str, name: str, args: list[Any]) -> None:
         """Ask for the room that a method's result takes, and refuse what would take too long."""
         others = [one for one in args if isinstance(one, str)]
+        self.budget.work(
+            sum(len(part) for one in args if isinstance(one, tuple) for part in one if isinstance(part, str))
+        )
         size = len(text)
         if name == "replace" and len(others) > 1:
             count = text.count(others[0]) if others[0] else len(text) + 1
