@@ -256,5 +256,5 @@ def show_help(_: ReplState, __: str) -> None:
 
 @command("/exit")
 def leave(repl: ReplState, _: str) -> None:
-    """End the conversation."""
+    """End the conversation (as /quit, /bye, exit and quit do)."""
     repl.running = False
