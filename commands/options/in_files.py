@@ -28,6 +28,7 @@ from metaalign_edge_runtime.stores.models import resolve_model
 from ..terminal.screen import Screen
 from .groups import (
     FolderOption,
+    LogOption,
     MetaPrompt,
     ModelOptions,
     NoCacheOption,
@@ -42,7 +43,7 @@ from .groups import (
 from .signature import spread
 
 # Settings whose options have no variable.
-ALSO_SETTINGS = ("pref", "stop", "strict_tiers", "remind", "think", "template_arg", "stream", "quiet", "verbose")
+ALSO_SETTINGS = ("pref", "stop", "strict_tiers", "remind", "think", "template_arg", "log", "stream", "quiet", "verbose")
 IGNORED_SETTINGS: Mapping[str, tuple[str, ...]] = {  # by command
     "compare": ("pref",),  # a column for each --pref, and no other
     # settings must not change what it measures
@@ -140,6 +141,7 @@ def settings_by_name() -> dict[str, Any]:
         sampling: SamplingOptions,
         parallel: ParallelOption = 8,
         no_cache: NoCacheOption = False,
+        log: LogOption = False,
         stream: StreamOption = True,
         models: FolderOption = None,
         verbosity: Verbosity,
