@@ -33,7 +33,7 @@ SourceArgument = Annotated[
     str,
     typer.Argument(
         metavar="SRC",
-        help="A Hugging Face checkpoint folder, user/repo on the hub, or a GGUF file to quantise anew.",
+        help="A Hugging Face checkpoint folder, user/repo on the hub, or a GGUF file to quantize anew.",
         show_default=False,
     ),
 ]
@@ -60,24 +60,24 @@ PreOption = Annotated[
 ]
 DryRunOption = Annotated[bool, option("--dry-run", help="Show the plan, and write nothing.")]
 CheckOption = Annotated[bool, option("--check/--no-check", help="Load the result and decode a token.")]
-QUANTISATION = "Quantisation, in llama-quantize's words"
+QUANTIZATION = "Quantization, in llama-quantize's words"
 ImatrixOption = Annotated[
-    Path | None, option("--imatrix", help="An importance matrix, as llama-imatrix writes it.", panel=QUANTISATION)
+    Path | None, option("--imatrix", help="An importance matrix, as llama-imatrix writes it.", panel=QUANTIZATION)
 ]
 LeaveOutputOption = Annotated[
-    bool, option("--leave-output-tensor", help="Keep output.weight as it is stored.", panel=QUANTISATION)
+    bool, option("--leave-output-tensor", help="Keep output.weight as it is stored.", panel=QUANTIZATION)
 ]
 OutputTypeOption = Annotated[
-    str | None, option("--output-tensor-type", help="A type for output.weight.", panel=QUANTISATION)
+    str | None, option("--output-tensor-type", help="A type for output.weight.", panel=QUANTIZATION)
 ]
 EmbeddingTypeOption = Annotated[
-    str | None, option("--token-embedding-type", help="A type for token_embd.weight.", panel=QUANTISATION)
+    str | None, option("--token-embedding-type", help="A type for token_embd.weight.", panel=QUANTIZATION)
 ]
 TensorTypeOption = Annotated[
     list[str] | None,
-    option("--tensor-type", help="PATTERN=TYPE for the tensors so named. Repeat to add.", panel=QUANTISATION),
+    option("--tensor-type", help="PATTERN=TYPE for the tensors so named. Repeat to add.", panel=QUANTIZATION),
 ]
-PureOption = Annotated[bool, option("--pure", help="One type for all matrices, no mixture.", panel=QUANTISATION)]
+PureOption = Annotated[bool, option("--pure", help="One type for all matrices, no mixture.", panel=QUANTIZATION)]
 
 
 class Wanted(NamedTuple):
@@ -103,8 +103,8 @@ class Writing(NamedTuple):
     force: ForceOption = False
 
 
-class Quantisation(NamedTuple):
-    """How weights are quantised beyond the type of the file."""
+class Quantization(NamedTuple):
+    """How weights are quantized beyond the type of the file."""
 
     imatrix: ImatrixOption = None
     leave_output: LeaveOutputOption = False
@@ -126,7 +126,7 @@ def convert(
     source: SourceArgument,
     *,
     wanted: Wanted,
-    quantisation: Quantisation,
+    quantization: Quantization,
     writing: Writing,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
@@ -148,10 +148,10 @@ def convert(
     """
     import metaalign_edge_convert as converter
 
-    screen, options = talk.screen(), quantisation.options()
+    screen, options = talk.screen(), quantization.options()
     outtype = converter.canonical_outtype(wanted.outtype or ("f32" if wanted.lora_only else "q8_0"))
     if wanted.lora_only and (len(wanted.lora or []) != 1 or writing.dry_run or options):
-        raise UsageError("--lora-only writes one adapter: name it with one --lora, without --dry-run or quantisation")
+        raise UsageError("--lora-only writes one adapter: name it with one --lora, without --dry-run or quantization")
     if is_gguf(Path(os.path.expanduser(source))):
         plan, target = plan_from_gguf(source, wanted, outtype, options, writing)
     else:
@@ -177,10 +177,10 @@ def convert(
 def plan_from_gguf(
     source: str, wanted: Wanted, outtype: str, options: QuantizeOptions, writing: Writing
 ) -> tuple[ConversionPlan, Path]:
-    """Plan to quantise a GGUF file anew; return the plan and the path to write.
+    """Plan to quantize a GGUF file anew; return the plan and the path to write.
 
     Raises:
-        UsageError: an option is for checkpoints only, or the output exists. EdgeError: it cannot be read or quantised.
+        UsageError: an option is for checkpoints only, or the output exists. EdgeError: it cannot be read or quantized.
     """
     import metaalign_edge_convert as converter
 

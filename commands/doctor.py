@@ -8,10 +8,11 @@ from typing import Annotated
 from metaalign_edge_runtime.errors import EdgeError
 
 from .measure import health
-from .measure.health import CHECKS, Examination
+from .measure.health import CHECKS, Check, Examination
 from .options import command, in_files
 from .options.groups import JsonOption, ModelOptions, option
 from .terminal.screen import Screen
+from .terminal.status import waiting
 
 
 @command
@@ -34,11 +35,12 @@ def doctor(
     screen, settings = Screen(), model_options.settings()
     examination = Examination(model_options.model, settings, network, in_files.check_config)
     columns = shutil.get_terminal_size().columns if screen.terminal else None
-    checks = []
-    for check in health.run_checks(examination):
-        checks.append(check)
-        if not as_json:
-            screen.write(health.check_lines(check, max(map(len, CHECKS)), columns))
+    checks: list[Check] = []
+    with waiting(screen, lambda: f"checking: {' '.join([*CHECKS][len(checks) :][:1])}"):
+        for check in health.run_checks(examination):
+            checks.append(check)
+            if not as_json:
+                screen.write(health.check_lines(check, max(map(len, CHECKS)), columns))
     if as_json:
         screen.json({"checks": [check._asdict() for check in checks]})
     if failed := sum(check.status == "failed" for check in checks):

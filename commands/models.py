@@ -67,7 +67,7 @@ def models_list(as_json: JsonOption = False) -> None:
         ]
         for name, row in zip(names, rows, strict=True)
     ]
-    heads = ["  model", "size", "architecture", "parameters", "quantisation", "context", "template"]
+    heads = ["  model", "size", "architecture", "parameters", "quantization", "context", "template"]
     screen.lines(screen.lay_out(heads, cells))
     if left := models.unfinished_downloads():
         size = in_bytes(sum(path.stat().st_size for path in left))
@@ -76,7 +76,7 @@ def models_list(as_json: JsonOption = False) -> None:
 
 @app.command("show")
 def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
-    """Describe a model: its size, template, tiers and licence, and the memory that its context takes.
+    """Describe a model: its size, template, tiers and license, and the memory that its context takes.
 
     Examples:
 
@@ -108,7 +108,7 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
         "size": in_bytes(file.bytes),
         "architecture": file.architecture,
         "parameters": f"{document['parameters']:,}",
-        "quantisation": document["quantization"],
+        "quantization": document["quantization"],
         "context": f"{file.context:,} tokens, {in_bytes(1000 * kv) if kv else 'it varies how much'} for each 1,000",
         "template": f"{document['template'] or 'none'}, {way}",
         "tokens": " ".join(tokens) or "none of the template's markers",

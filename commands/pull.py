@@ -37,7 +37,7 @@ def pull(
 ) -> None:
     """Download a model into the hub's own cache, and print its path. A stopped download is resumed.
 
-    Without QUANT, the best quantisation that fits this machine is taken. HF_HOME, HF_HUB_CACHE and HF_TOKEN count.
+    Without QUANT, the best quantization that fits this machine is taken. HF_HOME, HF_HUB_CACHE and HF_TOKEN count.
 
     Examples:
 

@@ -108,7 +108,7 @@ def sessions_search(
         screen.json(found)
     elif found:
         rows = [[row["session"], str(row["turn"]), row["excerpt"]] for row in found]
-        screen.lines(tables.aligned(["session", "turn", "text"], rows))
+        screen.lines(screen.lay_out(["session", "turn", "text"], rows))
     else:
         screen.note(f"no session has {text!r} in a question or an answer")
 

@@ -168,12 +168,12 @@ def _unsupported(name: str, values: Mapping[str, Any]) -> str:
 
 
 def refuse_quantized(config: Config) -> None:
-    """Refuse weights that are quantised already: GPTQ, AWQ, bitsandbytes, FP8."""
+    """Refuse weights that are quantized already: GPTQ, AWQ, bitsandbytes, FP8."""
     found = config.get("quantization_config")
     if found is not None:
-        method = found.get("quant_method", "quantised") if isinstance(found, dict) else found
+        method = found.get("quant_method", "quantized") if isinstance(found, dict) else found
         raise LoadError(
-            f"config.json: the weights are quantised already ({method}); convert the original checkpoint, "
+            f"config.json: the weights are quantized already ({method}); convert the original checkpoint, "
             "in float16, bfloat16 or float32, that they were made from"
         )
 

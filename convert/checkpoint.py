@@ -131,7 +131,7 @@ def _open(path: Path) -> Checkpoint:
             raise LoadError(f"{path}: a LoRA adapter, not a model: convert its base model, with --lora {path}")
         raise NotFound(f"{path}: no config.json in the folder, so it holds no Hugging Face checkpoint")
     if folder.has("hf_quant_config.json"):
-        raise LoadError("hf_quant_config.json: the weights are quantised already; convert the original checkpoint")
+        raise LoadError("hf_quant_config.json: the weights are quantized already; convert the original checkpoint")
     raw = folder.json("config.json")
     piece, config, notes = find(raw)
     for pair in (pair for key in (piece.first, *piece.keys) for pair in key.pairs(config)):

@@ -43,7 +43,7 @@ def choose_type(name: str, shape: tuple[int, ...], wanted: Type) -> Type:
 
 
 def encode(name: str, rows: Array, dtype: str, kind: Type, importance: Array | None = None) -> Encoded:
-    """Encode rows as `kind`. They come as `dtype`: F32, F16, BF16 as uint16, or a quantised type as bytes.
+    """Encode rows as `kind`. They come as `dtype`: F32, F16, BF16 as uint16, or a quantized type as bytes.
 
     importance: see `from_float32`. Raises LoadError, naming the tensor `name`, for NaN and infinity.
     """

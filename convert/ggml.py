@@ -1,6 +1,6 @@
 """Convert numbers between the types of ggml: with its own C routines if llama-cpp-python is installed, else numpy.
 
-Both give the same bytes. ggml is up to thirty times as fast, is needed for most quantised types, and lets other Python
+Both give the same bytes. ggml is up to thirty times as fast, is needed for most quantized types, and lets other Python
 threads run meanwhile.
 """
 
@@ -70,7 +70,7 @@ def encoded_size(shape: tuple[int, ...], kind: Type) -> int:
 
 
 def to_float32(rows: Array, dtype: str) -> Array:
-    """Return `rows` of the type `dtype` as float32; rows of a quantised type come as bytes."""
+    """Return `rows` of the type `dtype` as float32; rows of a quantized type come as bytes."""
     if dtype == "F32":
         return rows
     kind, ggml = Type[dtype], library()
@@ -91,7 +91,7 @@ def to_float32(rows: Array, dtype: str) -> Array:
 def from_float32(numbers: Array, kind: Type, importance: Array | None = None) -> Array:
     """Return the bytes of float32 `numbers` in `kind`, as an array of any type and shape.
 
-    importance: the weight of the error in each column (float32), for quantised types. Raises LoadError if `kind` needs
+    importance: the weight of the error in each column (float32), for quantized types. Raises LoadError if `kind` needs
     ggml and that is not installed.
     """
     if kind is Type.F32:

@@ -26,7 +26,7 @@ IDLE = {
 }  # fmt: skip
 INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # ways to initialise that leave the base model unchanged
 INSTEAD = "merge it with PEFT (merge_and_unload), save that, and convert the saved folder"
-QUANTISED = re.compile(r"bnb|4bit|8bit|gptq|awq|quantized", re.IGNORECASE)
+QUANTIZED = re.compile(r"bnb|4bit|8bit|gptq|awq|quantized", re.IGNORECASE)
 PATTERN_LIMIT = 200  # characters
 QUANTIFIERS = GROUPS = 4  # at most in a pattern: with more, or with repeated groups, matching may take exponential time
 
@@ -102,9 +102,9 @@ class PeftSettings:
     def notes(self, name: str) -> tuple[str, ...]:
         """Return remarks about the adapter `name` for the user."""
         base = str(self._values.get("base_model_name_or_path") or "").rstrip("/").rpartition("/")[2]
-        if not QUANTISED.search(base):
+        if not QUANTIZED.search(base):
             return ()
-        return (f"{name} was trained on the quantised {base}; on the weights themselves, answers may differ a little",)
+        return (f"{name} was trained on the quantized {base}; on the weights themselves, answers may differ a little",)
 
     def _rank(self, key: str, value: Any) -> int:
         if type(value) is not int or not 1 <= value < 2**16:

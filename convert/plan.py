@@ -106,7 +106,7 @@ def plan_checkpoint(
     outtype: one of OUTTYPES or any type of llama-quantize, in upper or lower case. chat_template: a template that
     replaces the checkpoint's own, which stays in the file as "original". template_name: stored as `metaalign.template`.
     pre: llama.cpp's name of the pre-tokenizer, for one that cannot be found. check: prove the pre-tokenizer before the
-    writing (see `prove_pre_tokenizer`). options: how to quantise.
+    writing (see `prove_pre_tokenizer`). options: how to quantize.
 
     Raises UsageError for an unknown outtype, LoadError for all that cannot be converted.
     """
@@ -172,7 +172,7 @@ def plan_tensors(checkpoint: Checkpoint, outtype: str | None, files: WeightFiles
 
 
 def plan_gguf(path: Path, outtype: str = "q8_0", *, options: QuantizeOptions = AS_USUAL) -> ConversionPlan:
-    """Plan to quantise a GGUF file, which may be quantised already. Its other keys stay as they are.
+    """Plan to quantize a GGUF file, which may be quantized already. Its other keys stay as they are.
 
     Raises UsageError for an unknown outtype, NotFound or LoadError for the file.
     """
@@ -192,7 +192,7 @@ def plan_gguf(path: Path, outtype: str = "q8_0", *, options: QuantizeOptions = A
     )
     again = {entry.kind.name for entry in head.entries if entry.kind.name not in STORED_AS}
     again -= {"Q8_0"} | {tensor.kind.name for tensor in tensors}
-    checks = [f"warning: quantised already ({some(sorted(again))}): an original in F16 gives better results"]
+    checks = [f"warning: quantized already ({some(sorted(again))}): an original in F16 gives better results"]
     return ConversionPlan(
         origin=path.resolve(),
         architecture=architecture,

@@ -1,4 +1,4 @@
-"""The types of a quantised file: those of llama.cpp, and which tensor gets which.
+"""The types of a quantized file: those of llama.cpp, and which tensor gets which.
 
 Only llama.cpp's `llama_model_quantize` knows the mixtures, such as Q4_K_M. It makes a dry run on a file with a head
 but without weights, and logs the type of each tensor. Then the weights stream through ggml here: the bytes are the
@@ -49,7 +49,7 @@ TRIAL_LINE = re.compile(
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """How to quantise, besides the type of the file; the names are those of llama-quantize."""
+    """How to quantize, besides the type of the file; the names are those of llama-quantize."""
 
     imatrix: Path | None = None  # an importance matrix, as llama-imatrix writes it
     leave_output_tensor: bool = False  # keep output.weight as it is stored
@@ -75,7 +75,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class Quantized:
-    """The contents of a quantised file."""
+    """The contents of a quantized file."""
 
     metadata: Mapping[str, bytes]  # as in `Head.metadata`
     types: Mapping[str, Type]  # GGUF tensor -> its type, in the order of the file
@@ -98,7 +98,7 @@ def canonical_outtype(outtype: str) -> str:
 
 
 def quantized(path: Path, head: Head, outtype: str, options: QuantizeOptions) -> Quantized:
-    """Return the contents of the GGUF file `path` if it is quantised to `outtype`. Only its head is read.
+    """Return the contents of the GGUF file `path` if it is quantized to `outtype`. Only its head is read.
 
     Raises LoadError if llama.cpp is not installed or refuses, or if the importance matrix is missing or that of another
     model.
@@ -126,7 +126,7 @@ def quantized(path: Path, head: Head, outtype: str, options: QuantizeOptions) ->
 
 
 def _metadata(head: Head, name: str, matrix: Importance | None) -> dict[str, bytes]:
-    """Return the keys that llama.cpp writes: those of the source, then those about the quantisation."""
+    """Return the keys that llama.cpp writes: those of the source, then those about the quantization."""
     last: dict[str, int | str] = {
         gguf.Keys.General.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
         gguf.Keys.General.FILE_TYPE: int(MIXTURES[name]),
@@ -195,7 +195,7 @@ def _trial(path: Path, name: str, options: QuantizeOptions, matrix: Importance |
     text = "".join(log)
     if failed:
         reasons = re.findall(r"failed to quantize: (.*)", text)
-        raise LoadError(f"llama.cpp cannot quantise this to {name}: {reasons[-1] if reasons else 'it gives no reason'}")
+        raise LoadError(f"llama.cpp cannot quantize this to {name}: {reasons[-1] if reasons else 'it gives no reason'}")
     return {tensor: _tensor_type(after or before) for tensor, before, after in TRIAL_LINE.findall(text)}
 
 

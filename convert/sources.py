@@ -121,7 +121,7 @@ class Packed:
         return encoded_size(self.entry.shape[-1:], self.entry.kind)
 
     def read(self, first: int, count: int) -> tuple[Array, str]:
-        """Read rows; of a quantised type they come as bytes."""
+        """Read rows; of a quantized type they come as bytes."""
         dtype = STORED_AS.get(self.entry.kind.name, np.dtype("u1"))
         data: Array = np.empty((count, self.row_bytes // dtype.itemsize), dtype)
         self.files.read_into(self.file, self.entry.start + first * self.row_bytes, data)

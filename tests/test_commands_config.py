@@ -236,7 +236,7 @@ def test_what_measures_a_model_leaves_sampling_and_preferences_aside(
     command = ("eval", "-m", str(tiny), "--suite", str(tmp_path / "suite.jsonl"), "-c", "256", "-t", "1")
     assert "1 answer, 0 of them given already" in says(*command)[1]
     file.write_text("temp = 1\nseed = 5\nmax_tokens = 3\npref = '@json'\nsystem_strength = 2\nthink = true\n")
-    assert "1 answers, 1 of them given already" in says(*command)[1]
+    assert "1 answer, 1 of them given already" in says(*command)[1]
     file.write_text('quiet = true\nmodel = "/no/such/model.gguf"\n')
     assert says(*command)[1] == ""
 

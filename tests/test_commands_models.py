@@ -106,7 +106,7 @@ def test_without_a_home_there_is_no_cache_but_the_embedded_model(
     ("IQ3_XXS/a-IQ3_XXS-00001-of-00003.gguf", "IQ3_XXS"),
     ("Qwen3-Q-model.gguf", ""),
 ])  # fmt: skip
-def test_a_files_name_tells_its_quantisation(name: str, quantization: str) -> None:
+def test_a_files_name_tells_its_quantization(name: str, quantization: str) -> None:
     assert models.quantization_of(name) == quantization
 
 
@@ -272,7 +272,7 @@ def test_names_are_had_without_anything_heavy(cached: Path) -> None:
     assert not {"huggingface_hub", "llama_cpp", "numpy", "gguf", "jinja2"} & set(out[1].split())
 
 
-def test_files_of_one_quantisation_are_told_apart_by_their_names(tiny: Path, cached: Path) -> None:
+def test_files_of_one_quantization_are_told_apart_by_their_names(tiny: Path, cached: Path) -> None:
     keep(models.hub_folder(), REPOSITORY, "other-Q8_0.gguf", tiny.read_bytes())
     assert sorted(models.model_names())[1:] == [f"{REPOSITORY}:other-Q8_0.gguf", f"{REPOSITORY}:tiny-Q8_0.gguf"]
 

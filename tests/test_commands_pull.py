@@ -37,7 +37,7 @@ def data(tiny: Path) -> bytes:
 
 @pytest.fixture
 def hub(data: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Serve a repository as people make them: quantisations, a projector, an adapter, an importance matrix, a card."""
+    """Serve a repository as people make them: quantizations, a projector, an adapter, an importance matrix, a card."""
     files = {
         "tiny-Q8_0.gguf": data,
         "tiny-f16.gguf": data + bytes(64),
@@ -102,13 +102,13 @@ def test_what_is_here_is_not_asked_for_again_unless_a_newer_one_is_wanted(hub: H
     (":Q8_0", "tiny-Q8_0.gguf"), (":q8_0", "tiny-Q8_0.gguf"), (":F16", "tiny-f16.gguf"),
     (":tiny-f16.gguf", "tiny-f16.gguf"), ("", "tiny-Q8_0.gguf"),
 ])  # fmt: skip
-def test_the_colon_takes_a_quantisation_or_a_file(wanted: str, file: str, hub: Hub, pull: Pull) -> None:
+def test_the_colon_takes_a_quantization_or_a_file(wanted: str, file: str, hub: Hub, pull: Pull) -> None:
     document = json.loads(pull(REPOSITORY + wanted, "--json", "-q")[0])
     assert Path(document["path"]).name == file
     assert document["downloaded"] and document["architecture"] == "llama"
 
 
-def test_without_a_quantisation_stderr_says_which_is_taken_and_why_and_what_else_there_is(hub: Hub, pull: Pull) -> None:
+def test_without_a_quantization_stderr_says_which_is_taken_and_why_and_what_else_there_is(hub: Hub, pull: Pull) -> None:
     _, error = pull(REPOSITORY)
     assert "taking Q8_0" in error and "60 % of the" in error and "also F16" in error and "mmproj" not in error
 
@@ -202,7 +202,7 @@ def test_a_hub_that_lies_about_sizes_is_found_out_before_anything_is_fetched(
 
 
 @pytest.mark.parametrize("status, headers, code, word", [
-    (401, {"X-Error-Code": "GatedRepo"}, 4, "accept its licence"),
+    (401, {"X-Error-Code": "GatedRepo"}, 4, "accept its license"),
     (403, {"X-Error-Code": "GatedRepo"}, 4, "HF_TOKEN"),
     (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, 4, "HF_TOKEN"),
     (401, {"X-Error-Code": "RepoNotFound"}, 3, "private"),
@@ -221,7 +221,7 @@ def test_a_hub_that_refuses_or_fails_is_an_error_of_its_kind(
     assert len(hub.log) <= TRIES and nothing_is_left()
 
 
-def test_a_gated_file_says_where_its_licence_is(hub: Hub, refuses: Refuses) -> None:
+def test_a_gated_file_says_where_its_license_is(hub: Hub, refuses: Refuses) -> None:
     hub.tricks = ["403"]
     assert "refuses" in refuses(4, "pull", "-q", f"{REPOSITORY}:Q8_0")
     hub.status, hub.headers = 403, {"X-Error-Code": "GatedRepo"}

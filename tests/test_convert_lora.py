@@ -681,9 +681,9 @@ def test_a_head_that_was_not_saved_with_new_rows_of_a_tied_embedding_is_missed(t
         merged(folder, lora)
 
 
-def test_an_adapter_of_a_quantised_base_is_noted(folder: Path) -> None:
+def test_an_adapter_of_a_quantized_base_is_noted(folder: Path) -> None:
     tensors_ = matrices((QUERY,), random_weights(CONFIG))
     lora = write_lora(folder.parent / "lora", tensors_, base_model_name_or_path="/home/me/unsloth/llama-3-8b-bnb-4bit")
     assert merge_notes(folder, lora)[0] == (
-        "lora was trained on the quantised llama-3-8b-bnb-4bit; on the weights themselves, answers may differ a little"
+        "lora was trained on the quantized llama-3-8b-bnb-4bit; on the weights themselves, answers may differ a little"
     )

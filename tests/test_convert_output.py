@@ -50,7 +50,7 @@ def source(wide: Path) -> Path:
 
 
 def llama_quantize(source: Path, output: Path, name: str, **changes: Any) -> None:
-    """Quantise with llama.cpp itself."""
+    """Quantize with llama.cpp itself."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread, params.allow_requantize = int(MIXTURES[name]), 1, True
     for key, value in changes.items():
@@ -183,7 +183,7 @@ def test_without_ggml_other_types_say_what_they_take(wide: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["Q4_K_M", "q5_k_m", "Q6_K", "Q2_K", "Q3_K", "Q4_0", "Q5_1", "TQ2_0", "MXFP4_MOE"])
-def test_a_quantised_checkpoint_is_what_llama_cpp_makes_of_the_unquantised_one(
+def test_a_quantized_checkpoint_is_what_llama_cpp_makes_of_the_unquantized_one(
     name: str, wide: Path, source: Path, tmp_path: Path
 ) -> None:
     done = write_gguf(
@@ -207,7 +207,7 @@ def test_how_the_weights_are_stored_does_not_matter_to_the_mixtures(stored: str,
 
 @pytest.mark.parametrize("name", ["f32", "f16", "q8_0", "Q4_K_M"])
 @pytest.mark.parametrize("first", ["BF16", "Q8_0"])
-def test_a_gguf_file_is_quantised_anew_as_llama_cpp_does_it(
+def test_a_gguf_file_is_quantized_anew_as_llama_cpp_does_it(
     first: str, name: str, source: Path, tmp_path: Path
 ) -> None:
     if first != "BF16":
@@ -219,10 +219,10 @@ def test_a_gguf_file_is_quantised_anew_as_llama_cpp_does_it(
     assert (done.template, done.architecture, done.checks) == ("metaalign", "llama", ())
 
 
-def test_what_was_quantised_before_is_pointed_out(source: Path, tmp_path: Path) -> None:
+def test_what_was_quantized_before_is_pointed_out(source: Path, tmp_path: Path) -> None:
     llama_quantize(source, tmp_path / "small.gguf", "Q4_K_M")
     plan = plan_gguf(tmp_path / "small.gguf", "Q6_K")
-    assert plan.checks == ("warning: quantised already (Q4_K): an original in F16 gives better results",)
+    assert plan.checks == ("warning: quantized already (Q4_K): an original in F16 gives better results",)
     llama_quantize(tmp_path / "small.gguf", tmp_path / "theirs.gguf", "Q6_K")
     write_plan(plan, tmp_path / "ours.gguf")
     assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
@@ -263,7 +263,7 @@ def test_single_tensors_can_be_given_a_type(wide: Path, tmp_path: Path) -> None:
     for wrong, message in (
         ("attn_v", "write PATTERN=TYPE"),
         ("attn_v=q9", "'q9' is no type of a tensor"),
-        ("(=q8_0", r"llama\.cpp cannot quantise this to Q4_0"),
+        ("(=q8_0", r"llama\.cpp cannot quantize this to Q4_0"),
     ):
         with pytest.raises(LoadError, match=message):
             plan_checkpoint(checkpoint, "Q4_0", check=False, options=QuantizeOptions(tensor_types=(wrong,)))
@@ -405,7 +405,7 @@ def test_a_part_of_a_split_model_is_refused(source: Path, tmp_path: Path) -> Non
 def test_a_model_that_llama_cpp_does_not_know_is_refused(source: Path, tmp_path: Path) -> None:
     data = source.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0lamla", 1)
     (tmp_path / "x.gguf").write_bytes(data)
-    with pytest.raises(LoadError, match=r"llama\.cpp cannot quantise this to Q8_0: .*lamla"):
+    with pytest.raises(LoadError, match=r"llama\.cpp cannot quantize this to Q8_0: .*lamla"):
         plan_gguf(tmp_path / "x.gguf")
 
 

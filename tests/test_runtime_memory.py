@@ -331,7 +331,7 @@ def test_weights_that_main_memory_cannot_keep_are_a_warning_and_what_must_stay_i
         assert edge.run(arguments) == code
         outputs.append(capfd.readouterr())
     assert outputs[0].err == CUT and outputs[0].out == outputs[1].out
-    assert re.search(r"warning: .* MB are needed for tiny\.gguf, and .* MB are free: .*quantisation", outputs[1].err)
+    assert re.search(r"warning: .* MB are needed for tiny\.gguf, and .* MB are free: .*quantization", outputs[1].err)
     assert outputs[1].err.endswith(CUT) and outputs[1].err.count("\n") == 2 and outputs[2].err.count("\n") == 1
     assert re.search(r"a context of 256 tokens takes .* MB are free: take a smaller model", outputs[2].err)
 

@@ -301,7 +301,8 @@ def test_rows_for_a_pipe_go_there_while_a_terminal_shows_the_bar(tmp_path: Path)
 def test_rows_at_a_terminal_are_not_broken() -> None:
     row = json.dumps({"query": "What is tea?", "pref": "@child"})
     terminal = Terminal("-c", f"echo '{row}' | metaalign-edge batch -", program=("sh",), kind="xterm")
-    first, _, rest = terminal.rest().partition("\n")
+    shown = re.sub(r"\r[^\r\n]*\r", "", terminal.rest())  # without what was erased
+    first, _, rest = shown.partition("\n")
     assert json.loads(first)["query"] == "What is tea?" and "\x1b" not in first + rest and terminal.leave() == 0
 
 

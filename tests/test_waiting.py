@@ -126,6 +126,25 @@ def test_bench_says_which_row_it_measures() -> None:
     assert "round" not in screen.screen
 
 
+SLOW_START = """
+import sys
+if any("trial" in word for word in sys.orig_argv):
+    open({!r}).read()
+"""
+
+
+def test_doctor_says_what_it_checks(tiny: Path, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)  # the process that tries the model starts when it is written
+    (tmp_path / "sitecustomize.py").write_text(SLOW_START.format(str(gate)))
+    python = ("env", f"PYTHONPATH={tmp_path}", sys.executable, "-m", "metaalign_edge")
+    screen = Emulator("doctor", "-m", str(tiny), "-ngl", "0", columns=120, program=python)
+    for what in ("llama.cpp", "first token"):
+        screen.until(f"checking: {what} (")
+        gate.write_text("go")
+    assert "checking" not in screen.rest() and screen.leave() == 0
+
+
 def rows(path: Path, *lengths: int) -> Path:
     """Write a batch whose answers have so many tokens at most."""
     path.write_text("".join(json.dumps({"query": "tea?", "max_tokens": most}) + "\n\n" for most in lengths))

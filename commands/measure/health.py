@@ -195,7 +195,7 @@ def check_fit(examination: Examination) -> Finding:
     detail = f"{plan}; -c auto would take {plan.largest(file.context):,}" if plan.footprint.foretold else str(plan)
     detail += f"; {plan.offloaded} of {len(plan.places)} layers on the GPU" if plan.offloaded else ""
     if plan.reads_from_disk:
-        again = "the weights are read from the disk again and again: take a smaller quantisation"
+        again = "the weights are read from the disk again and again: take a smaller quantization"
         return "warning", f"{detail}: {again}"
     return "ok", detail if plan.footprint.foretold else f"{detail}; what its cache takes is not foretold"
 

@@ -138,7 +138,7 @@ def explain(model: Model, chosen: ChatTemplate, settings: Settings, screen: Scre
         screen.note(
             f"metaalign-edge: warning: {in_bytes(sum(main))} are needed for {model.file.path.name}, and "
             f"{in_bytes(plan.free[0])} are free: its weights are read from the disk again and again, at a crawl; "
-            "take a smaller quantisation"
+            "take a smaller quantization"
         )
     screen.detail(f"model {model.file.path}: {model.file.architecture}")
     screen.detail(f"template {chosen.name}, {'native' if chosen.native else 'wrapped'}: {chosen.why}")

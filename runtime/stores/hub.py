@@ -64,7 +64,7 @@ def hub_error(error: Exception, repository: str) -> EdgeError:
     if isinstance(error, EdgeError):
         return error
     if isinstance(error, errors.GatedRepoError):
-        return NetworkError(f"{repository} is gated: accept its licence on {page}, and set HF_TOKEN to your token")
+        return NetworkError(f"{repository} is gated: accept its license on {page}, and set HF_TOKEN to your token")
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
         return NotFound(f"no hub repository {repository}, or a private one: look at {page}, or set HF_TOKEN")
     if status == 404:
@@ -137,7 +137,7 @@ class HubFile(NamedTuple):
 class Choice(NamedTuple):
     """A model of a repository: a GGUF, or all parts of one."""
 
-    tag: str  # behind the colon of -m: its quantisation, or its file name where several have the same
+    tag: str  # behind the colon of -m: its quantization, or its file name where several have the same
     files: tuple[HubFile, ...]
 
     @property
@@ -147,11 +147,11 @@ class Choice(NamedTuple):
 
     @property
     def quantization(self) -> str:
-        """The quantisation in its name; an empty string without one."""
+        """The quantization in its name; an empty string without one."""
         return models.quantization_of(self.files[0].name)
 
     def is_called(self, wanted: str) -> bool:
-        """Tell whether `wanted`, the text behind the colon of -m, is its quantisation or its file name."""
+        """Tell whether `wanted`, the text behind the colon of -m, is its quantization or its file name."""
         name = self.files[0].name.lower()
         return wanted.lower() in (self.quantization.lower(), name, Path(name).name)
 
@@ -188,7 +188,7 @@ def read_repository(repository: str) -> tuple[str, list[Choice]]:
 
 
 def best_choice(choices: Sequence[Choice], free: float) -> Choice | None:
-    """Return the largest usual quantisation whose weights fit the free memory, else the largest of all that do."""
+    """Return the largest usual quantization whose weights fit the free memory, else the largest of all that do."""
     fitting = [choice for choice in choices if choice.bytes <= ROOM * free]
     usual = [choice for choice in fitting if choice.quantization in USUAL]
     return max(usual or fitting, key=lambda choice: choice.bytes, default=None)

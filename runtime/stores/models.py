@@ -33,7 +33,7 @@ SIDE_FILE = re.compile(
 
 
 def quantization_of(name: str) -> str:
-    """Return the quantisation in a GGUF's name or its folder's, such as Q4_K_M; an empty string without one."""
+    """Return the quantization in a GGUF's name or its folder's, such as Q4_K_M; an empty string without one."""
     found = QUANTIZATION.findall(PART.sub("", name).removesuffix(".gguf"))
     return re.sub("^FP", "F", found[-1].upper()) if found else ""
 
