@@ -188,6 +188,7 @@ def test_random_templates_are_often_rendered_and_not_only_refused() -> None:
     assert rendered > 50
 
 
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")  # of the Python that Jinja compiles
 def test_what_random_templates_write_is_what_jinja_writes() -> None:
     escaping = ("escape", "safe", "tojson", "autoescape")  # Jinja's own Markup, and its own JSON
     sources = [
