@@ -184,9 +184,8 @@ def chat(
     with open_scheduler(loaded, rendered, settings, screen, prompt_cache(no_cache)) as scheduler:
         report.introduce(conversation, scheduler.model.file.path.name, screen, talking=asked is None)
         text = settings.schema is None  # JSON would lose its stars and underscores, and gain blanks
-        markdown = markdown and text
         if asked is None:
-            Repl(scheduler, conversation, screen, rendered.strict_tiers, markdown).run()
+            Repl(scheduler, conversation, screen, rendered.strict_tiers, markdown and text).run()
         else:
-            reply = None if as_json else AnswerPrinter(screen, markdown, stream, wrap=text)
+            reply = None if as_json else AnswerPrinter(screen, markdown and text, stream, wrap=text)
             answer_once(scheduler, conversation, asked, screen, rendered.strict_tiers, reply)

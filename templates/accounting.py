@@ -35,7 +35,7 @@ def left_out(prompt: TierText, texts: Iterable[tuple[Tier, str]]) -> Tier | None
     """
     pieces: dict[Tier, list[str]] = {tier: [] for tier in TIERS}
     for piece, owner in prompt.pieces():
-        if owner:
+        if owner in pieces:
             pieces[owner].append(squeezed(piece))
     said = {tier: "".join(found) for tier, found in pieces.items()}
     at = dict.fromkeys(TIERS, 0)

@@ -118,7 +118,7 @@ def test_where_a_value_comes_from_makes_no_other_run_of_a_batch(
     command = ("batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "-m", str(tiny), "--seed", "1")
     says(*command, "-n", "2")
     monkeypatch.setenv("METAALIGN_EDGE_MAX_TOKENS", "2")
-    assert "1 rows: 0 answered, 1 before" in says(*command)[1]
+    assert "1 row: 0 answered, 1 before" in says(*command)[1]
 
 
 # -- an answer without end --------------------------------------------------------------------------------------------
