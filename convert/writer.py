@@ -5,6 +5,7 @@ Several threads read and encode one chunk each; the calling thread writes the ch
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -184,6 +185,6 @@ def _write_tensors(plan: ConversionPlan, file: BinaryIO, progress: Progress | No
 
 def _not_its_own_source(origin: Path, output: Path) -> None:
     target = output.resolve()
-    if target == origin or (target.parent == origin and output.exists() and output.suffix != ".gguf"):
+    if target == origin or (target.parent == origin and os.path.exists(output) and output.suffix != ".gguf"):
         whose = "the source itself" if target == origin else "one of the checkpoint's own files"
         raise CannotWrite(f"{output}: {whose}; name another output")

@@ -738,7 +738,7 @@ def test_an_output_that_cannot_be_is_refused_at_once(folder: Path) -> None:
         (folder.parent / "no" / "out.gguf", "no such folder"),
         (Path("/dev/null"), "not a regular file"),
         (folder / "config.json", "one of the checkpoint's own files"),
-        (folder / ("x" * 250 + ".gguf"), "File name too long"),
+        (folder / ("x" * 251 + ".gguf"), "File name too long"),
     ):
         with pytest.raises(CannotWrite, match=message):
             write_gguf(checkpoint, output, force=True)
