@@ -163,6 +163,7 @@ def edited(text: str, name: str) -> Iterator[str]:
         reason = f"{error.strerror} (METAALIGN_EDGE_DATA names another folder)"
         raise CannotWrite(f"cannot write {error.filename or drafts}: {reason}") from None
     try:
+        draft.touch(files.PRIVATE)
         draft.write_bytes(f"{text}\n".encode())
         status = subprocess.run([*shlex.split(editor, posix=not windows), str(draft)]).returncode
     except (OSError, ValueError) as error:

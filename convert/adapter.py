@@ -7,6 +7,7 @@ with one alpha for the whole file and the rank of each B. Other scales are multi
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def write_adapter(
     if outtype not in OUTTYPES:
         raise LoadError(f"outtype {outtype!r} is not one of {', '.join(OUTTYPES)}")
     check_output(output, force)
-    if output.exists() and output.resolve().parent == adapter.folder.root and output.suffix != ".gguf":
+    if os.path.exists(output) and output.resolve().parent == adapter.folder.root and output.suffix != ".gguf":
         raise CannotWrite(f"{output}: one of the adapter's own files; name another output")
     _check_expressible(checkpoint, adapter)
     halves = list(_plan(checkpoint, adapter, OUTTYPES[outtype][0]))

@@ -110,8 +110,8 @@ def system_error(error: OSError | MemoryError) -> EdgeError:
     """Return the error of ours for one of the system's that was nobody's: no memory, no file handles, no such file."""
     number = error.errno if isinstance(error, OSError) else errno.ENOMEM
     name = error.filename if isinstance(error, OSError) else None
-    what = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes) else ""
-    reason = f"{what}{getattr(error, 'strerror', None) or one_line(error)}"
+    why = getattr(error, "strerror", None) or one_line(error)
+    reason = f"{os.fsdecode(name)}: {why}" if isinstance(name, str | bytes) else f"a file or stream: {why}"
     if number == errno.ENOMEM:
         return LoadError("the memory is not enough: end other programs, or take a smaller model, context (-c) or input")
     if number in (errno.EMFILE, errno.ENFILE):
@@ -119,6 +119,13 @@ def system_error(error: OSError | MemoryError) -> EdgeError:
     if number in (errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENXIO):
         return CannotWrite(f"cannot write {reason}: make room, or name another place")
     return NotFound(f"cannot open {reason}: look at its name and at who may read it")
+
+
+def unreadable(what: str, path: object, error: OSError | ValueError) -> EdgeError:
+    """Return the error of a file that cannot be read; what the system lacks is not the file's fault."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+        return system_error(error)
+    return NotFound(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or one_line(error)}")
 
 
 def without_passwords(text: str) -> str:

@@ -308,7 +308,7 @@ def test_a_full_disk_is_exit_8_and_keeps_what_was_there(says: Says, refuses: Ref
     (folder / "config.toml").symlink_to("/dev/full")
     assert "No space" in refuses(8, "config", "set", "temp", "0.5")
     (folder / "preferences" / "full.txt").symlink_to("/dev/full")
-    assert "No space" in refuses(8, "pref", "add", "full", "text")
+    assert "No space" in refuses(8, "pref", "add", "--force", "full", "text")
     assert says("pref", "show", "brief")[0] == "Two sentences.\n"
 
 

@@ -107,6 +107,12 @@ def test_what_is_no_pattern_is_refused(pattern: str) -> None:
         make_schema({"type": "string", "pattern": pattern})
 
 
+@pytest.mark.parametrize("text", ["[" * 5000 + "int" + "]" * 5000, "a {" * 3000 + "b" + "}" * 3000, "a, " * 100_000])
+def test_a_short_form_without_measure_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="short form"):
+        expand_schema(text)
+
+
 # -- checks that could take years ---------------------------------------------------------------------------------------
 
 

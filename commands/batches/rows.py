@@ -14,7 +14,7 @@ from typing import Any
 
 from metaalign_edge import Dialog, Request, Turn
 from metaalign_edge_runtime import structured
-from metaalign_edge_runtime.errors import EdgeError, NotFound, UsageError, one_line
+from metaalign_edge_runtime.errors import EdgeError, UsageError, one_line, unreadable
 from metaalign_edge_runtime.stores import files, profiles
 from metaalign_edge_runtime.stores.jsonl import lines_within
 from metaalign_edge_runtime.structured import Schema
@@ -52,7 +52,7 @@ def open_rows(source: str) -> Iterator[tuple[Iterable[bytes], str]]:
         with Path(os.path.expanduser(source)).open("rb") as file:
             yield lines_within(file, source), source
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
-        raise NotFound(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from None
+        raise unreadable("the rows", source, error) from None
 
 
 def count_rows(source: str) -> int | None:

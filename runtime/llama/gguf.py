@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import LoadError, NotFound
+from ..errors import LoadError, unreadable
 
 MAGIC = b"GGUF"  # the first bytes of every file
 DEFAULT_CONTEXT = 4096  # tokens per sequence, unless the model has fewer or the dialog needs more
@@ -163,7 +163,7 @@ class GGUFFile:
                     raise LoadError(f"{path} is empty: download or convert it again")
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise NotFound(f"cannot read the model {path}: {error.strerror}") from None
+            raise unreadable("the model", path, error) from None
         if self._data[:4] != MAGIC:
             raise LoadError(f"{path} is not a GGUF file: make one with `metaalign-edge convert`")
         try:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import CannotWrite, NotFound, UsageError
+from ..errors import CannotWrite, UsageError, unreadable
 
 try:
     import fcntl
@@ -95,6 +95,9 @@ def locked(path: Path) -> Iterator[None]:
     make_private(path.parent)
     lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | NOFOLLOW, 0o600)
     with os.fdopen(lock, "r+b") as file:
+        if hasattr(os, "fchmod"):
+            with contextlib.suppress(OSError):  # another user's
+                os.fchmod(lock, PRIVATE)
         if os.name == "nt":
             import msvcrt
 
@@ -119,6 +122,8 @@ def replacing(
     Raises:
         OSError: `path` is a folder, or cannot be written. BlockingIOError: another writer is at work.
     """
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(path)  # says at once if no file can have that name
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if os.path.exists(path) and not os.path.isfile(path):
@@ -295,7 +300,7 @@ def read_bytes(path: Path, what: str, most: int = LIMIT, own: bool = False) -> b
                 raise OSError(errno.EINVAL, "it is no file")
             data = file.read(most + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
-        raise NotFound(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise unreadable(what, path, error) from None
     if len(data) > most:
         raise UsageError(f"{what} {path} has more than {most:,} bytes: name a smaller file")
     return data

@@ -53,7 +53,7 @@ def own_profile(name: str) -> str | None:
         UsageError: it is not UTF-8. NotFound: it cannot be read.
     """
     path = profiles_folder() / f"{name}.txt"
-    return files.read_text(path, "the profile", own=True).strip() if os.path.isfile(path) else None
+    return files.read_text(path, "the profile", own=True).strip() if os.path.lexists(path) else None
 
 
 def profile_text(name: str) -> str:

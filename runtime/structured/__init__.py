@@ -50,7 +50,12 @@ def expand_schema(text: str) -> Schema:
     """
     from .short import expand
 
-    return make_schema(expand(text))
+    if len(text) > MOST:
+        raise UsageError(f"the schema's short form has more than {MOST:,} characters: make it simpler")
+    try:
+        return make_schema(expand(text))
+    except RecursionError:
+        raise UsageError("the schema's short form nests too deep") from None
 
 
 def make_schema(document: Any, where: str = "the schema") -> Schema:

@@ -31,7 +31,7 @@ import metaalign_edge as edge
 
 DOCUMENTED = {0, 2, 3, 4, 5, 6, 7, 8}
 PATIENCE = 60  # seconds after which a command counts as hanging
-FAST, SLOW = 60, 3000  # mutations of each file
+FAST, SLOW = 40, 1500  # mutations of each file
 
 
 class Deep(list[Any]):
