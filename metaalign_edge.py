@@ -86,8 +86,8 @@ from metaalign_edge_runtime.errors import (
     one_line,
     say,
 )
-from metaalign_edge_runtime.llama import library, memory
-from metaalign_edge_runtime.llama.gguf import DEFAULT_CONTEXT, GGUFArray, ModelFile, is_gguf
+from metaalign_edge_runtime.llama import library, memory, soundness
+from metaalign_edge_runtime.llama.gguf import CHAT_TEMPLATE, DEFAULT_CONTEXT, GGUFArray, ModelFile, is_gguf
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.llama.library import LOG, Background, Closing
 from metaalign_edge_runtime.llama.memory import CELLS, PREFILL_CHUNK, Device, Footprint, Plan
@@ -383,10 +383,11 @@ def choose_template(name: str, model: ModelFile) -> ChatTemplate:
     native: bool | None = None
     if name == "auto" and "default" in embedded:
         source, label, why = embedded["default"], "embedded", "the model carries it"
-        if "metaalign.template" in model.metadata:
-            native, label = True, model.metadata["metaalign.template"]
+        if named := model.text("metaalign.template"):
+            native, label = True, named
             why = "the model was tuned on it (metaalign.template)"
     elif name == "auto":
+        model.get(CHAT_TEMPLATE, "")  # raises if it is no text
         raise TemplateError(
             f"{model.path} carries no chat template: name the one it was tuned on: --template {choices}, or a file"
         )
@@ -845,7 +846,7 @@ class Model(Closing):
         load_ms: milliseconds that loading took.
 
     Raises:
-        LoadError: it does not fit the memory.
+        LoadError: it is damaged, or does not fit the memory.
     """
 
     chat_template: ChatTemplate | None = None  # as chosen by `Model.open`
@@ -857,6 +858,7 @@ class Model(Closing):
         self, file: ModelFile, settings: Settings, interrupt: Interrupt | None = None, plan: Plan | None = None
     ) -> None:
         self.file, self._interrupt = file, interrupt
+        soundness.check_model(file)
         self.plan = plan or plan_for(file, settings)
         self.plan.check(file.path)
         self.settings = settings.planned(self.plan)
@@ -885,13 +887,11 @@ class Model(Closing):
         if self.pointer or self._weights is None:
             return self
         try:
-            pointer = self._weights.result()
+            self._weights.found()
             if self._interrupt:
                 self._interrupt.check()
             self.vocabulary = self._held.enter_context(self._words.take(self.file))  # first: its error names the cause
-            if not pointer:
-                raise LoadError(f"cannot load {self.file.path}: {LOG.reason()}")
-            self.pointer, self.load_ms = pointer, (time.monotonic() - self._began) * 1000
+            self.pointer, self.load_ms = self._weights.result(), (time.monotonic() - self._began) * 1000
             for adapter in self.settings.adapters:
                 self.adapter(adapter)
         except EdgeError:
@@ -900,7 +900,7 @@ class Model(Closing):
         return self
 
     def _load(self) -> Any:
-        """Load the weights; return llama.cpp's pointer, which is null if they do not load."""
+        """Load the weights; return llama.cpp's pointer. Raises LoadError where they do not load, or are unwanted."""
         llama, interrupt = library.llama_cpp(), self._interrupt
         params, overrides = llama.llama_model_default_params(), without_vocabulary(self.file)
         params.n_gpu_layers, params.kv_overrides = self.gpu_layers, overrides
@@ -908,7 +908,7 @@ class Model(Closing):
             lambda _progress, _data: not (self._unwanted or (interrupt and interrupt.raised))
         )
         params.progress_callback = going
-        return llama.llama_model_load_from_file(os.fsencode(self.file.path), params)
+        return library.load_file(self.file.path, params)
 
     @classmethod
     def open(
@@ -977,7 +977,7 @@ class Model(Closing):
             self.session.close()
         if self._weights:
             self._unwanted = True
-            if pointer := self._weights.result():
+            if pointer := self._weights.found():
                 library.llama_cpp().llama_model_free(pointer)
             self._weights = None
         self.pointer = None
@@ -1275,13 +1275,14 @@ class Sampler(Closing):
         self.pointer = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
 
         def value(flag: float | None, key: str, built_in: float) -> float:
-            return flag if flag is not None else file.metadata.get(f"general.sampling.{key}", built_in)
+            own = file.sampling(key)
+            return flag if flag is not None else built_in if own is None else own
 
         temperature = value(settings.temperature, "temp", 0.7)
         top_k = int(value(settings.top_k, "top_k", 40))
         if settings.temperature and settings.top_k is None and top_k == 1:
             top_k = 40  # a model that recommends greedy decoding must not undo --temp
-        penalty = value(settings.repeat_penalty, "penalty_repeat", 1.0)
+        penalty = value(settings.repeat_penalty, "penalty_repeat", 1.0) or 1.0  # 0 from a file: it is divided by
         size = file.metadata["tokenizer.ggml.tokens"].length
         chain = [llama.llama_sampler_init_penalties(size, 64, penalty, 0.0, 0.0)] if penalty != 1.0 else []
         self.greedy = not chain and (temperature <= 0 or top_k == 1)  # the likeliest token is always drawn

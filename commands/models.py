@@ -42,7 +42,7 @@ def models_list(as_json: JsonOption = False) -> None:
             file = ModelFile(one.path)
             if file.purpose == "model":
                 rows.append(models.model_row(one.name, file))
-        except (EdgeError, ValueError, TypeError) as error:
+        except EdgeError as error:
             rows.append(models.damaged_row(one, error))
     if as_json:
         screen.json(rows)
@@ -80,7 +80,7 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
     """
     screen, file = Screen(), models.open_model(models.local_model(name))
     tokens, words = split_markers(file)
-    native = edge.choose_template("auto", file).native if file.templates else None
+    native = edge.choose_template("auto", file).native if "default" in file.templates else None
     by_layer = memory.cache_bytes(file)
     kv = sum(by_layer) if by_layer else None
     document = {
@@ -90,7 +90,7 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
         "marker_tokens": tokens,
         "marker_words": words,
         "kv_bytes_per_1000_tokens": kv and 1000 * kv,
-        "licence": file.metadata.get("general.license"),
+        "licence": file.text("general.license") or None,
     }
     if as_json:
         screen.json(document)
