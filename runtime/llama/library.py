@@ -27,6 +27,9 @@ SET_TERMINATE = "_ZSt13set_terminatePFvvE"  # std::set_terminate, as compilers n
 is_program = False  # set by `main`: this process is the command line, not a host program that imports us
 
 
+STARTING = threading.RLock()  # held while llama.cpp is imported and its log taken over
+
+
 class Background:
     """Work that another thread does, mostly in C code. It begins at once."""
 
@@ -156,13 +159,18 @@ class Log:
 LOG = Log()
 
 
-@functools.cache
 def llama_cpp() -> Any:
-    """Import the low-level interface and start llama.cpp's backends.
+    """Import the low-level interface and start llama.cpp's backends. Threads that ask at the same time wait.
 
     Raises:
         LoadError: llama-cpp-python is missing or does not run on this machine.
     """
+    with STARTING:
+        return _llama_cpp()
+
+
+@functools.cache
+def _llama_cpp() -> Any:
     # The package's __init__ imports numpy and the high-level class, which takes five times as long as the module we
     # need. So an empty package of the same name replaces it while that module is imported.
     spec = importlib.util.find_spec("llama_cpp")
@@ -187,11 +195,12 @@ def start(verbose: bool = False) -> Any:
     Raises:
         LoadError: llama-cpp-python is missing or does not run on this machine.
     """
-    llama = llama_cpp()
-    LOG.attach(verbose)
-    LOG.errors.clear()
-    llama.llama_backend_init()
-    return llama
+    with STARTING:
+        llama = llama_cpp()
+        LOG.attach(verbose)
+        LOG.errors.clear()
+        llama.llama_backend_init()
+        return llama
 
 
 def load_file(path: str | Path, params: Any, name: str = "") -> Any:
@@ -260,7 +269,7 @@ def devices() -> list[Device]:
 
 def drives_gpu() -> bool:
     """Tell whether llama.cpp runs in this process, and has started a GPU's driver."""
-    return bool(llama_cpp.cache_info().currsize and llama_cpp().llama_supports_gpu_offload())
+    return bool(_llama_cpp.cache_info().currsize and llama_cpp().llama_supports_gpu_offload())
 
 
 def gpus() -> list[Device]:
