@@ -90,8 +90,8 @@ from metaalign_edge_runtime.errors import (
     shortened,
     system_error,
 )
-from metaalign_edge_runtime.llama import library, memory
-from metaalign_edge_runtime.llama.gguf import DEFAULT_CONTEXT, GGUFArray, ModelFile, is_gguf
+from metaalign_edge_runtime.llama import library, memory, soundness
+from metaalign_edge_runtime.llama.gguf import CHAT_TEMPLATE, DEFAULT_CONTEXT, GGUFArray, ModelFile, is_gguf
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.llama.library import LOG, Background, Closing
 from metaalign_edge_runtime.llama.memory import CELLS, PREFILL_CHUNK, Device, Footprint, Plan
@@ -402,10 +402,11 @@ def choose_template(name: str, model: ModelFile) -> ChatTemplate:
     native: bool | None = None
     if name == "auto" and "default" in embedded:
         source, label, why = embedded["default"], "embedded", "the model carries it"
-        if "metaalign.template" in model.metadata:
-            native, label = True, model.metadata["metaalign.template"]
+        if named := model.text("metaalign.template"):
+            native, label = True, named
             why = "the model was tuned on it (metaalign.template)"
     elif name == "auto":
+        model.get(CHAT_TEMPLATE, "")  # raises if it is no text
         raise TemplateError(
             f"{model.path} carries no chat template: name the one it was tuned on: --template {choices}, or a file"
         )
@@ -881,7 +882,7 @@ class Model(Closing):
         load_ms: milliseconds that loading took.
 
     Raises:
-        LoadError: it does not fit the memory.
+        LoadError: it is damaged, or does not fit the memory.
     """
 
     chat_template: ChatTemplate | None = None  # as chosen by `Model.open`
@@ -893,6 +894,7 @@ class Model(Closing):
         self, file: ModelFile, settings: Settings, interrupt: Interrupt | None = None, plan: Plan | None = None
     ) -> None:
         self.file, self._interrupt, self.sharing = file, interrupt, Sharing(interrupt or Interrupt())
+        soundness.check_model(file)
         self.plan = plan or plan_for(file, settings)
         self.plan.check(file.path)
         self.settings = settings.planned(self.plan)
@@ -920,13 +922,11 @@ class Model(Closing):
         if self.pointer or self._weights is None:
             return self
         try:
-            pointer = self._weights.result()
+            self._weights.found()
             if self._interrupt:
                 self._interrupt.check()
             self.vocabulary = self._held.enter_context(self._words.take(self.file))  # first: its error names the cause
-            if not pointer:
-                raise LoadError(f"cannot load {self.file.path}: {LOG.reason()}")
-            self.pointer, self.load_ms = pointer, (time.monotonic() - self._began) * 1000
+            self.pointer, self.load_ms = self._weights.result(), (time.monotonic() - self._began) * 1000
             for adapter in self.settings.adapters:
                 self.adapter(adapter)
         except EdgeError:
@@ -939,12 +939,12 @@ class Model(Closing):
         return not (self._unwanted or (self._interrupt and self._interrupt.raised))
 
     def _load(self) -> Any:
-        """Load the weights; return llama.cpp's pointer, which is null if they do not load."""
+        """Load the weights; return llama.cpp's pointer. Raises LoadError where they do not load, or are unwanted."""
         llama = library.llama_cpp()
         params, overrides = llama.llama_model_default_params(), without_vocabulary(self.file)
         params.n_gpu_layers, params.kv_overrides = self.gpu_layers, overrides
         params.progress_callback = llama.llama_progress_callback(self._go_on)
-        return llama.llama_model_load_from_file(os.fsencode(self.file.path), params)
+        return library.load_file(self.file.path, params)
 
     @classmethod
     def open(
@@ -1013,7 +1013,7 @@ class Model(Closing):
             self.session.close()
         if self._weights:
             self._unwanted = True
-            if pointer := self._weights.result():
+            if pointer := self._weights.found():
                 library.llama_cpp().llama_model_free(pointer)
             self._weights = None
         self.pointer = None

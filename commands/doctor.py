@@ -40,7 +40,7 @@ def doctor(
         for check in health.run_checks(examination):
             checks.append(check)
             if not as_json:
-                screen.write(health.check_lines(check, max(map(len, CHECKS)), columns))
+                screen.lines(health.check_lines(check, max(map(len, CHECKS)), columns).splitlines())
     if as_json:
         screen.json({"checks": [check._asdict() for check in checks]})
     if failed := sum(check.status == "failed" for check in checks):

@@ -47,7 +47,7 @@ def models_list(as_json: JsonOption = False) -> None:
             file = ModelFile(one.path)
             if file.purpose == "model":
                 rows.append(models.model_row(one.name, file) | mark)
-        except (EdgeError, ValueError, TypeError) as error:
+        except EdgeError as error:
             rows.append(models.damaged_row(one, error) | mark)
     if as_json:
         screen.json(rows)
@@ -86,7 +86,7 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
     """
     screen, file = Screen(), models.open_model(models.local_model(name))
     tokens, words = split_markers(file)
-    native = edge.choose_template("auto", file).native if file.templates else None
+    native = edge.choose_template("auto", file).native if "default" in file.templates else None
     by_layer = memory.cache_bytes(file)
     kv = sum(by_layer) if by_layer else None
     document = {
@@ -96,7 +96,7 @@ def models_show(name: NameArgument = None, as_json: JsonOption = False) -> None:
         "marker_tokens": tokens,
         "marker_words": words,
         "kv_bytes_per_1000_tokens": kv and 1000 * kv,
-        "license": file.metadata.get("general.license"),
+        "license": file.text("general.license") or None,
     }
     if as_json:
         screen.json(document)

@@ -7,7 +7,6 @@ be installed.
 
 from __future__ import annotations
 
-import logging
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from metaalign_edge_runtime.errors import LoadError, some
+from metaalign_edge_runtime.llama import library
+from metaalign_edge_runtime.llama.vocabulary import load_words
 
 from .checkpoint import Checkpoint
 from .container import Packer
@@ -207,27 +208,16 @@ def write_vocabulary(path: Path, architecture: str, vocabulary: Vocabulary, pre:
 
 def tokenize_with_llama(path: Path, texts: Sequence[str]) -> list[list[int]]:
     """Tokenize texts with llama.cpp, special tokens included; only the vocabulary is loaded. Raises LoadError."""
-    import llama_cpp
-
-    log = logging.getLogger("llama-cpp-python")  # llama-cpp-python sends llama.cpp's log there
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
+    llama = library.start()
+    model = load_words(path, "the vocabulary")
     try:
-        params = llama_cpp.llama_model_default_params()
-        params.vocab_only = True
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-        if not model:
-            raise LoadError("llama.cpp cannot load the vocabulary; is the pre-tokenizer's name one that it knows?")
-        try:
-            vocabulary = llama_cpp.llama_model_get_vocab(model)
-            found = []
-            for text in texts:
-                data = text.encode("utf-8")
-                ids = (llama_cpp.llama_token * (len(data) + 8))()
-                count = llama_cpp.llama_tokenize(vocabulary, data, len(data), ids, len(ids), False, True)
-                found.append(list(ids[: max(count, 0)]))
-            return found
-        finally:
-            llama_cpp.llama_model_free(model)
+        vocabulary = llama.llama_model_get_vocab(model)
+        found = []
+        for text in texts:
+            data = text.encode("utf-8")
+            ids = (llama.llama_token * (len(data) + 8))()
+            count = llama.llama_tokenize(vocabulary, data, len(data), ids, len(ids), False, True)
+            found.append(list(ids[: max(count, 0)]))
+        return found
     finally:
-        log.setLevel(level)
+        llama.llama_model_free(model)

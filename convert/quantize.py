@@ -23,7 +23,8 @@ from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType as FileType
 
 from metaalign_edge_runtime.errors import LoadError, NotFound, UsageError, some
-from metaalign_edge_runtime.llama.gguf import is_gguf
+from metaalign_edge_runtime.llama import library, soundness
+from metaalign_edge_runtime.llama.gguf import ModelFile, is_gguf
 
 from .container import Entry, Head, pack_value, read_head, unpack_texts
 from .encode import OUTTYPES
@@ -166,11 +167,9 @@ def _weights_for(entry: Entry, matrix: Importance | None) -> Array | None:
 
 
 def _trial(path: Path, name: str, options: QuantizeOptions, matrix: Importance | None) -> dict[str, Type]:
-    """Return the type of each tensor by llama.cpp's dry run, in the order of writing."""
-    try:
-        from llama_cpp import llama_cpp as llama
-    except ImportError:
-        raise LoadError(f"{name} takes llama.cpp: pip install llama-cpp-python") from None
+    """Return the type of each tensor by llama.cpp's dry run, in the order of writing. Raises LoadError."""
+    llama = library.start()
+    soundness.check_weights(ModelFile(path))
     params = llama.llama_model_quantize_default_params()
     params.ftype, params.nthread, params.dry_run, params.allow_requantize = int(MIXTURES[name]), 1, True, True
     params.pure, params.quantize_output_tensor = options.pure, not options.leave_output_tensor

@@ -48,7 +48,7 @@ ONE_THOUGHT = {"TierText", "TierSandbox"}  # classes that are long, and would no
 
 BY_STRING = [  # functions that import what a string names
     ("commands", "build"),  # the command that was asked for
-    ("runtime.llama.library", "llama_cpp"),  # llama-cpp-python without what its package imports besides
+    ("runtime.llama.library", "_llama_cpp"),  # llama-cpp-python without what its package imports besides
 ]
 
 

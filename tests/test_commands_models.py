@@ -113,8 +113,10 @@ def test_a_files_name_tells_its_quantization(name: str, quantization: str) -> No
 @pytest.mark.parametrize("name, model", [
     ("a.gguf", True), ("A-Q8_0.GGUF", True), ("explorations.gguf", True), ("a-00001-of-00003.gguf", True),
     ("a-00002-of-00003.gguf", False), ("mmproj-a-f16.gguf", False), ("a.mmproj-Q8_0.gguf", False), ("imatrix.gguf", False),
-    ("a-lora-f16.gguf", False), ("nomic-embed-text-v1.5.Q4_K_M.gguf", False), ("bge-reranker-v2.gguf", False),
-    ("ggml-vocab-llama.gguf", False), ("._a.gguf", False), ("model.safetensors", False),
+    ("lora-a-f16.gguf", False), ("a-lora-f16.gguf", False), ("a-F16-LoRA.gguf", False), ("a-vocab.gguf", False), ("mtp-gemma-4-12B.gguf", False),
+    ("mmproj/model-f16.gguf", False), ("imatrix_a.gguf", False), ("._a.gguf", False), ("model.safetensors", False),
+    ("Qwen3.6-27B-MTP-Q4_K_M.gguf", True), ("a-lora-merged-Q4_K_M.gguf", True), ("a-imatrix-Q4_K_M.gguf", True),
+    ("vector-search-chat-Q4_K_M.gguf", True), ("a-vector-search-Q4_K_M.gguf", True), ("a-draft-Q8_0.gguf", True),
 ])  # fmt: skip
 def test_side_files_are_told_from_models_by_name(name: str, model: bool) -> None:
     assert models.is_main_part(name) is model
@@ -127,6 +129,33 @@ def test_what_a_file_says_of_itself_outweighs_its_name(tmp_path: Path, says: Say
     write_gguf(home / "three.gguf", "bert", bert__pooling_type=1)
     assert [row["name"] for row in json.loads(says("models", "list", "--json"))] == ["metaalign-demo"]
     assert "adapter" in refuses(5, "chat", "-m", str(adapter), "tea?")
+
+
+def test_a_model_with_the_name_of_a_side_file_is_listed_and_loaded(
+    tiny: Path, tmp_path: Path, says: Says, refuses: Refuses
+) -> None:
+    names = [
+        "a-MTP-Q4_K_M",
+        "b-lora-merged-Q8_0",
+        "lora-c",
+        "d-draft-Q8_0",
+        "e-embed-Q8_0",
+        "f-rerank",
+        "vector-g",
+        "mtp-h",
+    ]
+    for name in names:
+        folder = tmp_path / f"hub/hub/models--some--{name}/snapshots/{'0' * 40}"
+        folder.mkdir(parents=True)
+        (folder / f"{name}.gguf").write_bytes(tiny.read_bytes())
+    write_gguf(folder / "mmproj-f16.gguf", "clip")
+    write_gguf(folder / "mtp-i.gguf", "gemma4-assistant")
+    listed = {row["name"].partition(":")[0] for row in json.loads(says("models", "list", "--json"))}
+    assert listed == {"metaalign-demo", *(f"some/{name}" for name in names)}
+    for name in names:
+        assert "llama" in says("models", "show", f"some/{name}")
+    says("chat", "--no-stdin", "--offline", "-m", "some/a-MTP-Q4_K_M:Q4_K_M", "-n", "1", "-q", "tea?")
+    assert "draft" in refuses(5, "chat", "-m", str(folder / "mtp-i.gguf"), "tea?")
 
 
 def test_models_of_other_programs_are_listed_and_never_removed(

@@ -169,7 +169,7 @@ def check_model(examination: Examination) -> Finding:
 def check_template(examination: Examination) -> Finding:
     """Check that the model's template renders a dialog with all three tiers."""
     file = examination.model_file()
-    if not file.templates:
+    if "default" not in file.templates:
         return "warning", "the model carries none: give one with --template"
     chosen = edge.choose_template("auto", file)
     edge.render(PROBE, chosen)

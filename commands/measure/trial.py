@@ -44,14 +44,14 @@ def try_model(path: Path, settings: Settings) -> list[str]:
     settings = replace(settings, max_tokens=1, temperature=0.0, context=min(file.context, 512))
     with interrupt, Model(file, settings, interrupt) as model:
         found = [f"loads, with {model.vocabulary.size:,} tokens and the end token {file.token('eos') or 'none'}"]
-        if file.templates:
+        if "default" in file.templates:
             with Scheduler(model, edge.choose_template("auto", file), settings, RenderOptions(), interrupt) as session:
                 answer = edge.answer_one(session, Request(PROBE))
                 interrupt.check()
                 found.append(f"the template {answer.template} renders {answer.input_tokens} tier-safe tokens")
                 found.append(check_logits(cast(Engine, session.engine)))
         else:
-            found.append("carries no chat template: chat will need --template")
+            found.append("carries no chat template by default: chat will need --template")
             with Engine(model, settings, interrupt, cast(int, settings.context)) as engine:
                 engine.decode([BatchEntry(engine.sequences[0], [0])])
                 found.append(check_logits(engine))

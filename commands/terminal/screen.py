@@ -81,8 +81,8 @@ class Screen:
         return tables.rich_table(heads, rows, spare) if self.terminal else tables.aligned(heads, rows)
 
     def lines(self, lines: Iterable[str]) -> None:
-        """Write lines to stdout."""
-        self.write("".join(f"{line}\n" for line in lines))
+        """Write lines to stdout. They may hold names from files of others: even a pipe gets no control characters."""
+        self.write("".join(f"{line.translate(CONTROLS)}\n" for line in lines))
 
     def note(self, text: str) -> None:
         """Print a line on stderr, unless -q."""

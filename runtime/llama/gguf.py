@@ -9,7 +9,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..errors import LoadError, unreadable
 
@@ -17,7 +17,12 @@ MAGIC = b"GGUF"  # the first bytes of every file
 DEFAULT_CONTEXT = 4096  # tokens per sequence, unless the model has fewer or the dialog needs more
 DEFAULT_ALIGNMENT = 32  # bytes; weights begin at a multiple, unless `general.alignment` says otherwise
 STRIDE = 1024  # strings between two of an array whose offsets are kept
+MOST_DIMENSIONS, LONGEST_NAME = 4, 63  # of a tensor, and the bytes of its name: ggml's limits
+CHAT_TEMPLATE = "tokenizer.chat_template"
 DAMAGED = (struct.error, UnicodeDecodeError, KeyError, OverflowError)  # what reading a damaged file raises
+
+
+Value = TypeVar("Value", str, int, float)
 
 
 class GGUFArray(NamedTuple):
@@ -27,6 +32,24 @@ class GGUFArray(NamedTuple):
     length: int  # items
     offset: int  # of its first item, in bytes from the start of the file
     steps: tuple[int, ...] = ()  # of an array of strings, the offset of every STRIDE-th one
+
+
+IN_WORDS: Mapping[type, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    GGUFArray: "a list",
+}
+
+
+NO_MODELS = {  # architectures of files that no answer comes from -> what llama.cpp uses them for
+    "clip": "mmproj",
+    "controlvector": "control vector",
+    "dflash": "draft",
+    "eagle3": "draft",
+    "gemma4-assistant": "draft",
+}
 
 
 class TensorInfo(NamedTuple):
@@ -102,14 +125,14 @@ class GGUFReader:
         return self._data[self.at - length : self.at].decode("utf-8", errors)
 
     def strings(self, length: int) -> Iterator[str]:
-        """Read the strings of an array of this length."""
+        """Read the strings of an array of this length. Bytes that are not UTF-8 become lone surrogates."""
         begin, size_at = self.at, struct.Struct("<Q").unpack_from
         self.skip(self.STRING, length)
         data, at = self._data[begin : self.at], 0
         for _ in range(length):
             start = at + 8
             at = start + size_at(data, at)[0]
-            yield data[start:at].decode("utf-8")
+            yield data[start:at].decode("utf-8", "surrogateescape")
 
     def value(self, kind: int) -> Any:
         """Read a value of this type; of an array, return where it lies and pass over it."""
@@ -140,7 +163,35 @@ class GGUFReader:
         return tuple(steps)
 
 
-class GGUFFile:
+class Metadata:
+    """The metadata of a file, by keys. A file may hold a value of any type under any key."""
+
+    path: Path
+    metadata: dict[str, Any]  # of an array, the GGUFArray
+
+    def get(self, key: str, default: Value) -> Value:
+        """Return the value of a key, or the default where the file has no such key.
+
+        Raises:
+            LoadError: the value is of another type than the default.
+        """
+        value, kind = self.metadata.get(key), type(default)
+        if value is None:
+            return default
+        if kind is float and type(value) is int:
+            return kind(value)
+        if type(value) is not kind:
+            found, wanted = IN_WORDS[type(value)], IN_WORDS[kind]
+            raise LoadError(f"{self.path}: {key} is {found}, not {wanted}: download or convert it again")
+        return value
+
+    def text(self, key: str) -> str:
+        """Return the text of a key; an empty one if it has none, or a value of another type."""
+        value = self.metadata.get(key)
+        return value if isinstance(value, str) else ""
+
+
+class GGUFFile(Metadata):
     """A GGUF file, mapped into memory: its metadata at once, its arrays and its list of tensors when asked for.
 
     Layout: `GGUF`, version, the numbers of tensors and of keys; every key with the type of its value and the value;
@@ -150,8 +201,6 @@ class GGUFFile:
         NotFound: it cannot be read. LoadError: it is empty, truncated, or no GGUF.
     """
 
-    path: Path
-    metadata: dict[str, Any]  # by key; of an array, the GGUFArray
     tensor_count: int
 
     def __init__(self, path: Path) -> None:
@@ -237,6 +286,8 @@ class GGUFFile:
         try:
             for _ in range(self.tensor_count):
                 name, dimensions = reader.string(), reader.scalar("<I")
+                if dimensions > MOST_DIMENSIONS or len(name.encode()) > LONGEST_NAME:
+                    raise struct.error
                 shape = tuple(reader.scalar("<Q") for _ in range(dimensions))
                 yield TensorInfo(name, shape, reader.scalar("<I"), reader.scalar("<Q"))
         except DAMAGED:
@@ -293,12 +344,11 @@ class ModelFile(GGUFFile):
         """Open a file; one of a split model must be its part `number`, counted from 0."""
         super().__init__(path)
         self.paths = [path]  # of all parts
-        count = self.metadata.get("split.count")
-        if isinstance(count, int) and count > 1:
+        if (count := self.get("split.count", 1)) > 1:
             self._find_parts(count, number)
 
     def _find_parts(self, count: int, number: int) -> None:
-        self.paths, own = parts_of(self.path), self.metadata.get("split.no", 0)
+        self.paths, own = parts_of(self.path), self.get("split.no", 0)
         if len(self.paths) != count:
             raise LoadError(
                 f"{self.path} is one of {count} parts: it must be called NAME-{own + 1:05}-of-{count:05}.gguf"
@@ -339,12 +389,20 @@ class ModelFile(GGUFFile):
     @property
     def architecture(self) -> str:
         """Return GGUF's name of the architecture."""
-        return str(self.metadata.get("general.architecture", "unknown"))
+        return self.get("general.architecture", "unknown")
 
     @property
     def context(self) -> int:
         """Return the number of tokens that the model was trained to see."""
-        return int(self.metadata.get(f"{self.architecture}.context_length", DEFAULT_CONTEXT))
+        key = f"{self.architecture}.context_length"
+        if (found := self.get(key, DEFAULT_CONTEXT)) < 1:
+            raise LoadError(f"{self.path}: {key} is {found}: download or convert it again")
+        return found
+
+    def sampling(self, name: str) -> float | None:
+        """Return what the file recommends for sampling, such as `temp`; None for what is no number, or out of range."""
+        value = self.metadata.get(f"general.sampling.{name}")
+        return value if isinstance(value, int | float) and 0 <= value < 2**31 else None
 
     def number(self, key: str, default: int = 0) -> int:
         """Return the whole number under the key `<architecture>.<key>`; of a list with one a layer, the largest."""
@@ -354,18 +412,16 @@ class ModelFile(GGUFFile):
 
     def token(self, name: str) -> str:
         """Return the text of a special token such as `bos`; an empty string if the model names none."""
-        index = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        text = None if index is None else self.item("tokenizer.ggml.tokens", index)
+        text = self.item("tokenizer.ggml.tokens", self.get(f"tokenizer.ggml.{name}_token_id", -1))
         return "" if text is None else str(text)
 
     @property
     def templates(self) -> dict[str, str]:
         """Return the chat templates in the file by their names; the one in use comes first, as `default`."""
-        prefix = "tokenizer.chat_template"
-        found = {"default": self.metadata[prefix]} if prefix in self.metadata else {}
-        return found | {
-            key[len(prefix) + 1 :]: text for key, text in self.metadata.items() if key.startswith(prefix + ".")
-        }
+        prefix = CHAT_TEMPLATE + "."
+        found = {"default": self.text(CHAT_TEMPLATE)} if self.text(CHAT_TEMPLATE) else {}
+        named = [key for key in self.metadata if key.startswith(prefix) and self.text(key)]
+        return found | {key.removeprefix(prefix): self.text(key) for key in named}
 
     @property
     def quantization(self) -> str:
@@ -384,10 +440,10 @@ class ModelFile(GGUFFile):
 
         Answers come from a `model` only.
         """
-        kind, causal = str(self.metadata.get("general.type", "model")), f"{self.architecture}.attention.causal"
-        if kind != "model" or self.architecture == "clip":
-            return "mmproj" if kind == "model" else kind
+        kind, own = self.text("general.type") or "model", NO_MODELS.get(self.architecture)
+        if kind != "model" or own:
+            return own if own and kind == "model" else kind
         if not self.tensor_count and len(self.paths) == 1:
             return "vocabulary"
-        embeds = self.metadata.get(causal) is False or self.metadata.get(f"{self.architecture}.pooling_type")
-        return "embedding" if embeds else kind
+        causal = self.metadata.get(f"{self.architecture}.attention.causal")
+        return "embedding" if causal is False or self.number("pooling_type") else kind

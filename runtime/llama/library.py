@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LoadError, one_line
+from ..errors import CONTROLS, LoadError, one_line
 from . import memory
 from .interrupt import Interrupt
 from .memory import Device
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+SET_TERMINATE = "_ZSt13set_terminatePFvvE"  # std::set_terminate, as compilers name it on Linux and macOS
 is_program = False  # set by `main`: this process is the command line, not a host program that imports us
+
+
+STARTING = threading.RLock()  # held while llama.cpp is imported and its log taken over
 
 
 class Background:
@@ -51,14 +55,19 @@ class Background:
 
     def result(self) -> Any:
         """Wait until the work is done; return its result, or raise its exception."""
+        found = self.found()
+        if self._error:
+            raise self._error
+        return found
+
+    def found(self) -> Any:
+        """Wait until the work is done; return its result, None if it failed."""
         self._thread.join()
         if self._awaited and is_program:
             Background._busy -= 1
             if not Background._busy:
                 sys.setswitchinterval(Background._usual)
         self._awaited = False
-        if self._error:
-            raise self._error
         return self._found
 
 
@@ -89,16 +98,28 @@ class Closing:
         self.close()
 
 
+class Line(threading.local):
+    """What a thread has of llama.cpp's log: models that load at the same time each log in a thread of their own."""
+
+    def __init__(self) -> None:
+        self.level = 0  # of the current line, which may come in several parts
+        self.errors: list[str] = []  # lines since the last call of `reason`
+
+
 class Log:
-    """llama.cpp's log: shown with -v; its last errors are kept to explain a failed load."""
+    """llama.cpp's log: shown with -vv; each thread's last errors are kept to explain a failed load."""
 
     def __init__(self) -> None:
         self.verbose = False
-        self.level = 0  # level of the current line, which may come in several parts
-        self.errors: list[str] = []
+        self._own = Line()
         self._metadata: set[str] = set()  # lines about a file's metadata, shown once
         self._callback: Any = None
-        self._last: Any = None
+        self._last: tuple[Any, ...] = ()  # callbacks that llama.cpp keeps pointers to
+
+    @property
+    def errors(self) -> list[str]:
+        """The errors that llama.cpp has logged in this thread since the last call of `reason`."""
+        return self._own.errors
 
     def attach(self, verbose: bool) -> None:
         """Take over llama.cpp's log. Each start repeats this: importing llama-cpp-python as a whole takes it away."""
@@ -107,8 +128,15 @@ class Log:
         self._callback = self._callback or llama.llama_log_callback(self._write)
         llama.llama_log_set(self._callback, None)
         if is_program and not self._last:
-            self._last = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._give_up)
-            ggml_library("ggml-base").ggml_set_abort_callback(self._last)
+            self._last = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._give_up), ctypes.CFUNCTYPE(None)(self._terminate)
+            ggml_library("ggml-base").ggml_set_abort_callback(self._last[0])
+            with contextlib.suppress(AttributeError):  # a C++ library of another kind, as on Windows
+                llama._lib[SET_TERMINATE](self._last[1])
+
+    @staticmethod
+    def _terminate() -> None:
+        """Take the place of C++'s handler of exceptions that nobody catches."""
+        Log._give_up(b"llama.cpp: an exception that it does not catch")
 
     @staticmethod
     def _give_up(message: bytes) -> None:
@@ -125,33 +153,38 @@ class Log:
         Interrupt.leave(LoadError.exit_code)
 
     def _write(self, level: int, text: bytes, _: Any) -> None:
-        line = text.decode("utf-8", "replace")
-        self.level = level if level != 5 else self.level  # GGML_LOG_LEVEL_CONT
+        line, own = text.decode("utf-8", "replace"), self._own
+        own.level = level if level != 5 else own.level  # GGML_LOG_LEVEL_CONT
         if level == 4 and line.strip():  # GGML_LOG_LEVEL_ERROR
-            self.errors.append(one_line(line).removeprefix("llama_model_load: ").removeprefix("error loading model: "))
+            own.errors.append(one_line(line).removeprefix("llama_model_load: ").removeprefix("error loading model: "))
         if line.startswith("llama_model_loader: "):  # logged for the vocabulary and again for the weights
             if line in self._metadata:
                 return
             self._metadata.add(line)
-        if self.verbose and self.level != 1:  # GGML_LOG_LEVEL_DEBUG: a thousand lines
-            sys.stderr.write(line)
+        if self.verbose and own.level != 1:  # GGML_LOG_LEVEL_DEBUG: a thousand lines
+            sys.stderr.write(line.translate(CONTROLS))
 
     def reason(self) -> str:
-        """Return and forget the first error since the last call."""
-        errors, self.errors = self.errors, []
+        """Return and forget the first error in this thread since the last call."""
+        errors, self._own.errors = self._own.errors, []
         return errors[0] if errors else "llama.cpp gives no reason"
 
 
 LOG = Log()
 
 
-@functools.cache
 def llama_cpp() -> Any:
-    """Import the low-level interface and start llama.cpp's backends.
+    """Import the low-level interface and start llama.cpp's backends. Threads that ask at the same time wait.
 
     Raises:
         LoadError: llama-cpp-python is missing or does not run on this machine.
     """
+    with STARTING:
+        return _llama_cpp()
+
+
+@functools.cache
+def _llama_cpp() -> Any:
     # The package's __init__ imports numpy and the high-level class, which takes five times as long as the module we
     # need. So an empty package of the same name replaces it while that module is imported.
     spec = importlib.util.find_spec("llama_cpp")
@@ -176,11 +209,27 @@ def start(verbose: bool = False) -> Any:
     Raises:
         LoadError: llama-cpp-python is missing or does not run on this machine.
     """
-    llama = llama_cpp()
-    LOG.attach(verbose)
+    with STARTING:
+        llama = llama_cpp()
+        LOG.attach(verbose)
+        LOG.errors.clear()
+        llama.llama_backend_init()
+        return llama
+
+
+def load_file(path: str | Path, params: Any, name: str = "") -> Any:
+    """Load a model's file; return llama.cpp's pointer.
+
+    Args:
+        name: what an error calls the file; by default its path.
+
+    Raises:
+        LoadError: llama.cpp refuses it, with the reason that it logs in this thread.
+    """
     LOG.errors.clear()
-    llama.llama_backend_init()
-    return llama
+    if not (pointer := llama_cpp().llama_model_load_from_file(os.fsencode(path), params)):
+        raise LoadError(f"cannot load {name or path}: {LOG.reason()}")
+    return pointer
 
 
 def ggml_library(name: str) -> Any:
@@ -234,7 +283,7 @@ def devices() -> list[Device]:
 
 def drives_gpu() -> bool:
     """Tell whether llama.cpp runs in this process, and has started a GPU's driver."""
-    return bool(llama_cpp.cache_info().currsize and llama_cpp().llama_supports_gpu_offload())
+    return bool(_llama_cpp.cache_info().currsize and llama_cpp().llama_supports_gpu_offload())
 
 
 def gpus() -> list[Device]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import threading
 from pathlib import Path
 from typing import Any
 
 from ..errors import ContextOverflow, LoadError, TierViolation
-from . import library, memory
+from . import library, memory, soundness
 from .gguf import ModelFile
-from .library import LOG, Background, Closing
+from .library import Background, Closing
+from .soundness import BYTE_TOKENS, Speller
 
 TEXT_STACK = 1024  # bytes of stack per byte of text: llama.cpp's regex fallback recurses per character (400 were seen)
 ATTR_UNKNOWN, ATTR_UNUSED, ATTR_NORMAL, ATTR_CONTROL, ATTR_USER_DEFINED, ATTR_BYTE = 1, 2, 4, 8, 16, 32  # llama.h
@@ -36,7 +36,7 @@ class LlamaVocabulary(Closing):
         kind = self._llama.llama_vocab_type(self.pointer)
         if kind not in (1, 2):  # LLAMA_VOCAB_TYPE_SPM, LLAMA_VOCAB_TYPE_BPE
             self.close()
-            name = file.metadata.get("tokenizer.ggml.model", "none")
+            name = file.text("tokenizer.ggml.model") or "none"
             raise LoadError(
                 f"{file.path} has a vocabulary of the kind {name!r}; chat models have SentencePiece or BPE ones"
             )
@@ -44,12 +44,22 @@ class LlamaVocabulary(Closing):
         self.space_prefix = kind == 1 and bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
         bos = self._llama.llama_vocab_bos(self.pointer)
         self.bos: int | None = bos if bos >= 0 and self._llama.llama_vocab_get_add_bos(self.pointer) else None
+        self._speller = Speller(file) if kind == 1 and self._lacks_bytes() else None
         self._pieces: dict[int, bytes] = {}
         self._buffer = ctypes.create_string_buffer(256)
         if not self.escapes_spaces:  # some BPE vocabularies write a space as SentencePiece does (Gemma 4)
             probe = b"".join(map(self.piece, self._encode("\u2581".encode(), special=False)))
             self.escapes_spaces = probe == b" "
             self._pieces.clear()
+
+    def _lacks_bytes(self) -> bool:
+        """Tell whether a SentencePiece vocabulary lacks a byte token. They stand near its beginning."""
+        missing = {token.encode() for token in BYTE_TOKENS}
+        for token in range(self.size):
+            missing.discard(self._llama.llama_vocab_get_text(self.pointer, token))
+            if not missing:
+                return False
+        return True
 
     def close(self) -> None:
         """Free the model; repeated calls are harmless."""
@@ -58,7 +68,13 @@ class LlamaVocabulary(Closing):
             self._model = None
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """Tokenise a text. A long one gets a thread with a large stack: llama.cpp's regex recurses per character."""
+        """Tokenise a text. A long one gets a thread with a large stack: llama.cpp's regex recurses per character.
+
+        Raises:
+            LoadError: the vocabulary has no token for a letter. ContextOverflow: the text is too long for a stack.
+        """
+        if self._speller:
+            self._speller.check(text)
         data = text.encode()
         if len(data) < 2048:
             return self._encode(data, special)
@@ -145,12 +161,19 @@ class LlamaVocabulary(Closing):
         return ids
 
 
-def load_words(path: str | Path) -> Any:
-    """Return llama.cpp's pointer to a model file's vocabulary; null if it does not load."""
+def load_words(path: str | Path, name: str = "") -> Any:
+    """Return llama.cpp's pointer to a model file's vocabulary.
+
+    Args:
+        name: what an error calls the file; by default its path.
+
+    Raises:
+        LoadError: llama.cpp refuses it.
+    """
     llama = library.llama_cpp()
     params = llama.llama_model_default_params()
     params.vocab_only, params.n_gpu_layers = True, 0
-    return llama.llama_model_load_from_file(os.fsencode(path), params)
+    return library.load_file(path, params, name)
 
 
 class VocabularyLoader(Closing):
@@ -170,13 +193,14 @@ class VocabularyLoader(Closing):
             self._loads = Background(self._load)
 
     def _load(self) -> Any:
-        pointer = load_words(self._path)
-        memory.trim_memory()
-        return pointer
+        try:
+            return load_words(self._path)
+        finally:
+            memory.trim_memory()
 
     def close(self) -> None:
         """Wait for the thread, and free a vocabulary that was not taken; repeated calls are harmless."""
-        if self._loads and (pointer := self._loads.result()):
+        if self._loads and (pointer := self._loads.found()):
             self._llama.llama_model_free(pointer)
         self._loads = None
 
@@ -190,9 +214,9 @@ class VocabularyLoader(Closing):
             LoadError: llama.cpp refuses the file, or its vocabulary is of a kind that chat models do not have.
         """
         loads, self._loads = self._loads, None
-        if not loads or not (pointer := loads.result()):
-            raise LoadError(f"cannot load {file.path}: {LOG.reason()}")
-        return LlamaVocabulary(pointer, file)
+        if not loads:
+            raise LoadError(f"cannot load {file.path}: it is no file, or its vocabulary was taken before")
+        return LlamaVocabulary(loads.result(), file)
 
 
 def load_vocabulary(file: ModelFile, verbose: bool = False) -> LlamaVocabulary:
@@ -201,5 +225,6 @@ def load_vocabulary(file: ModelFile, verbose: bool = False) -> LlamaVocabulary:
     Raises:
         LoadError: see `VocabularyLoader.take`.
     """
+    soundness.check_vocabulary(file)
     with VocabularyLoader(file.path, verbose) as loading:
         return loading.take(file)

@@ -26,8 +26,13 @@ REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(.+))?")  #
 QUANTIZATION = re.compile(
     r"(?:^|[-_./])((?:UD-)?(?:I?Q[1-8]|TQ[12]|MXFP4|NVFP4|BF16|FP?16|FP?32)(?:_[A-Z0-9]+)*)(?=[-_./]|$)", re.IGNORECASE
 )
-SIDE_FILE = re.compile(
-    r"(?:^|[-_./])(?:mmproj|imatrix|lora|adapter|embed(?:dings?)?|rerank(?:er)?|c?vector|vocab|mtp|draft)(?=[-_.]|$)",
+SIDE_FILE = re.compile(  # paths of files for a model: `mtp-gemma.gguf`, `gemma-LoRA.gguf`, and `mmproj` anywhere
+    r"(?:^|[-_./])mmproj[-_./]|(?:^|/)(?:imatrix|lora|adapter|mtp)[-_.][^/]*$"
+    r"|[-_.](?:imatrix|lora|adapter|vocab)(?:[-_.](?:b?f16|f32|q8_0))?\.gguf$",  # types that adapters have
+    re.IGNORECASE,
+)
+DOUBTFUL = re.compile(  # paths of files that are looked into, where that is possible
+    r"(?:^|[-_./])(?:mmproj|imatrix|lora|adapter|embed(?:dings?)?|rerank(?:er)?|c?vector|vocab|mtp|draft)[-_./]",
     re.IGNORECASE,
 )
 
@@ -38,12 +43,27 @@ def quantization_of(name: str) -> str:
     return re.sub("^FP", "F", found[-1].upper()) if found else ""
 
 
+def is_first_part(name: str) -> bool:
+    """Tell by its name whether a file is a GGUF, and not a later part of one that was split."""
+    part, own = PART.search(name), Path(name).name
+    return own.lower().endswith(".gguf") and not own.startswith(".") and (part is None or int(part[1]) == 1)
+
+
 def is_main_part(name: str) -> bool:
-    """Tell by its name whether a file is a model or its first part, not a projector, an adapter or the like."""
-    part = PART.search(name)
-    own = Path(name).name
-    plain = own.lower().endswith(".gguf") and not own.startswith(".") and not SIDE_FILE.search(own)
-    return plain and (part is None or int(part[1]) == 1)
+    """Tell by its path in a repository whether a file is a model or its first part, not a projector or the like.
+
+    Only for files that are not on this machine: of the others, their metadata tell it.
+    """
+    return is_first_part(name) and not SIDE_FILE.search(name)
+
+
+def is_for_a_model(path: Path) -> bool:
+    """Tell by its metadata whether a file is no model but one for a model; names only say where to look."""
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        return bool(DOUBTFUL.search(name)) and ModelFile(path).purpose != "model"
+    except EdgeError:
+        return bool(SIDE_FILE.search(name))
 
 
 def hub_folder() -> Path:
@@ -90,7 +110,10 @@ class Stored(NamedTuple):
 
 
 def stored_models() -> list[Stored]:
-    """List the models in the hub's cache, in other programs' folders, and the embedded one. No file is opened."""
+    """List the models in the hub's cache, in other programs' folders, and the embedded one.
+
+    No file is opened but those whose names are doubtful.
+    """
     found: list[Stored] = []
     for folder in dict.fromkeys(filter(None, [hub_folder(), own_folder(), *other_folders()])):
         found += models_within(folder, in_hub=folder == hub_folder())
@@ -141,8 +164,10 @@ def models_within(folder: Path, in_hub: bool) -> list[Stored]:
     found: dict[tuple[str, str], Stored] = {}
     for place, below, names in os.walk(folder):
         below[:] = sorted(name for name in below if name not in ("blobs", "refs") and not name.startswith(NO_MODELS))
-        for name in sorted(filter(is_main_part, names)):
-            path = Path(place) / name
+        for path in [Path(place) / name for name in sorted(filter(is_first_part, names))]:
+            if is_for_a_model(path):
+                continue
+            name = path.name
             repository, file = "", name
             parts = path.relative_to(folder).parts
             if parts[0].startswith("models--") and parts[1:2] == ("snapshots",) and len(parts) > 3:
@@ -243,6 +268,9 @@ def local_model(name: str | None) -> Path:
     return path
 
 
+NO_ANSWERS = ("adapter", "mmproj", "imatrix", "draft", "control vector")  # purposes of files for a model
+
+
 def open_model(path: Path) -> ModelFile:
     """Read a model's metadata.
 
@@ -250,7 +278,7 @@ def open_model(path: Path) -> ModelFile:
         NotFound: there is no such file. LoadError: it is bad, or no model.
     """
     file = ModelFile(path)
-    if file.purpose in ("adapter", "mmproj", "imatrix"):
+    if file.purpose in NO_ANSWERS:
         raise LoadError(f"{path} is no model but a file for one ({file.purpose}): name the model itself with -m")
     return file
 
@@ -270,7 +298,7 @@ def model_row(name: str, file: ModelFile) -> dict[str, Any]:
         "parameters": file.parameters,
         "quantization": file.quantization,
         "context": file.context,
-        "template": file.metadata.get("metaalign.template") or ("embedded" if file.templates else None),
+        "template": file.text("metaalign.template") or ("embedded" if "default" in file.templates else None),
         "error": None,
     }
 
