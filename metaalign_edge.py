@@ -105,7 +105,7 @@ from metaalign_edge_runtime.llama.vocabulary import (
 )
 from metaalign_edge_runtime.stores import files, models, profiles
 from metaalign_edge_runtime.stores.prompt_cache import PromptCache
-from metaalign_edge_runtime.structured import Schema, mask
+from metaalign_edge_runtime.structured import Schema, hint, mask
 from metaalign_edge_runtime.structured.mask import Constraint
 from metaalign_edge_templates.arguments import checked_arguments, followed
 from metaalign_edge_templates.sandbox import Refusal, Template, TemplateFailure
@@ -230,6 +230,7 @@ class RenderOptions(NamedTuple):
     remind: bool = True  # wrapped only: say next to the newest query that System Info wins, when both tiers have text
     think: bool | None = None  # the template variable `enable_thinking`; None leaves it undefined
     template_args: Mapping[str, Any] = {}  # values of other variables of the template, in JSON's types
+    schema_hint: bool = True  # tell the model the schema that its answer has to fit
 
 
 AS_USUAL = RenderOptions()
@@ -380,9 +381,25 @@ def wrapped_messages(dialog: Dialog, chat: ChatTemplate, options: RenderOptions)
         yield [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in layout]
 
 
+def tell_schema(dialog: Dialog, schema: Schema | None) -> Dialog:
+    """Return the dialog with the schema in its System Info; unchanged if it tells the schema, or that is too long.
+
+    Small models were led astray by it beside the query, less so in System Info, where the prompt cache holds it.
+    """
+    if schema is None:
+        return dialog
+    texts = (dialog.system_info, dialog.user_info, *(turn.query for turn in dialog.turns[-1:]))
+    if hint.is_too_long(schema) or hint.told_by(schema, texts):
+        return dialog
+    path = files.package_folder("templates") / "schema_hint.jinja"
+    template = Template(files.read_text(path, "the template"), path.stem)
+    told = template.render(system_info=dialog.system_info, fields=hint.fields_of(schema), schema=hint.hint_of(schema))
+    return replace(dialog, system_info=str.__str__(told))
+
+
 def shipped_templates() -> dict[str, Path]:
     """Return the chat templates that come with the toolkit, by name."""
-    own = ("meta_prompt", "reminder")
+    own = ("meta_prompt", "reminder", "schema_hint")
     return {
         path.stem: path for path in sorted(files.package_folder("templates").glob("*.jinja")) if path.stem not in own
     }
@@ -780,7 +797,7 @@ class Settings:
     repeat_penalty: float | None = None
     seed: int = 0
     stop: tuple[str, ...] = ()
-    verbose: bool = False
+    verbose: bool = False  # llama.cpp's log goes to stderr
     system_strength: float = 1.0  # see Guidance
     pref_strength: Strength = 1.0
     adapters: tuple[Adapter, ...] = ()
@@ -1736,7 +1753,8 @@ def make_prompt(
     settings = replace(settings, max_tokens=most or USUAL_MAX_TOKENS)  # it only bounds: `most` decides what is reserved
     limit = settings.context if isinstance(settings.context, int) else model.file.context
     while True:
-        guidance = Guidance(dialog, settings.system_strength, settings.pref_strength)
+        told = tell_schema(dialog, settings.schema if options.schema_hint else None)
+        guidance = Guidance(told, settings.system_strength, settings.pref_strength)
         with STOPWATCH("tokens"):
             read = [tokenize(render(one, template, options), model.vocabulary, limit) for one in guidance.dialogs]
         longest = max(len(tokens.tokens) for tokens in read)
@@ -1750,6 +1768,7 @@ def make_prompt(
             raise ContextOverflow(
                 f"the prompt has {longest:,} tokens and the answer reserves {reserved:,}; "
                 f"the context holds {size:,}: shorten the text, lower -n or raise -c"
+                + ("" if told is dialog else ", or leave the schema out of the prompt (--no-schema-hint)")
             )
         dialog = replace(dialog, turns=dialog.turns[1:])
     answer = Answer(
@@ -2239,6 +2258,7 @@ class Options(TypedDict, total=False):
     remind: bool
     think: bool | None
     template_args: Mapping[str, Any]
+    schema_hint: bool
 
 
 class ModelSession(Closing):
@@ -2280,11 +2300,9 @@ class ModelSession(Closing):
         if unknown := options.keys() - Options.__annotations__:
             raise TypeError(f"no option {min(unknown)!r}: there are {', '.join(Options.__annotations__)}")
         given: dict[str, Any] = {"seed": None, **options}
-        self.scheduler.options = RenderOptions(
-            given.pop("remind", True),
-            given.pop("think", None),
-            checked_arguments(given.pop("template_args", None) or {}),
-        )
+        rendering = {name: given.pop(name) for name in RenderOptions._fields if name in given}
+        rendering["template_args"] = checked_arguments(rendering.get("template_args") or {})
+        self.scheduler.options = RenderOptions(**rendering)
         seed = given.pop("seed")
         seed = random.SystemRandom().randrange(2**32) if seed is None else seed
         if not 0 <= seed < 2**32:

@@ -43,7 +43,7 @@ def bench(
     edge.choose_template(template, file)
     with interrupt:
         found = speeds.measure(
-            file, replace(settings, temperature=0.0, verbose=verbosity.verbose), template, rounds, interrupt
+            file, replace(settings, temperature=0.0, verbose=verbosity.llama_log), template, rounds, interrupt
         )
     if chart:
         title = f"{found.model}: what this machine makes of it"

@@ -36,6 +36,7 @@ from .options.groups import (
 from .options.loading import open_scheduler
 from .options.query import read_query
 from .terminal import report
+from .terminal.documents import answer_document
 from .terminal.repl import Repl
 from .terminal.repl_state import dialog_of
 from .terminal.reply import AnswerPrinter
@@ -73,7 +74,8 @@ def answer_once(
         if reply:
             reply.end(answer.response)
         else:
-            screen.json({**asdict(answer), **({"session": conversation.name} if conversation.path else {})})
+            document = answer_document(answer, scheduler.settings.schema)
+            screen.json({**document, **({"session": conversation.name} if conversation.path else {})})
     finally:
         for answer in begun:
             answer.finish_reason = answer.finish_reason if complete else "interrupted"  # stdout was closed, say

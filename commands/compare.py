@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict
 from typing import cast
 
 import typer
@@ -30,6 +29,7 @@ from .options.loading import open_scheduler
 from .options.query import read_query
 from .terminal import report
 from .terminal.columns import Columns, answer_together
+from .terminal.documents import answer_document
 
 
 @command
@@ -68,7 +68,7 @@ def compare(
             answers = answer_together(scheduler, dialogs, columns, screen, rendered.strict_tiers)
         compared = list(zip(heads, answers, strict=False))
         if as_json:
-            screen.json([{"pref": head, **asdict(answer)} for head, answer in compared])
+            screen.json([{"pref": head, **answer_document(answer, settings.schema)} for head, answer in compared])
         screen.detail("\n".join(map(report.describe, answers)))
         scheduler.interrupt.check()
         for head, answer in compared:

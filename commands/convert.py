@@ -165,7 +165,7 @@ def convert(
     if writing.dry_run:
         show_plan(plan, target, as_json, screen)
         return
-    verify = functools.partial(trial.verify_conversion, settings=Settings(verbose=talk.verbose))
+    verify = functools.partial(trial.verify_conversion, settings=Settings(verbose=talk.llama_log))
     with progress_bar(screen) as bar, stopping_at(bar) as progress:
         result = converter.write_plan(
             plan, target, force=writing.force, progress=progress, verify=verify if writing.check else None

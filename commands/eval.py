@@ -144,7 +144,7 @@ def eval(
     """
     screen, options = talk.screen(), RenderOptions(remind, think, template_args(template_arg))
     settings = strengths.added(loaded.settings())
-    settings = replace(settings, max_tokens=max_tokens, temperature=temp, seed=suite.seed, verbose=talk.verbose)
+    settings = replace(settings, max_tokens=max_tokens, temperature=temp, seed=suite.seed, verbose=talk.llama_log)
     outputs.check_outputs(written.report, written.chart)
     grid = None if strength is None else adherence.read_grid(strength)
     choices = adherence.choose_models(Choice(loaded.model, template, settings), grid, *second)

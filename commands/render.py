@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 
 import metaalign_edge as edge
-from metaalign_edge import Rendering, RenderOptions, Token, Turn
+from metaalign_edge import Rendering, RenderOptions, Settings, Token, Turn
 from metaalign_edge_runtime.llama.vocabulary import load_vocabulary
 from metaalign_edge_templates.tier_text import TIERS
 
@@ -19,6 +19,7 @@ from .options import command
 from .options.groups import (
     OUTPUT,
     JsonOption,
+    JsonSchemaOption,
     MetaPrompt,
     ModelOption,
     ModelOptions,
@@ -28,10 +29,13 @@ from .options.groups import (
     StdinOption,
     Verbosity,
     option,
+    read_schema,
     sources_of,
 )
 from .options.query import read_query
 from .terminal import effects, report
+
+CountOption = Annotated[bool, option("--count", help="Only count the tokens; --json: of each tier.", panel=OUTPUT)]
 
 
 def token_table(tokens: Sequence[Token]) -> str:
@@ -52,10 +56,9 @@ def render(
     *,
     meta_prompt: MetaPrompt,
     rendered: RenderingOptions,
+    json_schema: JsonSchemaOption = None,
     tokens: Annotated[bool, option("--tokens", help="Show each token, its id and its tier.", panel=OUTPUT)] = False,
-    count: Annotated[
-        bool, option("--count", help="Only count the tokens; --json: of each tier.", panel=OUTPUT)
-    ] = False,
+    count: CountOption = False,
     as_json: JsonOption = False,
     no_stdin: StdinOption = False,
     talk: Verbosity,
@@ -70,17 +73,17 @@ def render(
 
         metaalign-edge render --count < long.txt
     """
-    screen, dialog = talk.screen(), meta_prompt.dialog()
+    screen, dialog, schema = talk.screen(), meta_prompt.dialog(), read_schema(json_schema)
     dialog = replace(dialog, turns=(Turn(cast(str, read_query(query, no_stdin, repl=False))),))
     file = ModelOptions(model=model, offline=offline).file(screen)
     chosen = edge.choose_template(rendered.template, file)
     screen.detail(f"template {chosen.name}: {chosen.why}")
     options = rendered.options()
-    rendering = edge.render(dialog, chosen, options)
-    effects.note_without_effect(chosen, options, sources_of(context), screen)
+    rendering = edge.render(edge.tell_schema(dialog, schema if options.schema_hint else None), chosen, options)
+    effects.note_without_effect(chosen, options, Settings(schema=schema, sources=sources_of(context)), screen)
     rows: list[Token] | None = None
     if tokens or count or rendered.strict_tiers:
-        with load_vocabulary(file, talk.verbose) as vocabulary:
+        with load_vocabulary(file, talk.llama_log) as vocabulary:
             tokenized = edge.tokenize(rendering, vocabulary, file.context)
         report.check_imitated(tokenized.imitated_markers, screen, rendered.strict_tiers)
         rows = tokenized.tokens if tokens or count else None

@@ -99,12 +99,18 @@ class OutputClosed(Exception):
 CONTROLS = dict.fromkeys(
     [*range(9), 11, 12, *range(14, 32), *range(127, 160)]
 )  # control characters that could steer a terminal, for str.translate
+ESCAPED = {code: f"\\x{code:02x}" for code in [*CONTROLS, 13]}  # such characters as text: ESC becomes \x1b
 
 
 def say(text: str) -> None:
-    """Write a line to stderr; a closed stderr loses words, not the answer."""
+    """Write a line to stderr, control characters as text; a closed stderr loses words, not the answer."""
+    write_log(text + "\n")
+
+
+def write_log(text: str) -> None:
+    """Write text that may come from a file to stderr; control characters become text, but for tabs and line breaks."""
     with contextlib.suppress(OSError, AttributeError):
-        sys.stderr.write(text.translate(CONTROLS) + "\n")
+        sys.stderr.write(text.translate(ESCAPED))
         sys.stderr.flush()
 
 

@@ -76,6 +76,7 @@ class Options(TypedDict, total=False):
     remind: bool
     think: bool | None
     template_args: Mapping[str, Any]
+    schema_hint: bool
 
 class Model:
     def __init__(self, file: Any, settings: Any, interrupt: Any = None, plan: Any = None) -> None: ...

@@ -78,7 +78,17 @@ def test_a_shipped_template_begins_with_a_comment_and_asks_for_nothing_it_is_not
     from jinja2 import Environment, meta
 
     source = path.read_text()
-    given = {"messages", "turns", "query", "bos_token", "eos_token", "add_generation_prompt", "raise_exception"}
+    given = {
+        "messages",
+        "turns",
+        "query",
+        "bos_token",
+        "eos_token",
+        "add_generation_prompt",
+        "raise_exception",
+        "fields",
+        "schema",
+    }
     given |= {field.name for field in fields(Dialog)}
     assert source.startswith("{#-")
     assert meta.find_undeclared_variables(Environment().parse(source)) <= given

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from metaalign_edge_runtime.stores.ledger import Ledger
 from metaalign_edge_runtime.structured import Schema
 
 from ..terminal import report
+from ..terminal.documents import answer_document
 from ..terminal.screen import Screen
 from .rows import Row
 
@@ -98,12 +98,14 @@ class Batch:
         if isinstance(answer, EdgeError):
             self._finish(row, {}, f"line {row.line}: {one_line(answer)}")
             return
+        schema = request.schema or self._schema
+        document = answer_document(answer, schema)
         try:
-            report.check_answer(answer, request.schema or self._schema, self._screen, f"the answer to line {row.line}")
+            report.check_answer(answer, schema, self._screen, f"the answer to line {row.line}")
         except SchemaViolation as violation:  # the row keeps the answer besides the error
-            self._finish(row, asdict(answer), one_line(violation))
+            self._finish(row, document, one_line(violation))
         else:
-            self._finish(row, asdict(answer), None)
+            self._finish(row, document, None)
 
     def _finish(self, row: Row, answer: dict[str, Any], error: str | None) -> None:
         document = {"index": row.index, "id": row.id, "error": error, **answer}

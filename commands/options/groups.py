@@ -99,6 +99,12 @@ ParallelOption = Annotated[
 NoCacheOption = Annotated[
     bool, model_option("--no-cache", help="Neither load nor store prompt states on the disk.", env=True)
 ]
+JsonSchemaOption = Annotated[
+    str | None,
+    sampling_option(
+        "-j", "--json-schema", help="Answer in JSON of this schema: a file, JSON, or fields as 'name, age int'."
+    ),
+]
 JsonOption = Annotated[bool, output_option("--json", help="One JSON document on stdout.")]
 StreamOption = Annotated[bool, output_option("--stream/--no-stream", help="Print the answer as it is written.")]
 MarkdownOption = Annotated[
@@ -112,9 +118,8 @@ ChartOption = Annotated[
 ]
 ForceOption = Annotated[bool, option("--force", help="Replace an output that exists.")]
 QuietOption = Annotated[bool, output_option("-q", "--quiet", help="Only errors on stderr.")]
-VerboseOption = Annotated[
-    bool, output_option("-v", "--verbose", help="Say what was chosen and why, and show llama.cpp's log.")
-]
+VerboseOption = Annotated[bool, output_option("-v", "--verbose", help="Say what was chosen and why.")]
+LlamaLogOption = Annotated[bool, output_option("-vv", "--llama-log", help="As -v, and show llama.cpp's log.")]
 
 
 class Preference(NamedTuple):
@@ -185,6 +190,10 @@ class RenderingOptions(NamedTuple):
     remind: RemindOption = True
     think: ThinkOption = None
     template_arg: TemplateArgsOption = None
+    schema_hint: Annotated[
+        bool,
+        dialog_option("--schema-hint/--no-schema-hint", help="With -j: tell the model the schema, too."),
+    ] = True
 
     def options(self) -> RenderOptions:
         """Return the options that `render` takes.
@@ -192,7 +201,7 @@ class RenderingOptions(NamedTuple):
         Raises:
             UsageError: a template argument is none.
         """
-        return RenderOptions(self.remind, self.think, template_args(self.template_arg))
+        return RenderOptions(self.remind, self.think, template_args(self.template_arg), self.schema_hint)
 
 
 def template_args(given: Iterable[str] | None) -> dict[str, Any]:
@@ -322,12 +331,7 @@ class SamplingOptions(NamedTuple):
     stop: Annotated[
         list[str] | None, sampling_option("--stop", help="End the answer before this text. Repeat to add.")
     ] = None
-    json_schema: Annotated[
-        str | None,
-        sampling_option(
-            "-j", "--json-schema", help="Answer in JSON of this schema: a file, JSON, or fields as 'name, age int'."
-        ),
-    ] = None
+    json_schema: JsonSchemaOption = None
 
     def added(self, settings: Settings) -> Settings:
         """Return the settings with these options, and with a random seed unless --seed gives one.
@@ -341,7 +345,7 @@ class SamplingOptions(NamedTuple):
             **{name: getattr(self, one.option) for name, one in SAMPLING_PARAMETERS.items()},
             seed=random.SystemRandom().randrange(2**32) if self.seed is None else self.seed,
             stop=tuple(self.stop or ()),
-            schema=None if self.json_schema is None else read_schema(self.json_schema),
+            schema=read_schema(self.json_schema),
         )
 
 
@@ -350,10 +354,11 @@ class Verbosity(NamedTuple):
 
     quiet: QuietOption = False
     verbose: VerboseOption = False
+    llama_log: LlamaLogOption = False
 
     def screen(self) -> Screen:
         """Return the two streams, at this verbosity."""
-        return Screen(self.quiet, self.verbose)
+        return Screen(self.quiet, self.verbose or self.llama_log)
 
 
 def gathered(
@@ -365,7 +370,7 @@ def gathered(
 ) -> Settings:
     """Return the engine's settings of a command that answers."""
     settings = strengths.added(sampling.added(model.settings()))
-    return replace(settings, verbose=verbosity.verbose, sources=sources_of(context))
+    return replace(settings, verbose=verbosity.llama_log, sources=sources_of(context))
 
 
 def sources_of(context: typer.Context) -> dict[str, str]:
@@ -385,12 +390,14 @@ def prompt_cache(no_cache: bool, read_only: bool = False) -> PromptCache | None:
     return None if no_cache else PromptCache(read_only=read_only)
 
 
-def read_schema(text: str) -> Schema:
-    """Read the value of --json-schema: the path of a file, JSON, or the short form `name, age int`.
+def read_schema(text: str | None) -> Schema | None:
+    """Read the value of --json-schema: the path of a file, JSON, or the short form `name, age int`; None for None.
 
     Raises:
         NotFound: the file does not exist. UsageError: it is not JSON, or no answer can fit the schema.
     """
+    if text is None:
+        return None
     inline = text.lstrip().startswith("{")
     file = not inline and (
         files.looks_like_path(text, ".json") if not re.search(r"[\s,]", text) else text.endswith(".json")

@@ -40,7 +40,10 @@ from .groups import (
 from .signature import spread
 
 # Settings whose options have no variable.
-ALSO_SETTINGS = ("pref", "stop", "strict_tiers", "remind", "think", "template_arg", "stream", "quiet", "verbose")
+ALSO_SETTINGS = (
+    *("pref", "stop", "strict_tiers", "remind", "think", "template_arg", "schema_hint"),
+    *("stream", "quiet", "verbose", "llama_log"),
+)
 IGNORED_SETTINGS: Mapping[str, tuple[str, ...]] = {  # by command
     "compare": ("pref",),  # a column for each --pref, and no other
     # settings must not change what it measures
@@ -50,8 +53,9 @@ SHOWN = 60  # characters of a setting's value in a note
 REPLACED_BY = {  # a setting, and the flags of other names that override it
     "system": ("system_file",),
     "pref": ("pref_file", "no_pref"),
-    "quiet": ("verbose",),
+    "quiet": ("verbose", "llama_log"),
     "verbose": ("quiet",),
+    "llama_log": ("quiet",),
 }
 
 
@@ -186,7 +190,7 @@ def take_settings(context: typer.Context) -> None:
     root, name = cast(Any, context.command), context.invoked_subcommand or ""
     called, ignored = root.commands[name], IGNORED_SETTINGS.get(name, ())
     taken = {key: option for key, option in settable(called).items() if key not in ignored}
-    if hasattr(called, "commands") or taken.keys() <= {"quiet", "verbose"}:
+    if hasattr(called, "commands") or taken.keys() <= {"quiet", "verbose", "llama_log"}:
         return
     try:
         found = config_in_force()
@@ -220,7 +224,7 @@ def obey_settings(context: typer.Context, given: dict[str, Any]) -> None:
             given[name], source[name] = None, ""
     defaults = context.default_map or {}
     settings = [defaults[name] for name in given if source[name] == "DEFAULT_MAP"]
-    screen = Screen(given.get("quiet", False), given.get("verbose", False))
+    screen = Screen(given.get("quiet", False), given.get("verbose", False) or given.get("llama_log", False))
     for setting in settings:
         setting.check()
     if project := next((setting.project for setting in settings if setting.project), None):

@@ -47,7 +47,7 @@ def open_scheduler(
             with STOPWATCH("model"):
                 model.wait()
         report.explain(model, template, model.settings, screen)
-        effects.note_without_effect(template, options, settings.sources, screen)
+        effects.note_without_effect(template, options, settings, screen)
         scheduler = Scheduler(model, template, model.settings, options, interrupt, slots, cache=cache)
         yield held.enter_context(scheduler)
 
@@ -72,7 +72,7 @@ def open_slots(
     """
     with Interrupt() as interrupt, Model(file, settings, interrupt, plan) as model:
         report.explain(model, template, settings, screen)
-        effects.note_without_effect(template, options, settings.sources, screen)
+        effects.note_without_effect(template, options, settings, screen)
         size = edge.least_context(file, settings)
         with Scheduler(model, template, settings, options, interrupt, slots, size, cache) as scheduler:
             yield scheduler

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import metaalign_edge as edge
-from metaalign_edge import ChatTemplate, RenderOptions
+from metaalign_edge import ChatTemplate, RenderOptions, Settings
+from metaalign_edge_runtime.structured import hint
 
 from .screen import Screen
 
@@ -28,12 +29,11 @@ def same_either_way(chat: ChatTemplate) -> str:
     return f"{said} (it takes {' and '.join(others)})" if others else said
 
 
-def note_without_effect(chat: ChatTemplate, options: RenderOptions, sources: Mapping[str, str], screen: Screen) -> None:
-    """Say which options change nothing. What a file sets for all models is said with -v only.
-
-    Args:
-        sources: what gave each option its value.
-    """
+def note_without_effect(chat: ChatTemplate, options: RenderOptions, settings: Settings, screen: Screen) -> None:
+    """Say which options change nothing, and of a schema that it is not told. Of files' options -v alone says it."""
     for name, text in without_effect(chat, options):
-        tell = screen.note if sources.get(name, "flag") == "flag" else screen.detail
+        tell = screen.note if settings.sources.get(name, "flag") == "flag" else screen.detail
         tell(f"metaalign-edge: note: {text}")
+    if settings.schema and options.schema_hint and hint.is_too_long(settings.schema):
+        said = f"the model is not told the schema, which has more than {hint.HINT_LIMIT:,} characters"
+        screen.note(f"metaalign-edge: note: {said}: say in the question what you want")

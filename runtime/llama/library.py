@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LoadError, one_line
+from ..errors import LoadError, one_line, say, write_log
 from . import memory
 from .interrupt import Interrupt
 from .memory import Device
@@ -76,7 +76,7 @@ class Closing:
 
 
 class Log:
-    """llama.cpp's log: shown with -v; its last errors are kept to explain a failed load."""
+    """llama.cpp's log: shown with -vv; its last errors are kept to explain a failed load."""
 
     def __init__(self) -> None:
         self.verbose = False
@@ -103,11 +103,10 @@ class Log:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(
+            say(
                 f"metaalign-edge: llama.cpp gave up: {one_line(what)} ({PurePath(where).name}): a model with which it "
-                "always does is damaged: download or convert it again\n"
+                "always does is damaged: download or convert it again"
             )
-            sys.stderr.flush()
         Interrupt.leave(LoadError.exit_code)
 
     def _write(self, level: int, text: bytes, _: Any) -> None:
@@ -120,7 +119,7 @@ class Log:
                 return
             self._metadata.add(line)
         if self.verbose and self.level != 1:  # GGML_LOG_LEVEL_DEBUG: a thousand lines
-            sys.stderr.write(line)
+            write_log(line)
 
     def reason(self) -> str:
         """Return and forget the first error since the last call."""
