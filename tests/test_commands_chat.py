@@ -118,7 +118,7 @@ def test_a_stop_text_ends_the_answer_before_it(here: Run, tiny: Path) -> None:
 
 
 def test_verbose_says_what_was_chosen_and_why(run: Run, tiny: Path) -> None:
-    result = run("chat", "-m", str(tiny), "-n", "2", "--seed", "5", "-v", "tea?")
+    result = run("chat", "-m", str(tiny), "-n", "2", "--seed", "5", "-vv", "tea?")
     assert "template metaalign, native: the model was tuned on it" in result.stderr
     assert "on the CPU" in result.stderr and "seed 5" in result.stderr
     assert result.stderr.count(" general.architecture str") == 1  # of llama.cpp's own log

@@ -181,7 +181,7 @@ def test_a_session_that_cannot_be_written_is_said_at_each_turn_and_at_the_end(
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation_and_ctrl_d_leaves(slow: Path) -> None:
-    terminal = Terminal("chat", "-m", str(slow), "-ngl", "0", "-n", "8000", "--temp", "0", "-v", "--session", "work")
+    terminal = Terminal("chat", "-m", str(slow), "-ngl", "0", "-n", "8000", "--temp", "0", "-vv", "--session", "work")
     terminal.until("> ")
     terminal.type("What is tea?\n")
     terminal.until("reserve took")  # the context is made

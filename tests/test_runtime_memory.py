@@ -178,7 +178,7 @@ def test_the_bytes_of_a_token_and_of_a_sequence_are_what_llama_cpp_stores_of_the
 def test_what_verbose_foretells_is_what_llama_cpp_then_logs(
     arguments: tuple[str, ...], context: int, sequences: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert edge.run([*arguments, "-v", "-ngl", "0", "-n", "2", "--pref", "short", "--no-stdin", "tea?"]) == 0
+    assert edge.run([*arguments, "-vv", "-ngl", "0", "-n", "2", "--pref", "short", "--no-stdin", "tea?"]) == 0
     said = capfd.readouterr().err
     size = f"{sequences} times {context:,}" if sequences > 1 else f"{context:,}"
     foretold = rf"^memory for {size} tokens: ([\d.]+) MB of weights, ([\d.]+) MB of cache and ([\d.]+) MB to compute in"

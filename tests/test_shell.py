@@ -46,7 +46,7 @@ def test_commands_and_options_are_completed_with_their_help(capfd: pytest.Captur
     assert set(completed(capfd, "")) == set(root.commands)  # type: ignore[attr-defined]
     assert completed(capfd, "ren", shell="zsh") == ["render\tPrint exactly what the model is fed."]
     assert completed(capfd, "cache", "") == ["show", "clear"]
-    assert completed(capfd, "chat", "--pref", "brief", "--no-s") == ["--no-stream", "--no-stdin"]
+    assert completed(capfd, "chat", "--pref", "brief", "--no-st") == ["--no-stream", "--no-stdin"]
     assert "--json\tOne JSON document on stdout." in completed(capfd, "chat", "--j", shell="fish")
     assert completed(capfd, "nonsense", "") == completed(capfd, "chat", "") == completed(capfd, "-x", "y", "") == []
 
