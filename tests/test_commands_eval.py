@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pty
+import re
 import select
 import shlex
 import shutil
@@ -367,6 +368,12 @@ def test_a_file_of_another_run_or_of_anything_else_is_refused_and_left_alone(
         assert answers.read_bytes() == text
     answers.write_bytes(before.replace(b'"turn": 0', b'"turn"  0', 1))
     assert "damaged" in refuses(2, *arguments, "-n", "3")
+    for field, wrong in (("seconds", '"x"'), ("response", "3"), ("turn", "true"), ("case", "[]"), ("truncated", "{}")):
+        answers.write_bytes(
+            re.sub(rf'"{field}": (".*?(?<!\\\\)"|[^,}}]+)'.encode(), f'"{field}": {wrong}'.encode(), before, count=1)
+        )
+        line = refuses(2, *arguments, "-n", "3")
+        assert f"{answers}, line 2, is damaged: field '{field}' is {wrong}" in line
     answers.write_bytes(before[:40])  # stopped within its first line
     assert here(*arguments, "-n", "3").returncode == 0 and answers.read_bytes().count(b"\n") == 7
 
@@ -552,6 +559,7 @@ def test_without_matplotlib_the_chart_says_what_to_install(
     (b'{"query": "tea?", "values": ["no.such"]}', "no.such"),
     (b'{"query": 7, "values": ["case.upper"]}', "'query' must be a text"),
     (b'{"query": "tea?", "valus": []}', "did you mean 'values'?"),
+    (b'{"query": "tea?", "checks": [{"checker": ["x"]}]}', "field 'checks' needs a 'checker'"),
     (b'{"query": "tea?"}', "nothing to check"),
     (b'{"query": "tea?", "checks": [{"checker": "sentences", "parameters": {"at_most": "x"}}]}', "parameters"),
     (b"[1, 2]", "object"),
