@@ -386,3 +386,64 @@ with Interrupt(), {TAKEN[what]} as taken:
     assert not screen.glass.cursor.hidden
     assert termios.tcgetattr(screen.process[1])[3] & termios.ECHO
     assert screen.leave() == 130
+
+
+@pytest.mark.parametrize("word", ["/bye", "/quit", "/exit", "exit", "quit", "exit "])
+def test_every_usual_word_leaves(word: str, tiny: Path) -> None:
+    terminal = Terminal("chat", "-m", str(tiny), "-n", "2", "--temp", "0")
+    terminal.until("> ")
+    terminal.type(f" exit\n{word}\n")  # with a space in front, it is a question
+    terminal.rest()
+    assert terminal.leave() == 0 and terminal.screen.count("\n> ") == 1
+
+
+def test_what_is_typed_ahead_stays_out_of_the_answer_and_stands_at_the_next_prompt(slow: Path) -> None:
+    screen = Emulator("chat", "-m", str(slow), "-ngl", "0", "-n", "40", "--temp", "0")
+    screen.until("\n>")
+    screen.type("tea?\r")
+    while not screen.screen.partition("tea?\n")[2].strip():  # the answer has begun
+        screen.look()
+    screen.type("one, two")
+    shown = screen.until("\n> one, two")
+    assert shown.count("one, two") == 1
+    screen.type(" and three\r/pref\rfour")  # lines that were ended run one after the other
+    shown = screen.until("\n> four")
+    assert shown.index("> one, two and three") < shown.index("> /pref\nUser Info: (empty)\n> four")
+    screen.type("\x03\x04")
+    screen.rest()
+    assert screen.leave() == 0
+
+
+SANE = r"stty -a | grep -o -E -e '-?\b(echo|icanon|icrnl|isig)\b' | sort | tr '\n' ' '; echo modes"
+
+
+def test_ctrl_z_goes_to_a_shell_with_a_sound_terminal_and_fg_comes_back(slow: Path) -> None:
+    shell = Emulator(program=("bash", "--norc", "--noprofile", "-i"))
+    shell.type("PS1='shell: '; clear\n")
+    shell.until("shell:")
+    shell.type(f"{sys.executable} -m metaalign_edge chat -m {slow} -ngl 0 -n 9000 --temp 0\n")
+    shell.until("\n>")
+    shell.type("half a question\x1a")
+    shell.until("Stopped")
+    shell.type("clear; fg > /dev/null\n")
+    shell.until("> half a question")
+    shell.type("?\r")
+    while not shell.screen.partition("a question?\n")[2].strip():  # the answer has begun
+        shell.look()
+    shell.type("typed ahead\x1a")
+    shell.until("Stopped")
+    shell.type(f"clear; {SANE}\n")
+    shell.until("echo icanon icrnl isig modes")
+    shell.type("clear; fg > /dev/null\n")
+    while "modes" in shell.screen or not shell.screen.strip():  # until the answer goes on
+        shell.look()
+    shell.type("\x03")
+    shell.until("\n>")
+    assert "typed ahead" not in shell.screen  # Ctrl-Z forgets it, as Ctrl-C does
+    shell.type("/exit\r")
+    shell.until("shell:")
+    shell.type(f"clear; {SANE}\n")
+    shell.until("echo icanon icrnl isig modes")
+    shell.type("exit\n")
+    shell.rest()
+    assert shell.leave() == 0

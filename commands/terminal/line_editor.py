@@ -14,13 +14,18 @@ from typing import Any, cast
 from metaalign_edge_runtime.stores import files
 
 
+def is_plain() -> bool:
+    """Tell whether the terminal cannot move its cursor, so that lines are edited as the terminal does it."""
+    return os.environ.get("TERM") in ("dumb", "unknown")
+
+
 def line_editor(complete: Callable[[str], list[tuple[str, int]]]) -> Callable[[str], str]:
     """Return a function that shows a prompt and reads a line: with history and completion, or plain on a dumb terminal.
 
     Args:
         complete: takes the line up to the cursor; lists completions, each with the number of characters it replaces.
     """
-    if os.environ.get("TERM") in ("dumb", "unknown"):
+    if is_plain():
         return plain_line
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import Completer, Completion
@@ -58,6 +63,7 @@ def line_editor(complete: Callable[[str], list[tuple[str, int]]]) -> Callable[[s
         complete_while_typing=False,  # a screen reader would read every menu aloud
         key_bindings=keys,
         prompt_continuation=". ",
+        enable_suspend=True,  # by Ctrl-Z
     )
     return editor.prompt
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 
 from metaalign_edge_runtime.errors import CONTROLS, EdgeError, one_line, say, shortened
 
 from . import repl_commands
-from .line_editor import line_editor, read_text_of_lines
+from .line_editor import is_plain, line_editor, read_text_of_lines
 from .repl_state import ReplState
+from .unseen import keys_unseen
 
 
 class Repl(ReplState):
@@ -22,21 +24,27 @@ class Repl(ReplState):
         """
         read_line = line_editor(repl_commands.completions)
         self.screen.note("/help lists the commands, Ctrl-D leaves")
-        while self.running:
-            try:
-                text = read_text_of_lines(read_line, self.prompt()).replace("\r\n", "\n")
-                if text.startswith("/"):
-                    repl_commands.run(self, text)
-                else:
-                    self.ask(text.strip())
-            except EOFError:
-                break
-            except KeyboardInterrupt:
-                continue
-            except EdgeError as error:
-                say(f"metaalign-edge: {one_line(error)}")
+        with contextlib.nullcontext() if is_plain() else keys_unseen():
+            while self.running:
+                try:
+                    self._take(read_text_of_lines(read_line, self.prompt()).replace("\r\n", "\n"))
+                except EOFError:
+                    break
+                except KeyboardInterrupt:
+                    continue
+                except EdgeError as error:
+                    say(f"metaalign-edge: {one_line(error)}")
         if self.conversation.turns():
             self.conversation.save()
+
+    def _take(self, text: str) -> None:
+        """Answer a question, or run a slash command; `exit` and `quit` alone are /exit."""
+        if text.rstrip() in ("exit", "quit"):
+            self.running = False
+        elif text.startswith("/"):
+            repl_commands.run(self, text)
+        else:
+            self.ask(text.strip())
 
     def prompt(self) -> str:
         """Return the prompt: the label of the preference in force, cut to a third of the terminal's width."""

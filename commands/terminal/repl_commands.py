@@ -31,10 +31,12 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {}  # by name, `/pref`, in the order of /help
+OTHER_NAMES = {"/quit": "/exit", "/bye": "/exit"}  # as other programs call them
 KEYS = {
     '"""': "begins and ends a text of several lines; Alt-Enter breaks a line",
     "Tab, Ctrl-R": "complete a command, a profile, a session; search what was asked before",
     "Ctrl-C, Ctrl-D": "stop an answer, or clear the line; leave",
+    "Ctrl-Z": "go back to the shell, whose `fg` comes back here",
 }
 THINKING: dict[str, bool | None] = {"on": True, "off": False, "auto": None}
 
@@ -57,7 +59,8 @@ def run(repl: ReplState, line: str) -> None:
         UsageError: there is no command of that name. EdgeError: the command fails.
     """
     name, _, text = line.partition(" ")
-    if (found := COMMANDS.get(name.strip())) is None:
+    name = name.strip()
+    if (found := COMMANDS.get(OTHER_NAMES.get(name, name))) is None:
         guess = did_you_mean(name, COMMANDS, "/help lists them")
         raise UsageError(f"no command {name}: {guess} (a space before it makes it a question)")
     found.run(repl, text.strip())
@@ -252,5 +255,5 @@ def show_help(_: ReplState, __: str) -> None:
 
 @command("/exit")
 def leave(repl: ReplState, _: str) -> None:
-    """End the conversation."""
+    """End the conversation (as /quit, /bye, exit and quit do)."""
     repl.running = False
