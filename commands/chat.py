@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import typer
 
@@ -10,13 +11,14 @@ import metaalign_edge as edge
 from metaalign_edge import STOPWATCH, Answer, Prompt, Request, Scheduler
 from metaalign_edge_runtime.errors import NotFound, UsageError
 from metaalign_edge_runtime.llama import memory
-from metaalign_edge_runtime.stores import session_text, sessions
+from metaalign_edge_runtime.stores import models, session_text, sessions
 from metaalign_edge_runtime.stores.sessions import Conversation
 
 from .options import command
 from .options.groups import (
     ContinueOption,
     JsonOption,
+    LogOption,
     MarkdownOption,
     MetaPrompt,
     ModelOptions,
@@ -37,7 +39,7 @@ from .options.loading import open_scheduler
 from .options.query import read_query
 from .terminal import report
 from .terminal.repl import Repl
-from .terminal.repl_state import dialog_of
+from .terminal.repl_state import dialog_of, turn_of
 from .terminal.reply import AnswerPrinter
 from .terminal.screen import ReasoningPrinter, Screen
 
@@ -77,7 +79,7 @@ def answer_once(
     finally:
         for answer in begun:
             answer.finish_reason = answer.finish_reason if complete else "interrupted"  # stdout was closed, say
-            conversation.add(asdict(answer))
+            conversation.add(turn_of(answer, scheduler))
             conversation.save()
     screen.detail(report.describe(answer))
     screen.detail(f"time {STOPWATCH}; memory {memory.peak_mb():.0f} MB at most")
@@ -99,7 +101,8 @@ def go_on(name: str | None, newest: bool) -> Conversation:
     if not newest:
         return Conversation()
     if not (paths := sessions.session_paths()):
-        raise NotFound("no session to go on with: `metaalign-edge chat --session NAME` begins one")
+        begin, log = "`metaalign-edge chat --session NAME` begins one", "`metaalign-edge config set log true`"
+        raise NotFound(f"no session to go on with: {begin}, and {log} keeps every answer")
     return Conversation.read(paths[0])
 
 
@@ -123,6 +126,15 @@ def set_meta_prompt(conversation: Conversation, meta_prompt: MetaPrompt, context
         conversation.set(system_info, user_info_of(preferences), label)
 
 
+def model_of(conversation: Conversation, loaded: ModelOptions, context: typer.Context) -> ModelOptions:
+    """Return the options with the model that answered last in a session, if it is still there and -m is not given."""
+    source, (name, place) = context.get_parameter_source("model"), conversation.model()
+    if not name or (source and source.name == "COMMANDLINE"):
+        return loaded
+    there = models.still_there(Path(place or name))
+    return loaded._replace(model=str(there)) if there else loaded
+
+
 @command
 def chat(
     context: typer.Context,
@@ -131,6 +143,7 @@ def chat(
     meta_prompt: MetaPrompt,
     name: SessionOption = None,
     newest: ContinueOption = False,
+    log: LogOption = False,
     rendered: RenderingOptions,
     strengths: StrengthOptions,
     loaded: ModelOptions,
@@ -162,6 +175,9 @@ def chat(
     set_meta_prompt(conversation, meta_prompt, context)
     settings = gathered(loaded, sampling, strengths, talk)
     asked = read_query(query, no_stdin, repl=not as_json)
+    if log and asked is not None and conversation.path is None:
+        conversation.path = sessions.log_path()
+    loaded = model_of(conversation, loaded, context)
     with open_scheduler(loaded, rendered, settings, screen, prompt_cache(no_cache)) as scheduler:
         report.introduce(conversation, scheduler.model.file.path.name, screen, talking=asked is None)
         markdown = markdown and settings.schema is None  # JSON would lose its stars and underscores

@@ -1,4 +1,4 @@
-"""List, show, export and remove the conversations kept by chat --session NAME."""
+"""List, show, search, export and remove the conversations kept by chat --session NAME."""
 
 from __future__ import annotations
 
@@ -81,6 +81,36 @@ def sessions_show(name: SessionArgument, as_json: JsonOption = False) -> None:
         screen.json(session_text.as_document(conversation))
     else:
         screen.write(session_text.as_text(conversation))
+
+
+@app.command("search")
+def sessions_search(
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What was said, in part.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Find what was said, whatever its case, in the questions and answers of all sessions.
+
+    Examples:
+
+        metaalign-edge sessions search "sow peas"
+
+        metaalign-edge sessions search peas --json | jq -r ".[].session"
+    """
+    screen, found = Screen(), []
+    if not text.strip():
+        raise UsageError("the text to search for is empty: give a word of what was said")
+    for path in sessions.session_paths():
+        try:
+            found += [{"session": path.stem, **row} for row in session_text.search(Conversation.read(path), text)]
+        except EdgeError as error:
+            screen.note(f"metaalign-edge: warning: {one_line(error)}")
+    if as_json:
+        screen.json(found)
+    elif found:
+        rows = [[row["session"], str(row["turn"]), row["excerpt"]] for row in found]
+        screen.lines(tables.aligned(["session", "turn", "text"], rows))
+    else:
+        screen.note(f"no session has {text!r} in a question or an answer")
 
 
 @app.command("rm")

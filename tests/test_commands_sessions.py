@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -21,7 +23,7 @@ import metaalign_edge as edge
 from metaalign_edge import Dialog, Turn
 from metaalign_edge_commands.terminal.repl_state import dialog_of as dialog_of_conversation
 from metaalign_edge_runtime.errors import CannotWrite, UsageError
-from metaalign_edge_runtime.stores import session_text
+from metaalign_edge_runtime.stores import models, session_text
 from metaalign_edge_runtime.stores.sessions import Conversation, session_path
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -134,6 +136,109 @@ def test_another_model_is_said(ask: Ask) -> None:
     kept("work", ("tea?", "leaves"))
     assert "m.gguf answered last; this is tiny.gguf" in ask("--session", "work", "tea?")["stderr"]
     assert ask("--session", "work", "tea?")["stderr"] == ""
+
+
+def test_a_session_keeps_its_model_until_the_command_line_gives_another(
+    tiny: Path, demo: Path, tmp_path: Path, here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*arguments: str) -> tuple[str, str]:
+        result = here("chat", "-n", "2", "--temp", "0", "--json", *arguments, "tea?")
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)["model"], result.stderr
+
+    other = shutil.copy(tiny, tmp_path / "other.gguf")
+    monkeypatch.chdir(tmp_path)
+    assert asked("--session", "work", "-m", "other.gguf") == ("other.gguf", "")
+    monkeypatch.chdir("/")
+    assert asked("-C") == asked("--session", "work") == ("other.gguf", "")
+    monkeypatch.setenv("METAALIGN_EDGE_MODEL", str(tiny))  # of the machine, as its preference is
+    assert asked("-C")[0] == "other.gguf" and asked("--session", "new")[0] == tiny.name
+    note = f"in this session other.gguf answered last; this is {tiny.name} (-m chooses)"
+    name, said = asked("--session", "work", "-m", str(tiny))
+    assert name == tiny.name and note in said
+    monkeypatch.delenv("METAALIGN_EDGE_MODEL")
+    assert asked("--session", "work") == (tiny.name, "")
+    assert asked("--session", "work", "-m", str(other))[0] == "other.gguf"
+    other.unlink()
+    name, said = asked("--session", "work")
+    assert name == demo.name and f"other.gguf answered last, and is no longer at {other}; this is {name}" in said
+    assert asked("--session", "work", "-q", "-m", str(tiny)) == (tiny.name, "")
+
+
+def test_a_session_of_the_embedded_model_keeps_that_one(
+    tiny: Path, demo: Path, here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert here("chat", "-n", "2", "--session", "work", "tea?").returncode == 0
+    lines = session_path("work").read_text()
+    assert here("config", "set", "model", str(tiny)).returncode == 0
+    for written in (
+        lines,
+        lines.replace(str(demo.parent), "/an/older/installation"),
+        re.sub(r', "model_path": "[^"]*"', "", lines),
+    ):
+        session_path("work").write_text(written)
+        result = here("chat", "-n", "2", "--json", "-C", "tea?")
+        assert (json.loads(result.stdout)["model"], result.stderr) == (demo.name, "")
+    assert json.loads(here("chat", "-n", "2", "--json", "--session", "new", "tea?").stdout)["model"] == tiny.name
+
+
+def test_a_model_of_the_hub_is_still_there_when_its_repository_has_a_newer_version(tiny: Path, tmp_path: Path) -> None:
+    snapshots = tmp_path / "hub" / "hub" / "models--me--tiny" / "snapshots"
+    for version, name in (("new", "tiny-Q8_0.gguf"), ("new", "tiny-Q4_0.gguf")):
+        (snapshots / version).mkdir(parents=True, exist_ok=True)
+        shutil.copy(tiny, snapshots / version / name)
+    assert models.still_there(snapshots / "old" / "tiny-Q4_0.gguf") == snapshots / "new" / "tiny-Q4_0.gguf"
+    assert models.still_there(snapshots / "old" / "tiny-Q2_K.gguf") is None
+    assert models.still_there(Path(tiny.name)) is None  # a name alone could be any file of the working folder
+
+
+def test_answers_are_kept_where_settings_say_so_and_continue_goes_on_after_any(
+    here: Run, tiny: Path, say: Callable[..., str]
+) -> None:
+    def asked(*arguments: str) -> dict[str, Any]:
+        return dict(json.loads(here("chat", "-m", str(tiny), "-n", "2", "--temp", "0", "--json", *arguments).stdout))
+
+    assert "session" not in asked("tea?") and "config set log true" in here("chat", "-C", "tea?").stderr
+    say("config", "set", "log", "true")
+    first, second = asked("--pref", "short", "What is tea?"), asked("What is bread?")
+    assert re.fullmatch(r"log-\d{8}-\d{6}-[0-9a-f]{4}", first["session"]) and first["session"] != second["session"]
+    again = asked("-C", "And salt?")
+    assert again["session"] == second["session"]
+    assert dialog_of(second["session"]).turns[0] == Turn("What is bread?", second["response"])
+    assert len(dialog_of(second["session"]).turns) == 2 and dialog_of(first["session"]).user_info == "short"
+    assert asked("--session", "work", "tea?")["session"] == "work" and "session" not in asked("--no-log", "tea?")
+    assert here("chat", "-m", str(tiny), "-c", "16", "a question that does not fit").returncode == 6
+    assert len(json.loads(say("sessions", "list", "--json"))) == 3
+    assert say("config", "get", "log") == "true\n"
+
+
+def test_what_was_said_is_found_in_all_sessions(
+    here: Run, say: Callable[..., str], refuses: Callable[..., str], tmp_path: Path
+) -> None:
+    kept(
+        "garden",
+        ("When do I sow\npeas?", "In spring.  " + "x" * 99 + " Then sow PEAS [again]. " + "y" * 99),
+        ("And?", "No."),
+    )
+    kept("soup", ("Which soup?", "Pea soup, of dried peas."), pref="peas")
+    os.utime(session_path("garden"), (time.time() + 9, time.time() + 9))
+    found = json.loads(say("sessions", "search", "Peas", "--json"))
+    assert [(row["session"], row["turn"], row["tier"]) for row in found] == [
+        ("garden", 1, "query"),
+        ("soup", 1, "response"),
+    ]
+    assert found[0]["excerpt"] == "When do I sow peas?" and found[0]["at"].endswith("Z")
+    assert json.loads(say("sessions", "search", "sow  peas", "--json"))[0]["turn"] == 1  # over the end of a line
+    (row,) = json.loads(say("sessions", "search", "[AGAIN].", "--json"))  # no pattern but a text
+    assert row["excerpt"] == "…" + "x" * 15 + " Then sow PEAS [again]. " + "y" * 29 + "…"
+    table = say("sessions", "search", "no").splitlines()
+    assert table[0].split() == ["session", "turn", "text"] and table[1].split() == ["garden", "2", "No."]
+    session_path("bad").write_text("{}\n")
+    nothing = here("sessions", "search", "nowhere")
+    assert (nothing.returncode, nothing.stdout) == (0, "") and "no session has 'nowhere'" in nothing.stderr
+    assert "bad.jsonl does not begin with the header" in nothing.stderr
+    assert json.loads(here("sessions", "search", "nowhere", "--json").stdout) == []
+    assert "empty" in refuses(2, "sessions", "search", " ")
 
 
 def test_a_line_torn_off_at_any_byte_is_cut_and_the_session_goes_on() -> None:

@@ -51,6 +51,9 @@ SessionOption = Annotated[
     str | None, dialog_option("--session", metavar="NAME", help="Continue the conversation of this name, or begin it.")
 ]
 ContinueOption = Annotated[bool, dialog_option("-C", "--continue", help="Continue the session that was used last.")]
+LogOption = Annotated[
+    bool, dialog_option("--log/--no-log", help="Keep an answer that is in no session, so that --continue goes on.")
+]
 TemplateOption = Annotated[
     str,
     dialog_option("--template", help="auto (the model's own), the name of a shipped one, or a Jinja file.", env=True),

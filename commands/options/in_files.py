@@ -25,6 +25,7 @@ from metaalign_edge_runtime.stores.config import Project
 
 from ..terminal.screen import Screen
 from .groups import (
+    LogOption,
     MetaPrompt,
     ModelOptions,
     NoCacheOption,
@@ -38,7 +39,7 @@ from .groups import (
 from .signature import spread
 
 # Settings whose options have no variable.
-ALSO_SETTINGS = ("pref", "stop", "strict_tiers", "remind", "think", "stream", "quiet", "verbose")
+ALSO_SETTINGS = ("pref", "stop", "strict_tiers", "remind", "think", "log", "stream", "quiet", "verbose")
 IGNORED_SETTINGS: Mapping[str, tuple[str, ...]] = {  # by command
     "compare": ("pref",),  # a column for each --pref, and no other
     # settings must not change what it measures
@@ -132,6 +133,7 @@ def settings_by_name() -> dict[str, Any]:
         sampling: SamplingOptions,
         parallel: ParallelOption = 8,
         no_cache: NoCacheOption = False,
+        log: LogOption = False,
         stream: StreamOption = True,
         verbosity: Verbosity,
     ) -> None: ...

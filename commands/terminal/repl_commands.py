@@ -227,6 +227,7 @@ def load(repl: ReplState, text: str) -> None:
         raise UsageError("this conversation is not kept anywhere: /save it first, or /clear it")
     repl.conversation, repl.alternative = Conversation.read(path), None
     say(session_text.describe_session(repl.conversation))
+    report.note_other_model(repl.conversation, repl.chat.model.file.path.name, repl.screen)
 
 
 @command("/clear")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
+from typing import Any
 
 import metaalign_edge as edge
 from metaalign_edge import Answer, Dialog, Request, Scheduler
@@ -19,6 +21,11 @@ def dialog_of(conversation: Conversation, query: str, again: bool = False) -> Di
     """Return the dialog of a conversation that ends with a query; `again`: the query replaces the last turn."""
     tiers, past = conversation.meta_prompt, conversation.pairs()
     return Dialog.of(tiers["system_info"], tiers["user_info"], past[: len(past) - again], query)
+
+
+def turn_of(answer: Answer, scheduler: Scheduler) -> dict[str, Any]:
+    """Return an answer as a session keeps it: its figures, and which file the model is."""
+    return {**asdict(answer), "model_path": os.path.abspath(scheduler.model.file.path)}
 
 
 class ReplState:
@@ -53,7 +60,7 @@ class ReplState:
 
     def remember(self, answer: Answer, again: bool) -> None:
         """Add an answer to the conversation; `again`: in place of the last turn."""
-        self.conversation.add(asdict(answer), again)
+        self.conversation.add(turn_of(answer, self.chat), again)
         self.conversation.save()
         report.check_answer(answer, self.chat.settings.schema, self.screen)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import metaalign_edge as edge
 from metaalign_edge import Answer, ChatTemplate, Model, Prompt, Settings
 from metaalign_edge_runtime import structured
 from metaalign_edge_runtime.errors import SchemaViolation, TierViolation, in_bytes
 from metaalign_edge_runtime.llama import library
-from metaalign_edge_runtime.stores import session_text
+from metaalign_edge_runtime.stores import models, session_text
 from metaalign_edge_runtime.stores.sessions import Conversation
 from metaalign_edge_runtime.structured import Schema
 
@@ -116,9 +117,14 @@ def shown_strengths(settings: Settings) -> str:
 
 def introduce(conversation: Conversation, model: str, screen: Screen, talking: bool) -> None:
     """Say which session is continued, and if another model answered last in it."""
-    if conversation.path is None:
-        return
-    (screen.note if talking else screen.detail)(session_text.describe_session(conversation))
-    before = [str(turn["model"]) for turn in conversation.turns() if turn.get("model")]
-    if before and before[-1] != model:
-        screen.note(f"metaalign-edge: note: in this session {before[-1]} answered last; this is {model} (-m chooses)")
+    if conversation.path is not None:
+        (screen.note if talking else screen.detail)(session_text.describe_session(conversation))
+        note_other_model(conversation, model, screen)
+
+
+def note_other_model(conversation: Conversation, model: str, screen: Screen) -> None:
+    """Say if another model than this one answered last in a session, and if it is not there any more."""
+    before, place = conversation.model()
+    if before and before != model:
+        gone = f", and is no longer at {place}" if place and not models.still_there(Path(place)) else ""
+        screen.note(f"metaalign-edge: note: in this session {before} answered last{gone}; this is {model} (-m chooses)")

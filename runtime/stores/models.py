@@ -122,6 +122,22 @@ def model_names() -> list[str]:
     return [one.name for one in stored_models()]
 
 
+def still_there(path: Path) -> Path | None:
+    """Return the path of a model that was used before, or that of a newer version of it in the hub's cache.
+
+    None: it is not there any more. The embedded one always is, wherever this toolkit was installed before.
+    """
+    if path.is_absolute() and os.path.isfile(path):
+        return path
+    if path.name == embedded_model().name:
+        return embedded_model()
+
+    def versionless(place: Path) -> str:
+        return re.sub("(/snapshots)/[^/]+/", r"\1/", place.absolute().as_posix())
+
+    return next((one.path for one in stored_models() if versionless(one.path) == versionless(path)), None)
+
+
 def name_of(path: Path) -> str:
     """Return the name under which the model at a path is listed; the path itself if it is not listed."""
     return next((one.name for one in stored_models() if one.path.absolute() == path.absolute()), str(path))

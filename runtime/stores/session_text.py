@@ -11,6 +11,7 @@ from ..errors import counted, shortened
 from .sessions import STAMP, Conversation
 
 LABEL = 24  # the most characters of a preference's short form
+AROUND = 30  # characters on each side of a text that is found
 
 
 def label_of(preferences: Sequence[str]) -> str:
@@ -54,7 +55,8 @@ def as_text(conversation: Conversation) -> str:
 
 def as_document(conversation: Conversation) -> dict[str, Any]:
     """Return a conversation as `--json` prints it: each turn with its meta-prompt."""
-    turns = [{name: value for name, value in turn.items() if name != "kind"} for turn in conversation.turns()]
+    own = ("kind", "model_path")  # of this machine
+    turns = [{name: value for name, value in turn.items() if name not in own} for turn in conversation.turns()]
     return {"session": conversation.name, "created": conversation.lines[0].get("at"), "turns": turns}
 
 
@@ -63,6 +65,25 @@ def exported(conversation: Conversation, form: str) -> str:
     if form == "md":
         return as_markdown(conversation)
     return json.dumps(as_document(conversation), ensure_ascii=False, indent=2) + "\n"
+
+
+def search(conversation: Conversation, text: str) -> Iterator[dict[str, Any]]:
+    """Yield the turns whose query or response contains a text, upper or lower case, however its lines are broken.
+
+    Yields:
+        `sessions search --json`: the number of the turn, its time, `query` or `response`, and the text around it.
+    """
+    import re
+
+    wanted = re.compile(re.escape(" ".join(text.split())), re.IGNORECASE)
+    for number, turn in enumerate(conversation.turns(), 1):
+        for tier in ("query", "response"):
+            said = " ".join(turn[tier].split())
+            if at := wanted.search(said):
+                begin, end = max(0, at.start() - AROUND), at.end() + AROUND
+                excerpt = f"{'…' if begin else ''}{said[begin:end]}{'…' if end < len(said) else ''}"
+                yield {"turn": number, "at": turn.get("at"), "tier": tier, "excerpt": excerpt}
+                break
 
 
 def on_clock(when: float) -> str:

@@ -30,6 +30,11 @@ def session_path(name: str) -> Path:
     return files.data_folder() / "sessions" / f"{files.file_name(name, 'session')}.jsonl"
 
 
+def log_path() -> Path:
+    """Return the path of a new session for one answer, which is named after the time."""
+    return session_path(f"log-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
+
+
 def session_paths() -> list[Path]:
     """List the paths of the sessions, the one that was used last first."""
     used = {}
@@ -156,6 +161,11 @@ class Conversation:
     def pairs(self) -> list[tuple[str, str]]:
         """Return the queries and responses that the next prompt contains."""
         return [(turn["query"], turn["response"]) for turn in self.turns() if not turn["forgotten"]]
+
+    def model(self) -> tuple[str, str]:
+        """Return the name and the path of the model that answered last, each empty where it is not known."""
+        latest = next((turn for turn in reversed(self.turns()) if turn.get("model")), {})
+        return str(latest.get("model", "")), str(latest.get("model_path", ""))
 
     def set(self, system_info: str, user_info: str, label: str) -> None:
         """Add a `meta_prompt` line if the meta-prompt changes."""
