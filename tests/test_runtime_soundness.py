@@ -119,6 +119,13 @@ def test_letters_that_a_vocabulary_cannot_write_are_refused(tmp_path: Path, fail
     assert done.returncode == 0, done.stderr
 
 
+def test_a_byte_level_vocabulary_that_calls_itself_sentencepiece_is_refused(tiny: Path, tmp_path: Path) -> None:
+    path = changed(tiny, tmp_path / "damaged.gguf", tokenizer__ggml__model=text(b"llama"))
+    code = f"{PYTHON}\nwith edge.Model.open(sys.argv[1], template='chatml') as model:\n    edge.generate(model, 'Tea?')"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "LoadError: this vocabulary has tokens neither" in done.stderr, done.stderr
+
+
 def test_an_abort_of_llama_cpp_ends_in_one_line(tiny: Path, tmp_path: Path, fails: Fails) -> None:
     path = changed(tiny, tmp_path / "damaged.gguf", tokenizer__ggml__tokens=texts(*[b"a"] * 512))
     assert "llama.cpp gave up" in fails(5, "render", "--tokens", "-m", str(path), "tea?")

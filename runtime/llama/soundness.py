@@ -7,7 +7,7 @@ something else.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ..errors import LoadError
 from . import library
@@ -17,7 +17,7 @@ OTHER_VOCABULARIES = ("bert", "t5", "rwkv", "plamo2", "test", "none", "no_vocab"
 MOST_LAYERS, MOST_EXPERTS = 512, 1024  # llama.cpp's limits
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}  # of a SentencePiece vocabulary
-CONTROL, USER_DEFINED = 3, 4  # types of tokens that text may spell
+MARKS = {False: (4,), True: (2, 3, 4)}  # types of tokens that llama.cpp finds in text: user-defined; unknown, control
 PLAIN_NUMBERS = range(24, 29)  # ggml's types of whole numbers and of 64-bit floats: it cannot multiply by them
 FLOATS = (0, 1, 30)  # F32, F16, BF16: the types of vectors
 
@@ -70,21 +70,31 @@ class Speller:
         words, kinds = list(file.items("tokenizer.ggml.tokens")), list(file.items("tokenizer.ggml.token_type"))
         self._letters = {word for word in words if len(word) == 1}
         self._bytes = BYTE_TOKENS & set(words)
-        marked = [word for word, kind in zip(words, kinds, strict=False) if kind in (CONTROL, USER_DEFINED) and word]
-        self._marked = re.compile("|".join(map(re.escape, sorted(marked, key=len, reverse=True))) or r"(?!)")
+        typed = list(zip(words, kinds, strict=False))
+        self._marks = {special: pattern([word for word, kind in typed if kind in MARKS[special]]) for special in MARKS}
 
-    def check(self, text: str) -> None:
+    def check(self, text: str, special: bool) -> None:
         """Make sure that the vocabulary has a token for each letter, or for its bytes.
+
+        Args:
+            special: control tokens are recognised in the text.
 
         Raises:
             LoadError: it has none for a letter.
         """
-        for letter in set(self._marked.sub("", text).replace(" ", "\u2581")) - self._letters:
+        text = self._marks[special].sub("", text)
+        written = f" {text}".replace(" ", "\u2581") if text else ""  # most such vocabularies put a space in front
+        for letter in sorted(set(written) - self._letters):
             if any(f"<0x{byte:02X}>" not in self._bytes for byte in letter.encode()):
                 raise LoadError(
                     f"this vocabulary has tokens neither for {letter!r} nor for its bytes: take it out of the text, or "
                     "take another model"
                 )
+
+
+def pattern(words: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that finds words, the longest first; without words, nothing."""
+    return re.compile("|".join(map(re.escape, sorted(filter(None, words), key=len, reverse=True))) or r"(?!)")
 
 
 def damaged(file: ModelFile, fault: str) -> LoadError:

@@ -74,7 +74,7 @@ class LlamaVocabulary(Closing):
             LoadError: the vocabulary has no token for a letter. ContextOverflow: the text is too long for a stack.
         """
         if self._speller:
-            self._speller.check(text)
+            self._speller.check(text, special)
         data = text.encode()
         if len(data) < 2048:
             return self._encode(data, special)

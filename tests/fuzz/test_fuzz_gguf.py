@@ -26,7 +26,7 @@ def try_damaged(tiny: Path, folder: Path, seeds: range) -> Counter[str]:
         template = [] if ModelFile(whole).templates and random.random() < 0.7 else ["--template", "chatml"]
         for arguments in commands_on(path, template):
             status, stdout, stderr = in_fork(arguments, folder)
-            found = fault(status, stdout, stderr)
+            found = fault(arguments[0], status, stdout, stderr)
             assert not found, (seed, arguments[0], found)
             outcomes[f"{arguments[0]} {status}"] += 1
     return outcomes

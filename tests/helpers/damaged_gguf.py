@@ -234,14 +234,14 @@ def in_fork(arguments: Sequence[str], folder: Path) -> tuple[int, str, str]:
     return os.waitstatus_to_exitcode(status), said[0], said[1]
 
 
-def fault(status: int, stdout: str, stderr: str) -> str:
+def fault(command: str, status: int, stdout: str, stderr: str) -> str:
     """Return what is wrong with the end of a command on a damaged file; an empty text if nothing is."""
-    lines = stderr.splitlines()
+    lines, listed = stderr.splitlines(), "" if command == "chat" else stdout  # an answer is what the model says
     if status not in DOCUMENTED:
         return f"exit code {status}: {' / '.join(lines[:3])[:300]}"
     if "Traceback" in stderr or "metaalign-edge: unexpected" in stderr:
         return f"a surprise: {lines[-1][:300]}"
-    if any((letter < " " and letter not in "\n\t") or "\x7f" <= letter < "\xa0" for letter in stdout + stderr):
+    if any((letter < " " and letter not in "\n\t") or "\x7f" <= letter < "\xa0" for letter in stderr + listed):
         return "a control character reaches the terminal"
     if status and (stdout or not lines or not lines[-1].startswith("metaalign-edge: ")):
         return f"exit code {status}, and not one line that says why: {stderr[:300]!r}"
