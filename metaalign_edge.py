@@ -88,7 +88,7 @@ from metaalign_edge_runtime.errors import (
     shortened,
 )
 from metaalign_edge_runtime.llama import library, memory
-from metaalign_edge_runtime.llama.gguf import DEFAULT_CONTEXT, GGUFArray, ModelFile, is_gguf
+from metaalign_edge_runtime.llama.gguf import DEFAULT_CONTEXT, GGUFArray, ModelFile, changed, is_gguf
 from metaalign_edge_runtime.llama.interrupt import Interrupt
 from metaalign_edge_runtime.llama.library import LOG, Background, Closing
 from metaalign_edge_runtime.llama.memory import CELLS, PREFILL_CHUNK, Device, Footprint, Plan
@@ -865,7 +865,7 @@ class Model(Closing):
         self.plan.check(file.path)
         self.settings = settings.planned(self.plan)
         self.pointer: Any = None
-        self._adapters: dict[str, Any] = {}
+        self.adapters: dict[str, tuple[Any, int]] = {}  # by identity: llama.cpp's pointer, and when the file changed
         self._held = contextlib.ExitStack()
         self._unwanted = False  # set by `close`: loading stops
         self._began = time.monotonic()
@@ -961,7 +961,7 @@ class Model(Closing):
         Raises:
             LoadError: it was made for another model.
         """
-        if adapter.identity not in self._adapters:
+        if adapter.identity not in self.adapters:
             made_for = ModelFile(Path(adapter.path)).architecture
             if made_for != self.file.architecture:
                 raise LoadError(
@@ -972,8 +972,8 @@ class Model(Closing):
             pointer = library.llama_cpp().llama_adapter_lora_init(self.pointer, os.fsencode(adapter.path))
             if not pointer:
                 raise LoadError(f"the adapter {adapter.path} does not fit {self.file.path}: {LOG.reason()}")
-            self._adapters[adapter.identity] = pointer
-        return self._adapters[adapter.identity]
+            self.adapters[adapter.identity] = pointer, changed(Path(adapter.path))
+        return self.adapters[adapter.identity][0]
 
     def close(self) -> None:
         """Free the model; again is harmless."""
@@ -1195,8 +1195,9 @@ class Engine(Closing):
         """Return a digest of all that decides the KV state after these tokens: its name on disk."""
         import hashlib
 
-        identity = [1, self.model.file.identity, library.build(), self.model.gpu_layers]
-        identity += [[adapter.identity, adapter.scale] for adapter in self.adapters]
+        model = self.model
+        identity = [1, model.file.opened, library.build(), model.gpu_layers]
+        identity += [[one.identity, one.scale, model.adapters[one.identity][1]] for one in self.adapters]
         numbers = struct.pack(f"<{len(tokens)}i", *tokens)
         return hashlib.blake2b(json.dumps(identity).encode() + numbers, digest_size=20).hexdigest()
 

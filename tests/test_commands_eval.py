@@ -291,11 +291,15 @@ def test_a_finished_run_prints_its_results_again_without_the_model(
     model = own.with_name("model.gguf")
     shutil.copy2(tiny, model)
     arguments = ("eval", "-m", str(model), "--suite", str(own), "-n", "5", "--json")
-    first = here(*arguments, "-v")
-    assert "0 of them given" in first.stderr and "memory for" in first.stderr
-    again = here(*arguments, "-v")
+    first = here(*arguments)
+    assert "0 of them given" in first.stderr
+    before = model.stat()
+    with model.open("r+b") as file:  # the same size and time, and no weights any more
+        file.seek(before.st_size * 2 // 3)
+        file.write(b"\xff" * (before.st_size - before.st_size * 2 // 3))
+    os.utime(model, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = here(*arguments)
     assert again.returncode == 0 and again.stdout == first.stdout and "6 of them given" in again.stderr
-    assert "memory for" not in again.stderr  # the model was not loaded
     (kept,) = (cache / "answers").iterdir()
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600 and stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
     os.utime(model, ns=(0, 0))

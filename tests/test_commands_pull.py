@@ -247,8 +247,17 @@ def test_a_hub_that_is_not_there_is_exit_4(hub: Hub, refuses: Refuses, monkeypat
         assert "cannot be reached by way of the proxy in http_proxy (ConnectError)" in line and "secret" not in line
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         assert "proxy" not in refuses(4, "pull", REPOSITORY)
-    monkeypatch.setenv("HF_ENDPOINT", "huggingface.co")
-    assert "set HF_ENDPOINT to an https:// address" in refuses(4, "pull", REPOSITORY)
+
+
+@pytest.mark.parametrize(
+    "address", ["huggingface.co", "ftp://h", "http://", "http://[h", "http://h:port", "http://h:0"]
+)
+def test_an_address_of_the_hub_that_is_none_is_a_usage_error(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    for command in (["pull", REPOSITORY], ["convert", REPOSITORY]):
+        ended = subprocess.run([sys.executable, "-m", "metaalign_edge", *command], capture_output=True, text=True)
+        assert ended.returncode == 2 and "HF_ENDPOINT is no address of a hub" in ended.stderr
+        assert ended.stderr.count("\n") == 1 and not ended.stdout
 
 
 def test_a_proxy_of_a_kind_that_lacks_its_package_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -106,9 +107,26 @@ def test_another_model_or_build_is_another_state(
     monkeypatch.setattr("metaalign_edge_runtime.llama.library.build", lambda: "another")
     assert ask(model, states)[0].cached_tokens == 0
     monkeypatch.undo()
-    os.utime(tiny)  # written anew
     monkeypatch.setattr(edge, "CACHE_WORTH_SAVING", 1)
-    assert ask(model, states)[0].cached_tokens == 0
+    with Model(ModelFile(copy), GREEDY) as other:
+        assert ask(other, states)[0].cached_tokens > 0
+        copy.unlink()  # what is loaded answers on, and knows its states
+        assert ask(other, states)[0].cached_tokens > 0
+
+
+@pytest.mark.parametrize("keep", [shutil.copyfile, shutil.copy2])  # another time, the same time
+def test_a_model_in_the_place_of_another_is_another_state(
+    keep: Callable[[Path, Path], object], states: PromptCache, tiny: Path, tmp_path: Path
+) -> None:
+    place, other = tmp_path / "model.gguf", tmp_path / "other.gguf"
+    shutil.copy2(tiny, place)
+    shutil.copy2(tiny, other)
+    with Model(ModelFile(place), GREEDY) as first:
+        ask(first, states)
+        assert ask(first, states)[0].cached_tokens > 0
+    keep(other, place)
+    with Model(ModelFile(place), GREEDY) as second:
+        assert ask(second, states)[0].cached_tokens == 0
 
 
 def damage(data: bytes) -> dict[str, bytes]:

@@ -29,9 +29,9 @@ DIALOG, MODEL, SAMPLING, OUTPUT = "Dialog", "Model", "Sampling", "Output"  # the
 
 
 def finite(value: float | None) -> float | None:
-    """Return a number that is given. Raises typer.BadParameter for one that is none, or endless."""
+    """Return the value of an option as it is. Raises typer.BadParameter for nan and infinity."""
     if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a number to calculate with")
+        raise typer.BadParameter(f"{value} is not a finite number")
     return value
 
 

@@ -50,17 +50,22 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def identity(parts: Iterable[Path]) -> str:
-    """Return a text that changes when one of these files does, without reading them: paths, sizes, times, inodes.
-
-    The time of the inode's last change is among them: of a file that is replaced, `cp -p` keeps size and time.
+    """Return a text that changes when one of these files does: paths, sizes and times, without reading them.
 
     Raises:
         OSError: a file is missing.
     """
     stats = [(part.resolve(), part.stat()) for part in parts]
-    return "; ".join(
-        f"{path}, {stat.st_size} bytes, {stat.st_mtime_ns}, {stat.st_ctime_ns}, {stat.st_ino}" for path, stat in stats
-    )
+    return "; ".join(f"{path}, {stat.st_size} bytes, {stat.st_mtime_ns}" for path, stat in stats)
+
+
+def changed(path: Path) -> int:
+    """Return when the system last changed a file, in nanoseconds: another file in its place has a later one.
+
+    Raises:
+        OSError: it is missing.
+    """
+    return path.stat().st_ctime_ns
 
 
 def is_gguf(path: Path) -> bool:
@@ -296,6 +301,8 @@ class ModelFile(GGUFFile):
         count = self.metadata.get("split.count")
         if isinstance(count, int) and count > 1:
             self._find_parts(count, number)
+        # for the names of states: while a model answers, its file may vanish, or another take its place
+        self.opened = [self.identity, *map(changed, self.paths)]
 
     def _find_parts(self, count: int, number: int) -> None:
         self.paths, own = parts_of(self.path), self.metadata.get("split.no", 0)

@@ -26,7 +26,12 @@ USUAL = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")  # below four bits a model loses mu
 
 @functools.cache
 def hub() -> Any:
-    """Import huggingface_hub, without its telemetry, its log below errors and, off a terminal, its progress bars."""
+    """Import huggingface_hub, without its telemetry, its log below errors and, off a terminal, its progress bars.
+
+    Raises:
+        UsageError: HF_ENDPOINT is no address of a server.
+    """
+    hub_address()  # huggingface_hub reads HF_ENDPOINT where it is imported
     import huggingface_hub.constants
     import huggingface_hub.errors
     import huggingface_hub.utils
@@ -40,8 +45,22 @@ def hub() -> Any:
 
 
 def hub_address() -> str:
-    """Return the hub's address: HF_ENDPOINT, else the public one."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    """Return the hub's address: HF_ENDPOINT, else the public one.
+
+    Raises:
+        UsageError: HF_ENDPOINT is no address of a server.
+    """
+    from urllib.parse import urlsplit
+
+    address = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    try:
+        parts = urlsplit(address)
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets, or a port that is no number
+        sound = False
+    if not sound:
+        raise UsageError("HF_ENDPOINT is no address of a hub: write one as https://huggingface.co")
+    return address
 
 
 def is_offline(wanted: bool) -> bool:
@@ -82,11 +101,9 @@ def hub_error(error: Exception, repository: str) -> EdgeError:
     if isinstance(error, ImportError):  # httpx names the package that a proxy of this kind needs
         return NetworkError(f"{repository} is not here, and the hub is out of reach: {one_line(error)}")
     if isinstance(error, errors.HTTPError | OSError):
-        address, way = hub_address(), f" by way of the proxy in {found}" if (found := proxy_variable()) else ""
-        sound = address.startswith(("http://", "https://"))
-        advice = "try again" if sound else "set HF_ENDPOINT to an https:// address"
+        way = f" by way of the proxy in {found}" if (found := proxy_variable()) else ""
         return NetworkError(
-            f"{repository} is not here, and {address} cannot be reached{way} ({type(error).__name__}): {advice}"
+            f"{repository} is not here, and {hub_address()} cannot be reached{way} ({type(error).__name__}): try again"
         )
     return NetworkError(f"the hub's answer on {repository} makes no sense ({type(error).__name__}): try again later")
 
