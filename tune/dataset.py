@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 SUBSETS = ("Priority", "Helpful-based", "Consensus", "Diverse-Opinion")
-WINNERS = ("system", "user", "none")  # the tier whose wish decided between the candidates
+WINNERS = ("system", "user", "none")  # the tier whose preference decided between the candidates
 SIZE = 38_900  # rows, the size of the paper's dataset
 _TEXTS = ("system_info", "user_info", "query", "response", "rejected")
 

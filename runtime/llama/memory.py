@@ -293,13 +293,13 @@ class Plan:
 
 
 def make_plan(
-    footprint: Footprint, main: float, devices: Sequence[Device], context: int, sequences: int, wish: str = "auto"
+    footprint: Footprint, main: float, devices: Sequence[Device], context: int, sequences: int, gpu_layers: str = "auto"
 ) -> Plan:
     """Plan the places of a model's layers.
 
     Args:
         main: free bytes of main memory.
-        wish: the layers on devices: a number, `all`, or `auto` for as many as fit with their part of the cache.
+        gpu_layers: the layers on devices: a number, `all`, or `auto` for as many as fit with their part of the cache.
     """
     layers, free = len(footprint.weights), [device.free for device in devices]
     nowhere = Plan(footprint, (), context, sequences, (main, *free), tuple(device.name for device in devices))
@@ -307,8 +307,8 @@ def make_plan(
     def laid_out(offloaded: int) -> Plan:
         return replace(nowhere, places=tuple(placed(layers, offloaded, free)))
 
-    if wish != "auto":
-        return laid_out(layers if wish == "all" else int(wish))
+    if gpu_layers != "auto":
+        return laid_out(layers if gpu_layers == "all" else int(gpu_layers))
     plans = (laid_out(offloaded) for offloaded in range(layers if devices else 0, 0, -1))
     return next((plan for plan in plans if not any(plan.over_budget(roomy=True))), laid_out(0))
 

@@ -212,7 +212,7 @@ def best_choice(choices: Sequence[Choice], free: float) -> Choice | None:
 
 
 def choose(repository: str, choices: Sequence[Choice], wanted: str, note: Note) -> Choice:
-    """Return the wanted model of a repository, or without a wish the best one for this machine, and note why.
+    """Return the model of a repository that `wanted` names, or the best one for this machine if it is empty; note why.
 
     Raises:
         NotFound: there is no such one. UsageError: there are several. LoadError: none fits this machine.
